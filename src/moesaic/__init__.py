@@ -1,0 +1,37 @@
+"""Moesaic runs mixture-of-experts language models on the hardware that people own.
+
+The public names are loaded on first use, so that `import moesaic` stays fast. This module knows nothing but where
+each name lives.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
+    from moesaic.errors import MoesaicError
+    from moesaic.placement import load_plan, make_plan
+
+__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "MoesaicError", "__version__", "load_plan", "make_plan"]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "AutoModelForCausalLM": "moesaic.engine.auto",
+    "AutoTokenizer": "moesaic.engine.auto",
+    "MoesaicError": "moesaic.errors",
+    "load_plan": "moesaic.placement",
+    "make_plan": "moesaic.placement",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

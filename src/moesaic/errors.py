@@ -1,0 +1,108 @@
+"""The exception tree of Moesaic.
+
+    MoesaicError
+    ├── ConfigError                a setting, option or environment variable has a bad value
+    ├── ModelNotFoundError         MODEL names nothing that can be opened
+    ├── CheckpointError            a model file is damaged, hostile or incomplete (names file and tensor)
+    ├── UnsupportedFormatError     a weight format that we cannot read or write
+    ├── UnsupportedModelError      an architecture, or a feature of one, that we cannot run
+    ├── TokenizerError             no tokenizer can be made for the model
+    ├── PlanError                  a placement cannot be made
+    │   ├── RuleError              a placement file is wrong (names file and line)
+    │   └── PlanDoesNotFitError    the plan needs more memory than the machine has
+    ├── KernelError                a native kernel was called wrongly or failed
+    └── GenerationError            a request cannot be answered
+
+A message names the file, tensor or rule, what was found, what was expected, and what to do next. This module knows
+nothing else of the package.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "GenerationError",
+    "KernelError",
+    "ModelNotFoundError",
+    "MoesaicError",
+    "PlanDoesNotFitError",
+    "PlanError",
+    "RuleError",
+    "TokenizerError",
+    "UnsupportedFormatError",
+    "UnsupportedModelError",
+]
+
+
+class MoesaicError(Exception):
+    """Base of every error that Moesaic raises on purpose; the command line prints it without a traceback."""
+
+
+class ConfigError(MoesaicError):
+    """A setting, an option or an environment variable has a value that cannot be used."""
+
+
+class ModelNotFoundError(MoesaicError):
+    """MODEL names no file, folder, built-in model or hub repository that can be opened."""
+
+
+class CheckpointError(MoesaicError):
+    """A model file is damaged, hostile or incomplete.
+
+    Args:
+        file: the file in which the defect was found.
+        message: what was found, what was expected and what to do.
+        tensor: the tensor (or metadata key) concerned, if one is.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], message: str, tensor: str | None = None) -> None:
+        self.file = os.fspath(file)
+        self.tensor = tensor
+        where = self.file if tensor is None else f"{self.file}: '{tensor}'"
+        super().__init__(f"{where}: {message}")
+
+
+class UnsupportedFormatError(MoesaicError):
+    """A weight format (quantisation type or dtype) that this version cannot read or write."""
+
+
+class UnsupportedModelError(MoesaicError):
+    """An architecture, or a feature of one, that this version cannot run."""
+
+
+class TokenizerError(MoesaicError):
+    """No tokenizer can be made from what the model's files hold."""
+
+
+class PlanError(MoesaicError):
+    """A placement cannot be made."""
+
+
+class RuleError(PlanError):
+    """A placement file is wrong.
+
+    Args:
+        file: the YAML file.
+        line: line in the file, counted from 1.
+        message: what was found and what was expected.
+    """
+
+    def __init__(self, file: str | os.PathLike[str], line: int, message: str) -> None:
+        self.file = os.fspath(file)
+        self.line = line
+        super().__init__(f"{self.file}:{line}: {message}")
+
+
+class PlanDoesNotFitError(PlanError):
+    """The plan needs more memory than the machine has; the message names the shortfall in GiB."""
+
+
+class KernelError(MoesaicError):
+    """A native kernel was called with shapes, types or pointers that it cannot take, or a worker failed."""
+
+
+class GenerationError(MoesaicError):
+    """A request cannot be answered, for example because the prompt is longer than the context."""

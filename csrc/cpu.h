@@ -1,0 +1,19 @@
+// What this processor and this process may use. Knows no kernels.
+#pragma once
+
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace moesaic {
+
+// Can the instruction set `name` (a row of isa/isas.cmake) run here? False for unknown names.
+bool cpu_supports_isa(const char* name);
+
+// Names and presence of the processor features that kernels may use, in a fixed order.
+std::vector<std::pair<std::string, bool>> cpu_features();
+
+// Physical cores this process may use: distinct cores of its affinity mask, at most its cgroup quota, at least 1.
+int num_usable_cores();
+
+}  // namespace moesaic

@@ -1,0 +1,173 @@
+// AVX2, FMA and F16C: the vocabulary in pairs of 256-bit registers. See generic.h for what each word means.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define MOESAIC_INLINE static inline __attribute__((always_inline))
+
+namespace moesaic {
+namespace {
+
+struct vf {
+    __m256 a, b;
+};
+struct vi {
+    __m256i a, b;
+};
+struct vb {
+    __m256i a, b;
+};
+
+constexpr bool kHas32Registers = false;
+// maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
+constexpr int kFullRangeBias = 128;
+
+MOESAIC_INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+// floats
+MOESAIC_INLINE vf load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+MOESAIC_INLINE vf load_n(const float* p, int n) {
+    return {_mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8))};
+}
+MOESAIC_INLINE void store(float* p, vf x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+}
+MOESAIC_INLINE void store_n(float* p, vf x, int n) {
+    _mm256_maskstore_ps(p, first_lanes(n), x.a);
+    _mm256_maskstore_ps(p + 8, first_lanes(n - 8), x.b);
+}
+MOESAIC_INLINE vf set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+MOESAIC_INLINE vf add(vf x, vf y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf sub(vf x, vf y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf mul(vf x, vf y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf div(vf x, vf y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf fma(vf x, vf y, vf z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+MOESAIC_INLINE vf max(vf x, vf y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf min(vf x, vf y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+MOESAIC_INLINE vf sqrt(vf x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+MOESAIC_INLINE vf abs(vf x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+MOESAIC_INLINE vf select_positive(vf x, vf yes, vf no) {
+    const __m256 zero = _mm256_setzero_ps();
+    return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, zero, _CMP_GE_OQ)),
+            _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, zero, _CMP_GE_OQ))};
+}
+MOESAIC_INLINE float reduce_add(vf x) {
+    const __m256 s = _mm256_add_ps(x.a, x.b);
+    __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_add_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+MOESAIC_INLINE float reduce_max(vf x) {
+    const __m256 s = _mm256_max_ps(x.a, x.b);
+    __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
+}
+MOESAIC_INLINE vf load_f16(const uint16_t* p) {
+    const __m128i* q = reinterpret_cast<const __m128i*>(p);
+    return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+MOESAIC_INLINE __m256 widen_bf16(const uint16_t* p) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+MOESAIC_INLINE vf load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i y = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16))};
+    odd = {_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(y, high))};
+}
+
+// int32
+MOESAIC_INLINE vi zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+MOESAIC_INLINE vi set1_i(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+MOESAIC_INLINE vi load_i(const int32_t* p) {
+    const __m256i* q = reinterpret_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+MOESAIC_INLINE vi load_u8(const uint8_t* p) {
+    return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+MOESAIC_INLINE vi load_i8(const void* p) {
+    const char* q = static_cast<const char*>(p);
+    return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))),
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q + 8)))};
+}
+MOESAIC_INLINE vi add(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+MOESAIC_INLINE vi shl(vi x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+MOESAIC_INLINE vf to_float(vi x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+MOESAIC_INLINE vi to_int(vf x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+MOESAIC_INLINE vf as_float(vi x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+MOESAIC_INLINE int32_t reduce_add(vi x) {
+    const __m256i s = _mm256_add_epi32(x.a, x.b);
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+MOESAIC_INLINE void store_as_i8(int8_t* p, vi x) {
+    const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(x.a, x.b), 0xd8);
+    const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+// byte `i` of each lane's four, zero-extended
+MOESAIC_INLINE vi byte_of_lane(vb x, int i) {
+    const __m256i low = _mm256_set1_epi32(255);
+    return {_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * i), low), _mm256_and_si256(_mm256_srli_epi32(x.b, 8 * i), low)};
+}
+
+// bytes
+MOESAIC_INLINE vb load_b(const void* p) {
+    const __m256i* q = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+MOESAIC_INLINE void store_b(void* p, vb x) {
+    __m256i* q = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(q, x.a);
+    _mm256_storeu_si256(q + 1, x.b);
+}
+MOESAIC_INLINE vb set1_b(uint8_t x) {
+    return {_mm256_set1_epi8(static_cast<char>(x)), _mm256_set1_epi8(static_cast<char>(x))};
+}
+MOESAIC_INLINE vb and_b(vb x, vb y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+MOESAIC_INLINE vb or_b(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+MOESAIC_INLINE vb xor_b(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+MOESAIC_INLINE vb shr_16(vb x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
+MOESAIC_INLINE vb shl_16(vb x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
+MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+}
+
+template <bool kFullRange>
+MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
+    if constexpr (kFullRange) {
+        const __m256i w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+        x = _mm256_sign_epi8(x, w);  // |w| * (x * sign of w): at most 2 * 128 * 127 in 16 bits
+        weights = _mm256_abs_epi8(w);
+    }
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+}
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
+    int32_t x;
+    __builtin_memcpy(&x, four, 4);
+    const __m256i broadcast = _mm256_set1_epi32(x);
+    return {dot4_half<kFullRange>(acc.a, weights.a, broadcast), dot4_half<kFullRange>(acc.b, weights.b, broadcast)};
+}
+
+MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace moesaic
+
+#include "isa/math.h"

@@ -1,0 +1,108 @@
+// AVX-512 (F, BW, DQ, VL, VNNI): the vocabulary in whole registers. See generic.h for what each word means.
+#pragma once
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define MOESAIC_INLINE static inline __attribute__((always_inline))
+
+namespace moesaic {
+namespace {
+
+using vf = __m512;
+struct vi {
+    __m512i v;
+};
+struct vb {
+    __m512i v;
+};
+
+constexpr bool kHas32Registers = true;
+constexpr int kFullRangeBias = 0;
+
+MOESAIC_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+// floats
+MOESAIC_INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+MOESAIC_INLINE vf load_n(const float* p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+MOESAIC_INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+MOESAIC_INLINE void store_n(float* p, vf x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x); }
+MOESAIC_INLINE vf set1(float x) { return _mm512_set1_ps(x); }
+MOESAIC_INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+MOESAIC_INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+MOESAIC_INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+MOESAIC_INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+MOESAIC_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+MOESAIC_INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+MOESAIC_INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+MOESAIC_INLINE vf sqrt(vf a) { return _mm512_sqrt_ps(a); }
+MOESAIC_INLINE vf abs(vf a) { return _mm512_abs_ps(a); }
+MOESAIC_INLINE vf select_positive(vf x, vf yes, vf no) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GE_OQ), no, yes);
+}
+MOESAIC_INLINE float reduce_add(vf a) { return _mm512_reduce_add_ps(a); }
+MOESAIC_INLINE float reduce_max(vf a) { return _mm512_reduce_max_ps(a); }
+MOESAIC_INLINE vf load_f16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+MOESAIC_INLINE vf load_bf16(const uint16_t* p) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+    const __m512i x = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
+}
+
+// int32
+MOESAIC_INLINE vi zero_i() { return {_mm512_setzero_si512()}; }
+MOESAIC_INLINE vi set1_i(int32_t x) { return {_mm512_set1_epi32(x)}; }
+MOESAIC_INLINE vi load_i(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+MOESAIC_INLINE vi load_u8(const uint8_t* p) {
+    return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+MOESAIC_INLINE vi load_i8(const void* p) {
+    return {_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
+}
+MOESAIC_INLINE vi add(vi a, vi b) { return {_mm512_add_epi32(a.v, b.v)}; }
+MOESAIC_INLINE vi shl(vi a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vf to_float(vi a) { return _mm512_cvtepi32_ps(a.v); }
+MOESAIC_INLINE vi to_int(vf a) { return {_mm512_cvtps_epi32(a)}; }
+MOESAIC_INLINE vf as_float(vi a) { return _mm512_castsi512_ps(a.v); }
+MOESAIC_INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a.v); }
+MOESAIC_INLINE void store_as_i8(int8_t* p, vi a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+// byte `i` of each lane's four, zero-extended
+MOESAIC_INLINE vi byte_of_lane(vb a, int i) {
+    return {_mm512_and_si512(_mm512_srli_epi32(a.v, static_cast<unsigned>(8 * i)), _mm512_set1_epi32(255))};
+}
+
+// bytes
+MOESAIC_INLINE vb load_b(const void* p) { return {_mm512_loadu_si512(p)}; }
+MOESAIC_INLINE void store_b(void* p, vb a) { _mm512_storeu_si512(p, a.v); }
+MOESAIC_INLINE vb set1_b(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
+MOESAIC_INLINE vb and_b(vb a, vb b) { return {_mm512_and_si512(a.v, b.v)}; }
+MOESAIC_INLINE vb or_b(vb a, vb b) { return {_mm512_or_si512(a.v, b.v)}; }
+MOESAIC_INLINE vb xor_b(vb a, vb b) { return {_mm512_xor_si512(a.v, b.v)}; }
+MOESAIC_INLINE vb shr_16(vb a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vb shl_16(vb a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
+    const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
+}
+
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
+    int32_t x;
+    __builtin_memcpy(&x, four, 4);
+    return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))};
+}
+
+MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace moesaic
+
+#include "isa/math.h"

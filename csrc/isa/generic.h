@@ -1,0 +1,172 @@
+// Any processor: the vocabulary in the compiler's own vectors. This header says what each word means.
+//
+//   vf  16 float lanes          vi  16 int32 lanes          vb  64 bytes = 16 lanes of 4
+//
+// A lane is an output row in the matrix kernels, and just an element elsewhere. Loads and stores need no alignment.
+// kFullRangeBias: what dot4<true> subtracts from each weight byte before it multiplies (0 where bytes above 127 are
+// as good as others); kHas32Registers: how much the kernels may block.
+#pragma once
+
+#include <stdint.h>
+
+#define MOESAIC_INLINE static inline __attribute__((always_inline))
+
+namespace moesaic {
+namespace {
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t generic_i32 __attribute__((vector_size(64)));
+typedef uint32_t generic_u32 __attribute__((vector_size(64)));
+typedef uint16_t generic_u16 __attribute__((vector_size(64)));
+struct vi {
+    generic_i32 v;
+};
+struct vb {
+    generic_u32 v;
+};
+
+constexpr bool kHas32Registers = false;
+constexpr int kFullRangeBias = 0;
+
+// floats
+MOESAIC_INLINE vf load(const float* p) {
+    vf x;
+    __builtin_memcpy(&x, p, sizeof(x));
+    return x;
+}
+MOESAIC_INLINE void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof(x)); }
+// the first n lanes (0 <= n <= 16), the others zero
+MOESAIC_INLINE vf load_n(const float* p, int n) {
+    vf x = {};
+    for (int i = 0; i < n; ++i) x[i] = p[i];
+    return x;
+}
+MOESAIC_INLINE void store_n(float* p, vf x, int n) {
+    for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+MOESAIC_INLINE vf set1(float x) { return x - vf{}; }
+MOESAIC_INLINE vf add(vf a, vf b) { return a + b; }
+MOESAIC_INLINE vf sub(vf a, vf b) { return a - b; }
+MOESAIC_INLINE vf mul(vf a, vf b) { return a * b; }
+MOESAIC_INLINE vf div(vf a, vf b) { return a / b; }
+MOESAIC_INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+MOESAIC_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+MOESAIC_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+MOESAIC_INLINE vf abs(vf a) { return (vf)((generic_u32)a & 0x7fffffffu); }
+MOESAIC_INLINE vf sqrt(vf a) {
+    for (int i = 0; i < 16; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
+// x >= 0 ? yes : no
+MOESAIC_INLINE vf select_positive(vf x, vf yes, vf no) { return x >= 0.0f ? yes : no; }
+MOESAIC_INLINE float reduce_add(vf a) {
+    float sum = 0.0f;
+    for (int i = 0; i < 16; ++i) sum += a[i];
+    return sum;
+}
+MOESAIC_INLINE float reduce_max(vf a) {
+    float largest = a[0];
+    for (int i = 1; i < 16; ++i) largest = a[i] > largest ? a[i] : largest;
+    return largest;
+}
+MOESAIC_INLINE generic_u32 widen(const uint16_t* p) {
+    generic_u32 x;
+    for (int i = 0; i < 16; ++i) x[i] = p[i];
+    return x;
+}
+// 16 IEEE half floats, subnormals and infinities included
+MOESAIC_INLINE vf load_f16(const uint16_t* p) {
+    const generic_u32 h = widen(p);
+    const generic_u32 sign = (h & 0x8000u) << 16;
+    const generic_u32 magnitude = h & 0x7fffu;
+    const vf normal = (vf)((magnitude << 13) + ((127u - 15u) << 23));
+    const vf special = (vf)((magnitude << 13) | 0x7f800000u);
+    const vf subnormal = __builtin_convertvector((generic_i32)magnitude, vf) * 0x1p-24f;
+    const vf x = magnitude >= 0x7c00u ? special : (magnitude < 0x0400u ? subnormal : normal);
+    return (vf)((generic_u32)x | sign);
+}
+MOESAIC_INLINE vf load_bf16(const uint16_t* p) { return (vf)(widen(p) << 16); }
+// 16 pairs of bfloat16 (even, odd)
+MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
+    for (int i = 0; i < 16; ++i) {
+        const generic_u32 pair = {p[2 * i], p[2 * i + 1]};
+        const vf floats = (vf)(pair << 16);
+        even[i] = floats[0];
+        odd[i] = floats[1];
+    }
+}
+
+// int32
+MOESAIC_INLINE vi zero_i() { return {generic_i32{}}; }
+MOESAIC_INLINE vi set1_i(int32_t x) { return {x - generic_i32{}}; }
+MOESAIC_INLINE vi load_i(const int32_t* p) {
+    vi x;
+    __builtin_memcpy(&x, p, sizeof(x));
+    return x;
+}
+MOESAIC_INLINE vi load_u8(const uint8_t* p) {
+    vi x;
+    for (int i = 0; i < 16; ++i) x.v[i] = p[i];
+    return x;
+}
+MOESAIC_INLINE vi load_i8(const void* p) {
+    vi x;
+    for (int i = 0; i < 16; ++i) x.v[i] = static_cast<const int8_t*>(p)[i];
+    return x;
+}
+MOESAIC_INLINE vi add(vi a, vi b) { return {a.v + b.v}; }
+MOESAIC_INLINE vi shl(vi a, int n) { return {a.v << n}; }
+MOESAIC_INLINE vf to_float(vi a) { return __builtin_convertvector(a.v, vf); }
+// round to nearest, ties to even; |a| < 2^22
+MOESAIC_INLINE vi to_int(vf a) {
+    const vf magic = set1(12582912.0f);  // 1.5 * 2^23: the sum has the integer in its low bits
+    return {(generic_i32)(a + magic) - (generic_i32)magic};
+}
+MOESAIC_INLINE vf as_float(vi a) { return (vf)a.v; }
+MOESAIC_INLINE int32_t reduce_add(vi a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += a.v[i];
+    return sum;
+}
+MOESAIC_INLINE void store_as_i8(int8_t* p, vi a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
+}
+// byte `i` of each lane's four, zero-extended
+MOESAIC_INLINE vi byte_of_lane(vb a, int i) { return {(generic_i32)((a.v >> (8 * i)) & 255u)}; }
+
+// bytes
+MOESAIC_INLINE vb load_b(const void* p) {
+    vb x;
+    __builtin_memcpy(&x, p, sizeof(x));
+    return x;
+}
+MOESAIC_INLINE void store_b(void* p, vb a) { __builtin_memcpy(p, &a, sizeof(a)); }
+MOESAIC_INLINE vb set1_b(uint8_t x) { return {x * 0x01010101u + generic_u32{}}; }
+MOESAIC_INLINE vb and_b(vb a, vb b) { return {a.v & b.v}; }
+MOESAIC_INLINE vb or_b(vb a, vb b) { return {a.v | b.v}; }
+MOESAIC_INLINE vb xor_b(vb a, vb b) { return {a.v ^ b.v}; }
+// shift inside 16-bit units; mask the bits that cross from the neighbour byte
+MOESAIC_INLINE vb shr_16(vb a, int n) { return {(generic_u32)((generic_u16)a.v >> n)}; }
+MOESAIC_INLINE vb shl_16(vb a, int n) { return {(generic_u32)((generic_u16)a.v << n)}; }
+// table[index] for bytes below 16
+MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
+    uint8_t bytes[64];
+    __builtin_memcpy(bytes, &index, 64);
+    for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i] & 15];
+    return load_b(bytes);
+}
+
+// acc + the dot product, per lane, of four unsigned weight bytes (less kFullRangeBias if kFullRange) and the four
+// signed bytes at `four`. Weights stay below 128 unless kFullRange; signed bytes are in [-127, 127].
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
+    for (int i = 0; i < 4; ++i) acc.v += (generic_i32)((weights.v >> (8 * i)) & 255u) * int32_t{four[i]};
+    return acc;
+}
+
+MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+
+}  // namespace
+}  // namespace moesaic
+
+#include "isa/math.h"

@@ -1,0 +1,18 @@
+"""What an architecture is: its config from a checkpoint's metadata, and which tensor feeds which module."""
+
+from moesaic.models.config import config_for
+from moesaic.models.expert_layout import expert_modules, stock_experts
+from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
+from moesaic.models.weight_map import WeightMap, build_meta_model, build_weight_map
+
+__all__ = [
+    "ExpertRefs",
+    "MlaRefs",
+    "TensorRef",
+    "WeightMap",
+    "build_meta_model",
+    "build_weight_map",
+    "config_for",
+    "expert_modules",
+    "stock_experts",
+]

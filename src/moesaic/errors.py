@@ -5,6 +5,7 @@
     ├── ModelNotFoundError         MODEL names nothing that can be opened
     ├── CheckpointError            a model file is damaged, hostile or incomplete (names file and tensor)
     ├── UnsupportedFormatError     a weight format that we cannot read or write
+    ├── QuantizationError          weights that the format asked for cannot hold
     ├── UnsupportedModelError      an architecture, or a feature of one, that we cannot run
     ├── TokenizerError             no tokenizer can be made for the model
     ├── PlanError                  a placement cannot be made
@@ -30,6 +31,7 @@ __all__ = [
     "MoesaicError",
     "PlanDoesNotFitError",
     "PlanError",
+    "QuantizationError",
     "RuleError",
     "TokenizerError",
     "UnsupportedFormatError",
@@ -67,6 +69,10 @@ class CheckpointError(MoesaicError):
 
 class UnsupportedFormatError(MoesaicError):
     """A weight format (quantisation type or dtype) that this version cannot read or write."""
+
+
+class QuantizationError(MoesaicError):
+    """Weights that the format asked for cannot hold: not finite, or too large for its scales."""
 
 
 class UnsupportedModelError(MoesaicError):

@@ -1,0 +1,15 @@
+"""Weight formats, and turning float rows into their blocks and back."""
+
+from moesaic.quant.formats import FORMATS, WeightFormat, format_from_ggml, format_from_safetensors_dtype, get_format
+from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize
+
+__all__ = [
+    "FORMATS",
+    "WRITABLE_FORMATS",
+    "WeightFormat",
+    "dequantize",
+    "format_from_ggml",
+    "format_from_safetensors_dtype",
+    "get_format",
+    "quantize",
+]

@@ -86,6 +86,33 @@ MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
     even = {_mm256_castsi256_ps(_mm256_slli_epi32(x, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(y, 16))};
     odd = {_mm256_castsi256_ps(_mm256_and_si256(x, high)), _mm256_castsi256_ps(_mm256_and_si256(y, high))};
 }
+MOESAIC_INLINE void transpose_quarter(__m256 (&rows)[8]) {
+    __m256d t[8];
+    for (int i = 0; i < 8; i += 4) {  // 4 x 4 inside each 128-bit part
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i], rows[i + 1]));
+        const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i], rows[i + 1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(rows[i + 2], rows[i + 3]));
+        const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(rows[i + 2], rows[i + 3]));
+        t[i] = _mm256_unpacklo_pd(a, c);
+        t[i + 1] = _mm256_unpackhi_pd(a, c);
+        t[i + 2] = _mm256_unpacklo_pd(b, d);
+        t[i + 3] = _mm256_unpackhi_pd(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const __m256 a = _mm256_castpd_ps(t[i]), b = _mm256_castpd_ps(t[i + 4]);
+        rows[i] = _mm256_permute2f128_ps(a, b, 0x20);
+        rows[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+    }
+}
+MOESAIC_INLINE void transpose(vf (&rows)[16]) {
+    __m256 quarters[2][2][8];  // [rows 0-7, 8-15][lanes 0-7, 8-15]
+    for (int i = 0; i < 16; ++i) {
+        quarters[i / 8][0][i % 8] = rows[i].a;
+        quarters[i / 8][1][i % 8] = rows[i].b;
+    }
+    for (int i = 0; i < 4; ++i) transpose_quarter(quarters[i / 2][i % 2]);
+    for (int i = 0; i < 16; ++i) rows[i] = {quarters[0][i / 8][i % 8], quarters[1][i / 8][i % 8]};
+}
 
 // int32
 MOESAIC_INLINE vi zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

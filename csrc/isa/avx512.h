@@ -54,6 +54,29 @@ MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
     even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
     odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+MOESAIC_INLINE void transpose(vf (&rows)[16]) {
+    __m512d t[16];
+    for (int i = 0; i < 16; i += 4) {  // 4 x 4 inside each 128-bit part
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+        const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3]));
+        const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+        t[i] = _mm512_unpacklo_pd(a, c);
+        t[i + 1] = _mm512_unpackhi_pd(a, c);
+        t[i + 2] = _mm512_unpacklo_pd(b, d);
+        t[i + 3] = _mm512_unpackhi_pd(b, d);
+    }
+    for (int i = 0; i < 4; ++i) {  // 4 x 4 of those parts
+        const vf a = _mm512_castpd_ps(t[i]), b = _mm512_castpd_ps(t[i + 4]);
+        const vf c = _mm512_castpd_ps(t[i + 8]), d = _mm512_castpd_ps(t[i + 12]);
+        const vf ab_even = _mm512_shuffle_f32x4(a, b, 0x88), ab_odd = _mm512_shuffle_f32x4(a, b, 0xdd);
+        const vf cd_even = _mm512_shuffle_f32x4(c, d, 0x88), cd_odd = _mm512_shuffle_f32x4(c, d, 0xdd);
+        rows[i] = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+        rows[i + 4] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+        rows[i + 8] = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+        rows[i + 12] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+    }
+}
 
 // int32
 MOESAIC_INLINE vi zero_i() { return {_mm512_setzero_si512()}; }

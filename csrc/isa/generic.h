@@ -95,6 +95,14 @@ MOESAIC_INLINE void load_bf16_pairs(const uint16_t* p, vf& even, vf& odd) {
         odd[i] = floats[1];
     }
 }
+// 16 x 16 floats: lane j of row i becomes lane i of row j
+MOESAIC_INLINE void transpose(vf (&rows)[16]) {
+    float tile[16][16];
+    __builtin_memcpy(tile, rows, sizeof(tile));
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 16; ++j) rows[i][j] = tile[j][i];
+    }
+}
 
 // int32
 MOESAIC_INLINE vi zero_i() { return {generic_i32{}}; }

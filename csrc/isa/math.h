@@ -26,6 +26,8 @@ MOESAIC_INLINE vf sigmoid(vf x) {
     return div(one, add(one, exp(sub(set1(0.0f), x))));
 }
 
+MOESAIC_INLINE vf tanh(vf x) { return sub(mul(set1(2.0f), sigmoid(add(x, x))), set1(1.0f)); }
+
 MOESAIC_INLINE vf silu(vf x) { return mul(x, sigmoid(x)); }
 
 // x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), written with the sigmoid of twice the argument

@@ -1,0 +1,135 @@
+#include "ops/attention.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "ops/scratch.h"
+#include "thread_pool.h"
+
+namespace moesaic {
+
+MOESAIC_DEFINE_KERNELS(AttentionKernels, attention_kernels)
+
+namespace {
+
+// Fewer keys than this are not worth a task of their own: merging would cost more than it saves.
+constexpr int64_t kMinKeysPerSplit = 256;
+// Tasks per thread at which the load is balanced without cutting the keys.
+constexpr int64_t kTasksPerThread = 2;
+
+// How the work is cut: row blocks of every (batch row, KV head), and key ranges where that is too few tasks.
+class TaskGrid {
+  public:
+    TaskGrid(const AttentionArgs& a, int64_t num_threads) : a_(a) {
+        num_rows_ = a.group * a.num_queries;
+        num_blocks_ = (num_rows_ + kAttentionRows - 1) / kAttentionRows;
+        num_row_tasks_ = a.batch * a.num_kv_heads * num_blocks_;
+        const int64_t wanted = num_threads > 1 ? kTasksPerThread * num_threads : 1;
+        const int64_t splits = (wanted + num_row_tasks_ - 1) / std::max<int64_t>(num_row_tasks_, 1);
+        num_splits_ = std::clamp<int64_t>(std::min(splits, longest_range() / kMinKeysPerSplit), 1, wanted);
+    }
+
+    int64_t size() const { return num_row_tasks_ * num_splits_; }
+    int64_t num_row_tasks() const { return num_row_tasks_; }
+    int64_t num_splits() const { return num_splits_; }
+    // Row tasks of one key range are neighbours, so that threads that run together read the same keys. The last
+    // rows come first: under a causal mask they see the most keys.
+    int64_t row_task(int64_t index) const {
+        const int64_t block_of_split = index % (num_blocks_ * num_splits_);
+        return index / (num_blocks_ * num_splits_) * num_blocks_ + block_of_split % num_blocks_;
+    }
+    int64_t split(int64_t index) const { return index % (num_blocks_ * num_splits_) / num_blocks_; }
+
+    AttentionTask task(int64_t row_task, int64_t split) const {
+        AttentionTask task;
+        task.batch = row_task / (a_.num_kv_heads * num_blocks_);
+        task.kv_head = row_task / num_blocks_ % a_.num_kv_heads;
+        task.row_begin = (num_blocks_ - 1 - row_task % num_blocks_) * kAttentionRows;
+        task.num_rows = std::min(kAttentionRows, num_rows_ - task.row_begin);
+        const int64_t first_token = task.row_begin / a_.group;
+        const int64_t last_token = (task.row_begin + task.num_rows - 1) / a_.group;
+        const int64_t begin = visible_keys(a_, task.batch, first_token).begin;
+        const int64_t end = visible_keys(a_, task.batch, last_token).end;
+        const int64_t length = std::max<int64_t>(end - begin, 0);
+        const int64_t step = padded((length + num_splits_ - 1) / num_splits_);
+        task.key_begin = begin + std::min(length, split * step);
+        task.key_end = begin + std::min(length, (split + 1) * step);
+        return task;
+    }
+
+  private:
+    int64_t longest_range() const {
+        int64_t longest = 0;
+        for (int64_t b = 0; b < a_.batch; ++b) {
+            const KeyRange range = visible_keys(a_, b, a_.num_queries - 1);
+            longest = std::max(longest, range.end - range.begin);
+        }
+        return longest;
+    }
+
+    const AttentionArgs& a_;
+    int64_t num_rows_, num_blocks_, num_row_tasks_, num_splits_;
+};
+
+int64_t partial_floats(const AttentionArgs& a) { return kAttentionRows * (2 + padded(a.value_dim)); }
+
+AttentionPartial partial_at(float* memory) {
+    return {memory, memory + kAttentionRows, memory + 2 * kAttentionRows};
+}
+
+// Each task covers all keys of its rows and writes the output by itself.
+void run_whole(const AttentionArgs& a, const TaskGrid& grid) {
+    const AttentionKernels& kernels = attention_kernels();
+    const int64_t scratch_floats = kernels.scratch_floats(a);
+    Counter counter(grid.size());
+    auto work = [&](Team&) {
+        float* memory = thread_scratch(scratch_floats + partial_floats(a));
+        const AttentionPartial partial = partial_at(memory + scratch_floats);
+        for (int64_t index, end; counter.next(index, end);) {
+            const AttentionTask task = grid.task(index, 0);
+            kernels.partial(a, task, memory, partial);
+            kernels.finish(a, task, &partial, 1);
+        }
+    };
+    thread_pool().run(work);
+}
+
+// Several tasks share the keys of their rows; the one that finishes last merges the partial results.
+void run_split(const AttentionArgs& a, const TaskGrid& grid) {
+    const AttentionKernels& kernels = attention_kernels();
+    const int64_t scratch_floats = kernels.scratch_floats(a);
+    float* results = caller_scratch(grid.size() * partial_floats(a));
+    std::vector<AttentionPartial> partials;
+    for (int64_t i = 0; i < grid.size(); ++i) partials.push_back(partial_at(results + i * partial_floats(a)));
+    const auto finished = std::make_unique<std::atomic<int64_t>[]>(grid.num_row_tasks());
+    Counter counter(grid.size());
+    auto work = [&](Team&) {
+        float* memory = thread_scratch(scratch_floats);
+        for (int64_t index, end; counter.next(index, end);) {
+            const int64_t row_task = grid.row_task(index);
+            const AttentionPartial* of_rows = partials.data() + row_task * grid.num_splits();
+            const AttentionTask task = grid.task(row_task, grid.split(index));
+            kernels.partial(a, task, memory, of_rows[grid.split(index)]);
+            if (finished[row_task].fetch_add(1, std::memory_order_acq_rel) + 1 == grid.num_splits()) {
+                kernels.finish(a, task, of_rows, grid.num_splits());
+            }
+        }
+    };
+    thread_pool().run(work);
+}
+
+}  // namespace
+
+void attention(const AttentionArgs& a) {
+    if (a.batch == 0 || a.num_queries == 0 || a.num_kv_heads == 0 || a.group == 0) return;
+    const TaskGrid grid(a, num_threads());
+    if (grid.num_splits() == 1) {
+        run_whole(a, grid);
+    } else {
+        run_split(a, grid);
+    }
+}
+
+}  // namespace moesaic

@@ -38,7 +38,8 @@ def quantize(
 
     Raises:
         UnsupportedFormatError: the format cannot be written, or `cols` is not a multiple of its block size.
-        QuantizationError: a weight is infinite, NaN or too large for the format, or `importance` is negative or not finite.
+        QuantizationError: a weight is infinite, NaN or too large for the format, or `importance` has negative or
+            non-finite values.
         KernelError: an array has the wrong shape or type.
     """
     if fmt not in WRITABLE_FORMATS:

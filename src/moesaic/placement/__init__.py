@@ -1,13 +1,20 @@
 """Placement: (model, checkpoint, rules, hardware) -> a plan, before anything is loaded.
 
-It knows roles, formats, sizes and memory. It loads no weight and replaces no module.
+It knows roles, formats, sizes and memory. It loads no weight and replaces no module. Names are imported on first use,
+so that looking at the hardware needs neither torch nor the native extension.
 """
 
-from moesaic.placement.hardware import Hardware, detect_hardware
-from moesaic.placement.plan import Placement, Plan
-from moesaic.placement.planner import make_plan
-from moesaic.placement.roles import ROLES, module_roles
-from moesaic.placement.rules import TEMPLATES, Rule, Rules, load_plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moesaic.placement.hardware import Hardware, detect_hardware
+    from moesaic.placement.plan import Placement, Plan
+    from moesaic.placement.planner import make_plan
+    from moesaic.placement.roles import ROLES, module_roles
+    from moesaic.placement.rules import TEMPLATES, Rule, Rules, load_plan
 
 __all__ = [
     "ROLES",
@@ -22,3 +29,23 @@ __all__ = [
     "make_plan",
     "module_roles",
 ]
+
+_HOMES = {
+    "ROLES": "roles",
+    "TEMPLATES": "rules",
+    "Hardware": "hardware",
+    "Placement": "plan",
+    "Plan": "plan",
+    "Rule": "rules",
+    "Rules": "rules",
+    "detect_hardware": "hardware",
+    "load_plan": "rules",
+    "make_plan": "planner",
+    "module_roles": "roles",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moesaic.placement' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"moesaic.placement.{_HOMES[name]}"), name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moesaic import _native
 from moesaic.errors import PlanError, RuleError
@@ -76,6 +76,7 @@ class _Planner:
         self._model, self._weight_map, self._rules, self._hardware = model, weight_map, rules, hardware
         self._roles = module_roles(model)
         self._used: set[Rule] = set()
+        self._embedding_formats: dict[str, str] = {}
         self._kept: dict[tuple[Rule, str], list[str]] = {}  # (rule, format) -> tensors that cannot take that format
 
     def plan(self) -> Plan:
@@ -116,14 +117,15 @@ class _Planner:
             per_token = math.ceil(nbytes * self._active_share(name))
         elif role == "embedding":
             per_token = nbytes // int(module.weight.shape[0])  # one row
-        elif role == "lm_head" and module.weight is self._model.get_input_embeddings().weight:
-            nbytes = 0  # its weight is the embedding's
+            self._embedding_formats = formats
+        elif role == "lm_head" and self._is_tied(module) and formats == self._embedding_formats:
+            nbytes = 0  # it shares the embedding's memory
         return Placement(name, role, class_name, implementation, "cpu", formats, nbytes, per_token)
 
     def _implementation(self, rule: Rule, name: str, module: nn.Module) -> Implementation:
         if rule.implementation == "transformers":
             return "transformers"
-        if self._roles[name] != "other" and (self._roles[name] in _BLOCK_ROLES or _is_replaceable(module)):
+        if self._has_own_implementation(name, module):
             return "moesaic"
         if rule.implementation is None:
             return "transformers"
@@ -134,22 +136,27 @@ class _Planner:
             "where there is one, or write 'transformers'.",
         )
 
+    def _has_own_implementation(self, name: str, module: nn.Module) -> bool:
+        role = self._roles[name]
+        if role in ("experts", "router") or (role in _BLOCK_ROLES and next(module.children(), None) is not None):
+            return True
+        class_name = type(module).__name__
+        return class_name in _PACKED_CLASSES or class_name.endswith("RMSNorm")
+
     def _stacks(self, name: str, module: nn.Module, implementation: Implementation) -> Iterator[_Stack]:
         """The tensors that the module owns, as the checkpoint holds them."""
         packed = implementation == "moesaic"
         if self._roles[name] == "experts":
-            experts = self._weight_map.experts(name)
-            for key in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias"):
-                refs = getattr(experts, key)
-                if refs is not None:
-                    yield _Stack(key, refs, packed and not key.endswith("_bias"))
+            for key, refs in self._weight_map.experts(name).named().items():
+                yield _Stack(key, refs, packed and not key.endswith("_bias"))
             return
         mla = self._weight_map.mla(name) if self._roles[name] == "attention" else None
         if mla is not None:
             yield from (_Stack("k_b", mla.k_b, packed), _Stack("v_b", mla.v_b, packed))
-        for key, tensor in _own_tensors(module):
-            is_matrix = key == "weight" and tensor.dim() == 2
-            yield _Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and is_matrix)
+        # A router is small, and its choice flips on the smallest error: it stays float32.
+        packed = packed and self._roles[name] != "router" and type(module).__name__ in _PACKED_CLASSES
+        for key, _ in _own_tensors(module):
+            yield _Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and key == "weight")
 
     def _format(self, rule: Rule, name: str, stack: _Stack) -> WeightFormat:
         """The format in which a matrix is held."""
@@ -168,6 +175,9 @@ class _Planner:
             return stack.refs[0].format
         return fmt
 
+    def _is_tied(self, head: nn.Module) -> bool:
+        return head.weight is self._model.get_input_embeddings().weight
+
     def _active_share(self, name: str) -> float:
         """Share of a MoE block's routed experts that one token uses."""
         config = self._model.config.get_text_config()
@@ -176,7 +186,7 @@ class _Planner:
             active = active[int(next(part for part in name.split(".") if part.isdecimal()))]
         if not isinstance(active, int) or active < 1:
             raise PlanError(f"'{name}': the config's num_experts_per_tok is {active}: expected a positive number.")
-        return min(1.0, active / len(self._weight_map.experts(name).up))
+        return min(1.0, active / self._weight_map.experts(name).num_experts)
 
     def _warnings(self, plan: Plan) -> Iterator[str]:
         for rule in self._rules.rules:
@@ -203,11 +213,6 @@ def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield key, buffer
 
 
-def _is_replaceable(module: nn.Module) -> bool:
-    class_name = type(module).__name__
-    return class_name in _PACKED_CLASSES or class_name.endswith("RMSNorm")
-
-
 def _projection(name: str) -> str:
     """The last word of a name without "_proj": "gate" of "model.layers.0.mlp.gate_proj"."""
     return name.rpartition(".")[2].removesuffix("_proj")
@@ -220,7 +225,7 @@ def _nbytes(fmt: WeightFormat, stack: _Stack) -> int:
     return math.prod(stack.shape) * _FLOAT_BYTES
 
 
-def _kv_bytes(attention: nn.Module, implementation: Implementation) -> int:
+def _kv_bytes(attention: Any, implementation: Implementation) -> int:
     """Bytes of cache per position: MLA's latent and rotary key, or keys and values; 0 for linear attention.
 
     The stock MLA caches the expanded keys and values of all heads.

@@ -8,7 +8,7 @@ import pytest
 from moesaic.errors import UnsupportedFormatError
 from moesaic.quant import FORMATS, format_from_ggml, format_from_safetensors_dtype, get_format
 
-ISSUE_FORMATS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K".split()
+ISSUE_FORMATS = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 
 
 def test_the_formats_of_the_first_release_are_there() -> None:
@@ -36,7 +36,7 @@ def test_sizes_of_rows_and_matrices() -> None:
 
 
 def test_unknown_names_and_numbers_are_refused() -> None:
-    with pytest.raises(UnsupportedFormatError, match="'Q4_K_M' is no weight format: expected one of .*Q4_K"):
+    with pytest.raises(UnsupportedFormatError, match=r"'Q4_K_M' is no weight format: expected one of .*Q4_K"):
         get_format("Q4_K_M")
     with pytest.raises(UnsupportedFormatError, match="ggml type 26 cannot be read"):  # I32
         format_from_ggml(26)

@@ -143,7 +143,7 @@ def _cpu_quota(root: Path) -> float | None:
 
 def _meminfo(root: Path) -> tuple[int, int]:
     """DRAM of the machine in bytes: total, and available without swapping."""
-    fields = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
+    fields: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB$", _read(root / "proc/meminfo"), re.MULTILINE))
     if "MemTotal" in fields:
         total = int(fields["MemTotal"]) * 1024
         return total, int(fields.get("MemAvailable", fields["MemTotal"])) * 1024
@@ -177,7 +177,7 @@ def _cgroup_memory(root: Path) -> tuple[int | None, int]:
         limit_text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
         if limit_text.isdecimal() and int(limit_text) < _UNLIMITED:
             usage = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
-            stat = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.MULTILINE))
+            stat: dict[str, str] = dict(re.findall(r"^(\w+) (\d+)$", _read(folder / "memory.stat"), re.MULTILINE))
             droppable = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
             candidate = (int(limit_text), max(0, int(usage or "0") - droppable))
             if tightest is None or candidate[0] - candidate[1] < tightest[0] - tightest[1]:

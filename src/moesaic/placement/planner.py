@@ -101,7 +101,7 @@ class _Planner:
             return True
         return next(_own_tensors(module), None) is not None
 
-    def _place(self, name: str, module: nn.Module) -> Placement:
+    def _place(self, name: str, module: Any) -> Placement:
         role, class_name = self._roles[name], type(module).__name__
         rule = self._rules.find(name, role, class_name)
         self._used.add(rule)

@@ -157,7 +157,7 @@ class _Reader:
         keys = self._mapping(node, "a rule", ("match", "implementation", "device", "format"), required=("match",))
         if len(keys) == 1:
             raise self._error(node, "the rule only matches: expected 'implementation', 'device' or 'format' as well.")
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(self._match(keys["match"]))
         if "implementation" in keys:
             options["implementation"] = self._choice(keys["implementation"], "implementation", _IMPLEMENTATIONS)
         if "device" in keys:
@@ -166,7 +166,7 @@ class _Reader:
             options["formats"] = self._formats(keys["format"])
             if options.get("implementation") == "transformers" and set(options["formats"].values()) != {KEEP}:
                 raise self._error(keys["format"], "a transformers module holds F32 weights: leave 'format' out.")
-        return Rule(**self._match(keys["match"]), **options, line=node.start_mark.line + 1)
+        return Rule(**options, line=node.start_mark.line + 1)
 
     def _match(self, node: yaml.Node) -> dict[str, tuple[str, ...]]:
         keys = self._mapping(node, "match", ("role", "name", "class"))

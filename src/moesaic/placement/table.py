@@ -39,7 +39,7 @@ def render(plan: Plan) -> str:
         group.bytes_per_token += entry.bytes_per_token
         if layer is not None:
             group.layers.append(layer)
-    rows = [_HEADER]
+    rows: list[tuple[str, ...]] = [_HEADER]
     for (name, *cells), group in groups.items():
         module = name.replace("{}", f"[{_ranges(group.layers)}]") if group.layers else name
         sizes = (format_bytes(group.nbytes), format_bytes(group.bytes_per_token))

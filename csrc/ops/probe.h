@@ -1,0 +1,32 @@
+// What this machine can reach: the yardsticks that kernels are measured with.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace moesaic {
+
+struct ProbeKernels {
+    // Reads n floats (a multiple of 128); the sum keeps the compiler from leaving the reads out.
+    float (*sum)(const float* p, int64_t n);
+    // Independent multiply-adds in registers; each returns how many operations (2 per multiply-add) it did.
+    int64_t (*multiply_add_f32)(int64_t rounds, float* sink);
+    int64_t (*dot_i8)(int64_t rounds, float* sink);
+};
+MOESAIC_DECLARE_KERNELS(ProbeKernels, probe_kernels)
+
+struct Rates {
+    double best, median;  // of the repetitions
+};
+
+// Rate in GB/s at which the team reads num_bytes of memory, each thread a part that it allocated and touched itself.
+// Repeats for about `seconds`, at least three times. Throws std::bad_alloc.
+Rates read_bandwidth(int64_t num_bytes, double seconds);
+
+enum class PeakKind : int32_t { kMultiplyAddF32 = 0, kDotI8 = 1 };
+
+// Rate in 10^9 operations per second of the whole team, from registers.
+Rates peak_ops(PeakKind kind, double seconds);
+
+}  // namespace moesaic

@@ -2,6 +2,7 @@
 
     MOESAIC_ISA        force an instruction set ("generic", "avx2", "avx512")
     MOESAIC_THREADS    number of worker threads (default: the physical cores this process may use)
+    XDG_STATE_HOME     folder for what programs remember, such as the chat's line history (default: ~/.local/state)
 
 It does not know what the settings are used for.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from moesaic.errors import ConfigError
 
@@ -24,10 +26,12 @@ class Settings:
     Attributes:
         isa: name of the instruction set to force.
         threads: number of worker threads, at least 1.
+        state_dir: folder of what Moesaic remembers between runs; it need not exist.
     """
 
     isa: str | None = None
     threads: int | None = None
+    state_dir: Path = Path()
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -43,4 +47,9 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         if not threads_text.isdecimal() or int(threads_text) < 1:
             raise ConfigError(f"MOESAIC_THREADS is '{threads_text}': expected a whole number of at least 1.")
         threads = int(threads_text)
-    return Settings(isa=env.get("MOESAIC_ISA", "").strip().lower() or None, threads=threads)
+    state_home = env.get("XDG_STATE_HOME", "")
+    # The XDG specification: a relative path is invalid and to be ignored.
+    state = Path(state_home) if state_home.startswith("/") else Path.home() / ".local" / "state"
+    return Settings(
+        isa=env.get("MOESAIC_ISA", "").strip().lower() or None, threads=threads, state_dir=state / "moesaic"
+    )

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from moesaic.errors import CheckpointError, UnsupportedModelError
+from moesaic.models.families import family_of
+from moesaic.models.gguf_metadata import GgufMetadata
 from moesaic.weights import Checkpoint
 
 __all__ = ["config_for", "config_from_dict"]
@@ -25,7 +27,9 @@ def config_for(checkpoint: Checkpoint) -> PretrainedConfig:
         UnsupportedModelError: the architecture is unknown here or in transformers.
         CheckpointError: the metadata contradict the tensors or themselves.
     """
-    config = config_from_dict(dict(checkpoint.metadata), checkpoint)
+    if checkpoint.kind == "gguf":
+        return _config_from_gguf(checkpoint)
+    config = config_from_dict(checkpoint.metadata, checkpoint)
     num_layers = getattr(config, "num_hidden_layers", None)
     if type(num_layers) is not int or not 0 < num_layers <= len(checkpoint.tensors):
         raise CheckpointError(
@@ -34,6 +38,17 @@ def config_for(checkpoint: Checkpoint) -> PretrainedConfig:
             tensor="num_hidden_layers",
         )
     return config
+
+
+def _config_from_gguf(checkpoint: Checkpoint) -> PretrainedConfig:
+    """The config that a GGUF's metadata describe, by the file's family."""
+    metadata = GgufMetadata(checkpoint)
+    family = family_of(metadata)
+    fields = family.config_fields(metadata)
+    try:
+        return CONFIG_MAPPING[family.model_type](**fields)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(checkpoint.path, f"the metadata are refused by transformers: {error}") from error
 
 
 def config_from_dict(values: Mapping[str, object], checkpoint: Checkpoint) -> PretrainedConfig:

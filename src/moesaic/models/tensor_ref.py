@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,15 @@ def _encode(values: torch.Tensor, weight_format: WeightFormat) -> np.ndarray:
     stored = values.to(_TORCH_DTYPES[weight_format.name]).contiguous()
     rows = math.prod(values.shape[:-1])
     return stored.reshape(-1).view(torch.uint8).numpy().reshape(rows, -1)
+
+
+def _derived(ref: TensorRef, rows: Rows, then: Transform | None, keeps: bool) -> dict[str, Any]:
+    """Format and shape of a selection; values that are rearranged cannot stay quantised."""
+    num_rows = len(range(ref.shape[0])[rows]) if isinstance(rows, slice) else len(rows)
+    shape = (num_rows, *ref.shape[1:])
+    if then is not None:
+        shape = tuple(then(torch.empty(shape, device="meta")).shape)
+    return {"shape": shape, "format": ref.format if keeps or not ref.format.is_quantized else get_format("F32")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class TensorRef:
         """Bytes in `format`, uint8 `[rows, row_bytes]`; a view of the file where nothing is rearranged."""
         if self.transform is not None:
             return _encode(self.read_float(checkpoint), self.format)
-        return self._stored(checkpoint)[0]
+        return self._stored(checkpoint)[0].reshape(math.prod(self.shape[:-1]), -1)
 
     def read_float(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Values as float32 in `shape`, in memory of their own."""
@@ -80,11 +90,26 @@ class TensorRef:
         values = torch.from_numpy(np.array(dequantize(np.ascontiguousarray(raw), info.format, cols))).reshape(shape)
         if self.transform is not None:
             values = self.transform(values).contiguous()
+        elif values.numel() == math.prod(self.shape):
+            values = values.reshape(self.shape)  # containers differ in dimensions of size 1
         if tuple(values.shape) != self.shape:
             raise CheckpointError(
                 checkpoint.path, f"gives the shape {list(values.shape)}: expected {list(self.shape)}.", tensor=self.name
             )
         return values
+
+    def select(self, rows: Rows, then: Transform | None = None) -> TensorRef:
+        """A reference to chosen rows of this one, rearranged by `then`; without it quantised rows keep their bits."""
+        before = self.transform
+        if before is None and (self.rows is None or isinstance(self.rows, np.ndarray)):
+            chosen = rows if self.rows is None else self.rows[rows]
+            return replace(self, **_derived(self, rows, then, keeps=then is None), rows=chosen, transform=then)
+
+        def transform(values: torch.Tensor) -> torch.Tensor:
+            picked = (values if before is None else before(values))[rows]
+            return picked if then is None else then(picked)
+
+        return replace(self, **_derived(self, rows, then, keeps=False), transform=transform)
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[np.ndarray, tuple[int, ...]]:
         """The chosen rows as stored, and the shape that they have there."""
@@ -131,14 +156,21 @@ class JoinedRef(TensorRef):
 
     def read_raw(self, checkpoint: Checkpoint) -> np.ndarray:
         """Bytes in `format`, uint8 `[rows, row_bytes]`."""
-        if self.join is None and all(part.format == self.format for part in self.parts):
-            return np.concatenate([part.read_raw(checkpoint) for part in self.parts])
+        same = all(part.format == self.format for part in self.parts)
+        if self.join is None and self.transform is None and same:
+            raw = np.concatenate([part.read_raw(checkpoint) for part in self.parts])
+            return raw if self.rows is None else raw[self.rows]
         return _encode(self.read_float(checkpoint), self.format)
 
     def read_float(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Values as float32 in `shape`."""
         values = [part.read_float(checkpoint) for part in self.parts]
-        joined = torch.cat(values) if self.join is None else self.join(values).contiguous()
+        joined = torch.cat(values) if self.join is None else self.join(values)
+        if self.rows is not None:
+            joined = joined[self.rows]
+        if self.transform is not None:
+            joined = self.transform(joined)
+        joined = joined.contiguous()
         if tuple(joined.shape) != self.shape:
             raise CheckpointError(
                 checkpoint.path, f"give the shape {list(joined.shape)}: expected {list(self.shape)}.", tensor=self.name

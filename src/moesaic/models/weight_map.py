@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.models.expert_layout import expert_modules
+from moesaic.models.gguf_map import map_gguf
 from moesaic.models.safetensors_map import map_safetensors
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
 from moesaic.weights import Checkpoint
@@ -106,7 +107,7 @@ def build_weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightMa
         CheckpointError: a tensor has another shape than the model wants.
         UnsupportedModelError: the model stores its weights in a way that is not known here.
     """
-    mappers = {"safetensors": map_safetensors}
+    mappers = {"safetensors": map_safetensors, "gguf": map_gguf}
     parameters, experts, mla = mappers[checkpoint.kind](model, checkpoint)
     _add_tied(model, parameters)
     wanted = _wanted_shapes(model)

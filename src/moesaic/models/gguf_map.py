@@ -17,7 +17,7 @@ from moesaic.models.families import family_for
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef, whole
 from moesaic.weights import Checkpoint, TensorInfo
 
-__all__ = ["map_gguf", "name_map"]
+__all__ = ["layer_of", "map_gguf", "name_map"]
 
 
 def name_map(family: Family, num_layers: int) -> gguf.TensorNameMap:
@@ -40,7 +40,7 @@ def map_gguf(
     tensors = checkpoint.tensors
     experts: dict[str, ExpertRefs] = {}
     for name, module in expert_modules(model).items():
-        refs = _expert_refs(_layer_of(name), tensors)
+        refs = _expert_refs(layer_of(name), tensors)
         if refs is not None:
             check_experts(name, module, refs, checkpoint)
             experts[name] = refs
@@ -54,7 +54,8 @@ def map_gguf(
     return parameters, experts, family.mla_refs(model, tensors)
 
 
-def _layer_of(module: str) -> int:
+def layer_of(module: str) -> int:
+    """Number of the layer that a module belongs to: the first number in its name."""
     return next(int(part) for part in module.split(".") if part.isdecimal())
 
 

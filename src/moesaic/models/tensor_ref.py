@@ -101,7 +101,7 @@ class TensorRef:
     def select(self, rows: Rows, then: Transform | None = None) -> TensorRef:
         """A reference to chosen rows of this one, rearranged by `then`; without it quantised rows keep their bits."""
         before = self.transform
-        if before is None and (self.rows is None or isinstance(self.rows, np.ndarray)):
+        if before is None and len(self.shape) > 1 and (self.rows is None or isinstance(self.rows, np.ndarray)):
             chosen = rows if self.rows is None else self.rows[rows]
             return replace(self, **_derived(self, rows, then, keeps=then is None), rows=chosen, transform=then)
 

@@ -1,0 +1,92 @@
+"""`moesaic bench`: how fast this computer decodes or prefills a model, and how near that is to its memory's limit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from moesaic.cli.options import add_threads_argument, positive_int
+from moesaic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moesaic.engine.bench import BenchResult
+
+__all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
+
+HELP = "measure decode or prefill speed"
+DESCRIPTION = (
+    "Measure tokens per second of decode (one token after another) or prefill (a whole prompt), on MODEL or on a model "
+    "of real dimensions with random weights that is built in memory (--synthetic)."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moesaic bench`."""
+    parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model as for 'moesaic run'")
+    parser.add_argument("--synthetic", metavar="PRESET", help="random weights of these dimensions; 'list' shows all")
+    parser.add_argument("--format", default="Q4_K", metavar="F", help="weight format of a synthetic model (Q4_K)")
+    parser.add_argument("--layers", type=positive_int, metavar="N", help="layers of a synthetic model (default: all)")
+    parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="tokens to decode (32)")
+    parser.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt (decode: 16, prefill: 512)")
+    parser.add_argument("--repeat", type=positive_int, default=3, metavar="N", help="take the median of N runs (3)")
+    add_threads_argument(parser)
+    parser.add_argument("--gguf", metavar="FILE", help="take MODEL's weights from this GGUF file")
+    parser.add_argument("--plan", default="auto", metavar="PLAN", help="auto, cpu, or a YAML file of placement rules")
+    parser.add_argument("--offline", action="store_true", help="use only what is on this computer already")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build or load the model, measure, print."""
+    if (arguments.model is None) == (arguments.synthetic is None):
+        raise ConfigError("bench needs either MODEL or --synthetic PRESET ('--synthetic list' shows the presets).")
+    if arguments.synthetic == "list":
+        from moesaic.engine.presets import PRESETS
+
+        print("\n".join(f"{name:<18} {preset.description}" for name, preset in PRESETS.items()))
+        return 0
+    from moesaic.engine.bench import measure
+
+    result = measure(
+        arguments.what,
+        model=arguments.model,
+        preset=arguments.synthetic,
+        weight_format=arguments.format,
+        num_layers=arguments.layers,
+        num_tokens=arguments.tokens,
+        prompt_tokens=arguments.prompt_tokens or (16 if arguments.what == "decode" else 512),
+        repeat=arguments.repeat,
+        threads=arguments.threads,
+        gguf=arguments.gguf,
+        plan=arguments.plan,
+        offline=arguments.offline,
+        progress=sys.stderr.isatty(),
+    )
+    print(json.dumps(asdict(result), indent=2) if arguments.json else _render(result))
+    return 0
+
+
+def _render(result: BenchResult) -> str:
+    spread = f"{min(result.runs):.2f} to {max(result.runs):.2f} in {len(result.runs)} runs"
+    lines = [
+        f"{result.model}, {result.weight_format}, {result.num_layers} of {result.total_layers} layers, "
+        f"{result.threads} threads, {result.isa}",
+        f"{result.what}: {result.tokens_per_second:.2f} tok/s (median; {spread})",
+        f"weights: {result.nbytes / 1e9:.2f} GB, {result.bytes_per_token / 1e9:.3f} GB read per token",
+    ]
+    if result.gigabytes_per_second is not None:
+        lines.append(
+            f"read: {result.gigabytes_per_second:.1f} GB/s, {result.bandwidth_share:.0%} of the "
+            f"{result.read_bandwidth:.1f} GB/s that this computer reads"
+        )
+    lines.append(f"outside native calls: {result.python_share:.1%} of the time")
+    if result.extrapolated_tokens_per_second is not None:
+        lines.append(
+            f"extrapolated (not measured) to all {result.total_layers} layers: "
+            f"{result.extrapolated_tokens_per_second:.2f} tok/s"
+        )
+    return "\n".join(lines)

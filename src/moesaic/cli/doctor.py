@@ -1,0 +1,193 @@
+"""`moesaic doctor`: what this computer can do, and what stands in the way, with advice.
+
+Every fact is read or measured here and now. A broken installation is what people run this for, so each import may fail
+and becomes a problem of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+
+from moesaic.config import read_settings
+from moesaic.placement.hardware import Hardware, detect_hardware
+
+__all__ = ["DESCRIPTION", "HELP", "Report", "add_arguments", "diagnose", "run"]
+
+HELP = "show what this computer can do and what is wrong"
+DESCRIPTION = (
+    "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its measured read bandwidth, "
+    "GPUs, versions, and every problem found with advice. Exit code 1 if something must be mended."
+)
+
+_MINIMUM_VERSIONS = {"torch": (2, 11), "transformers": (5, 17)}
+_OTHER_PACKAGES = ("moesaic", "numpy", "gguf", "safetensors", "tokenizers", "huggingface_hub")
+_PROBE_BYTES = 1 << 30
+_PROBE_SECONDS = 1.0
+_GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something wrong; `serious` keeps models from running, the rest makes them slow or small."""
+
+    text: str
+    advice: str
+    serious: bool = False
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found; sizes in bytes, bandwidth in GB/s (None if it could not be measured)."""
+
+    hardware: Hardware
+    versions: dict[str, str | None]
+    isas: list[str] = field(default_factory=list)
+    active_isa: str | None = None
+    cpu_features: dict[str, bool] = field(default_factory=dict)
+    num_threads: int | None = None
+    read_bandwidth: float | None = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `moesaic doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 1 if there is a serious problem."""
+    report = diagnose(detect_hardware(with_gpus=True))
+    print(json.dumps(asdict(report), indent=2) if arguments.json else _render(report))
+    return int(any(problem.serious for problem in report.problems))
+
+
+def diagnose(hardware: Hardware) -> Report:
+    """Examine the installation and the computer."""
+    report = Report(hardware, _versions())
+    _examine_versions(report)
+    _examine_native(report)
+    _examine_cpu(report)
+    _examine_memory(report)
+    _examine_gpus(report)
+    return report
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in (*_OTHER_PACKAGES, *_MINIMUM_VERSIONS):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _examine_versions(report: Report) -> None:
+    for package, minimum in _MINIMUM_VERSIONS.items():
+        version, wanted = report.versions[package], ".".join(map(str, minimum))
+        if version is None:
+            advice = f"pip install '{package}>={wanted}'"
+            report.problems.append(Problem(f"{package} is not installed", advice, serious=True))
+        elif tuple(int(part) for part in version.split(".")[:2] if part.isdecimal()) < minimum:
+            text = f"{package} {version} is older than {wanted}, the oldest version supported"
+            report.problems.append(Problem(text, f"pip install -U '{package}>={wanted}'", serious=True))
+
+
+def _examine_native(report: Report) -> None:
+    try:
+        from moesaic import _native
+    except ImportError as error:
+        advice = "reinstall moesaic for this Python version (pip install --force-reinstall moesaic)"
+        report.problems.append(Problem(f"the native extension cannot be loaded: {error}", advice, serious=True))
+        return
+    settings = read_settings()
+    report.isas, report.cpu_features = _native.isas(), _native.cpu_features()
+    if settings.isa is not None:
+        try:
+            _native.set_isa(settings.isa)
+        except ValueError as error:
+            advice = f"set MOESAIC_ISA to one of {', '.join(report.isas)}, or unset it"
+            report.problems.append(Problem(f"MOESAIC_ISA={settings.isa}: {error}", advice, serious=True))
+    if settings.threads is not None:
+        _native.set_num_threads(settings.threads)
+    report.active_isa, report.num_threads = _native.active_isa(), _native.num_threads()
+    probe_bytes = min(_PROBE_BYTES, report.hardware.dram_available // 4)
+    report.read_bandwidth = float(_native.read_bandwidth(probe_bytes, _PROBE_SECONDS)[0])
+
+
+def _examine_cpu(report: Report) -> None:
+    hardware = report.hardware
+    if report.active_isa is not None and report.active_isa != report.isas[0]:
+        text = f"the instruction set {report.active_isa} is used although {report.isas[0]} is available"
+        report.problems.append(Problem(text, "unset MOESAIC_ISA unless you want this"))
+    if report.active_isa == "generic" and report.isas[0] == "generic":
+        text = "this processor has neither AVX2 nor AVX-512: portable code is used, which is several times slower"
+        report.problems.append(Problem(text, "in a virtual machine, let it see the host's processor (cpu: host)"))
+    threads = report.num_threads or hardware.num_cores
+    if hardware.cpu_quota is not None and hardware.cpu_quota < threads:
+        text = f"the container may use {hardware.cpu_quota:g} CPUs, but {threads} threads would run"
+        advice = f"raise the container's CPU limit, or use --threads {max(1, int(hardware.cpu_quota))}"
+        report.problems.append(Problem(text, advice))
+    if threads > hardware.num_cores:
+        text = f"{threads} threads share {hardware.num_cores} physical cores: decode gets slower, not faster"
+        report.problems.append(Problem(text, f"use --threads {hardware.num_cores}, or unset MOESAIC_THREADS"))
+
+
+def _examine_memory(report: Report) -> None:
+    hardware = report.hardware
+    if hardware.dram_limited:
+        text = f"a container limit leaves {hardware.dram_total / _GIB:.1f} GiB of the machine's DRAM"
+        report.problems.append(Problem(text, "raise the memory limit of the container for larger models"))
+    if hardware.dram_available < hardware.dram_total // 2:
+        text = (
+            f"only {hardware.dram_available / _GIB:.1f} of {hardware.dram_total / _GIB:.1f} GiB of DRAM are available"
+        )
+        report.problems.append(Problem(text, "close other programs before running a large model"))
+    if len(hardware.numa_nodes) > 1:
+        text = f"the DRAM lies on {len(hardware.numa_nodes)} NUMA nodes, which this version does not divide work over"
+        advice = "start with 'numactl --interleave=all moesaic ...' so that all memory channels are read"
+        report.problems.append(Problem(text, advice))
+
+
+def _examine_gpus(report: Report) -> None:
+    for gpu in report.hardware.gpus:
+        if gpu.problem:
+            report.problems.append(
+                Problem(f"{gpu.name}: {gpu.problem}", "mend the driver if you want to use this card")
+            )
+    if report.hardware.gpus:
+        text = "this version computes on the CPU only: the graphics card is not used"
+        report.problems.append(Problem(text, "nothing to do; models run from DRAM"))
+
+
+def _render(report: Report) -> str:
+    hardware = report.hardware
+    features = " ".join(name for name, present in report.cpu_features.items() if present) or "unknown"
+    quota = "" if hardware.cpu_quota is None else f", container limit {hardware.cpu_quota:g} CPUs"
+    nodes = [
+        f"node {node.node}: {len(node.cpus)} CPUs, {node.dram_total / _GIB:.1f} GiB" for node in hardware.numa_nodes
+    ]
+    bandwidth = "not measured" if report.read_bandwidth is None else f"{report.read_bandwidth:.1f} GB/s"
+    gpus = [f"{gpu.name}, {gpu.memory_total / _GIB:.1f} GiB {gpu.driver}".rstrip() for gpu in hardware.gpus]
+    versions = ", ".join(f"{name} {version or 'missing'}" for name, version in report.versions.items())
+    facts = [
+        ("processor", hardware.cpu),
+        ("features", features),
+        ("instruction set", f"{report.active_isa or 'none'} (usable: {', '.join(report.isas) or 'none'})"),
+        ("cores", f"{hardware.num_cores} physical, {hardware.num_cpus} logical{quota}"),
+        ("threads", str(report.num_threads or "unknown")),
+        ("NUMA", "; ".join(nodes)),
+        ("DRAM", f"{hardware.dram_total / _GIB:.1f} GiB, {hardware.dram_available / _GIB:.1f} GiB available"),
+        ("read bandwidth", bandwidth),
+        ("GPUs", "; ".join(gpus) or "none"),
+        ("versions", versions),
+    ]
+    lines = [f"{name:<16} {value}" for name, value in facts]
+    lines.append("")
+    for problem in report.problems:
+        lines += [f"{'PROBLEM' if problem.serious else 'note'}: {problem.text}", f"  -> {problem.advice}"]
+    return "\n".join(lines if report.problems else [*lines, "no problems found"])

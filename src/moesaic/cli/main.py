@@ -1,0 +1,67 @@
+"""Entry point of the `moesaic` command: the parser, and how errors end.
+
+Only argparse is imported here; a subcommand's module imports what it needs when it runs, so that `moesaic --help` and
+`--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from moesaic import __version__
+from moesaic.cli import bench, doctor, plan, quantize, run
+from moesaic.errors import ConfigError, MoesaicError
+
+__all__ = ["build_parser", "main"]
+
+_FAILURE, _USAGE, _INTERRUPTED = 1, 2, 130
+_EXAMPLES = """\
+examples:
+  moesaic run demo                               talk to the built-in model
+  moesaic run org/name:Q4_K_M "Why is the sky blue?"
+  moesaic plan ./model.gguf                      what it would take, before anything is loaded
+  moesaic doctor                                 what this computer can do
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; each subcommand sets `run`, which takes the parsed arguments."""
+    parser = argparse.ArgumentParser(
+        prog="moesaic",
+        description="Run mixture-of-experts language models on the hardware you have.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in (run, plan, doctor, quantize, bench):
+        name = module.__name__.rpartition(".")[2]
+        command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except MoesaicError as error:
+        if arguments.debug:
+            raise
+        print(f"moesaic: {error}", file=sys.stderr)
+        return _USAGE if isinstance(error, ConfigError) else _FAILURE
+    except BrokenPipeError:  # the reader of our output (head, less) has left
+        sys.stderr.close()
+        return _FAILURE
+    except KeyboardInterrupt:
+        print("moesaic: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

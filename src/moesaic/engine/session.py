@@ -1,0 +1,311 @@
+"""One conversation with a loaded model: token ids in, streamed text and timings out.
+
+Between two answers the cache is kept, so that a longer conversation only computes what is new. This module knows
+`generate()` and tokenizers; it knows neither terminals nor how the model was loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
+
+from moesaic.errors import ConfigError, GenerationError
+from moesaic.kvcache import GrowingCache
+
+__all__ = ["Answer", "Sampling", "Session"]
+
+# Where neither the caller nor the model's generation_config says anything.
+_DEFAULT_TEMPERATURE = 0.7
+_DEFAULT_TOP_P = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; None leaves it to the model's `generation_config`.
+
+    Attributes:
+        max_tokens: most tokens to generate; None until the model stops or its context is full.
+        temperature: 0 always takes the likeliest token.
+        top_p: keep the likeliest tokens that together have this probability.
+        top_k: keep this many of the likeliest tokens; 0 keeps all.
+        seed: for the same answer again; None draws one.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {"max_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1), "top_k": (0, math.inf)}
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                upper = "" if high == math.inf else f" and at most {high}"
+                raise ConfigError(f"{name} is {value}: expected at least {low}{upper}.")
+
+    def asked(self) -> dict[str, float]:
+        """The values that change the model's generation config, by their names there."""
+        values = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(slots=True)
+class Answer:
+    """What was generated, and how fast.
+
+    Attributes:
+        text: the answer without special tokens.
+        finish_reason: the model stopped, the length was reached, or the caller stopped it.
+        prompt_tokens: tokens of the prompt.
+        cached_tokens: how many of them the cache still held.
+        generated_tokens: tokens generated, the one that stops included.
+        prefill_seconds: until the first token was chosen.
+        decode_seconds: from there to the last.
+        seed: that sampled it, None where nothing was sampled.
+    """
+
+    text: str = ""
+    finish_reason: Literal["stop", "length", "interrupted"] = "stop"
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    seed: int | None = None
+
+    @property
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens computed per second; None before the first token."""
+        return (self.prompt_tokens - self.cached_tokens) / self.prefill_seconds if self.prefill_seconds else None
+
+    @property
+    def decode_rate(self) -> float | None:
+        """Tokens per second after the first; None if there was only one."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.generated_tokens > 1 else None
+
+
+@dataclass(slots=True)
+class Session:
+    """A model, its tokenizer, and the cache of what they computed last."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    _cache: GrowingCache | None = field(default=None, init=False)
+    _cached_ids: list[int] = field(default_factory=list, init=False)
+
+    @property
+    def context_length(self) -> int | None:
+        """Most tokens of prompt and answer together, None if the config does not say."""
+        length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Token ids of plain text, with the tokenizer's own special tokens around it."""
+        return list(self.tokenizer(text)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins.
+
+        Raises:
+            GenerationError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise GenerationError("this model's tokenizer has no chat template: continue plain text with --raw.")
+        try:
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the model's author and may raise anything
+            raise GenerationError(f"the chat template refuses this conversation: {error}") from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def answer(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        on_text: Callable[[str], None] = lambda text: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Generate the continuation of a prompt.
+
+        Args:
+            prompt_ids: the whole conversation so far; the part that the cache holds is not computed again.
+            sampling: how tokens are chosen.
+            on_text: called with each new piece of text.
+            should_stop: asked after every token; the answer ends when it is true.
+
+        Raises:
+            GenerationError: the prompt is empty or leaves no room for an answer in the model's context.
+        """
+        room = self._room(len(prompt_ids))
+        config = _generation_config(self.model.generation_config, self.tokenizer, sampling)
+        limit = sampling.max_tokens if room is None else min(room, sampling.max_tokens or room)
+        config.max_new_tokens = limit if limit is not None else 1 << 31
+        config.max_length = None
+        answer = Answer(prompt_tokens=len(prompt_ids), seed=_seed(config, sampling.seed))
+        cache, answer.cached_tokens = self._take_cache(prompt_ids)
+        streamer = _Streamer(self.tokenizer, len(prompt_ids), on_text)
+        input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
+        try:
+            self.model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                past_key_values=cache,
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
+            )
+            self._cache, self._cached_ids = cache, [*prompt_ids, *streamer.ids][: cache.get_seq_length()]
+        except KeyboardInterrupt:  # in the middle of a forward: the layers' caches differ in length and are dropped
+            answer.finish_reason = "interrupted"
+        streamer.fill(answer)
+        if answer.finish_reason != "interrupted":
+            answer.finish_reason = self._finish_reason(streamer.ids, config, should_stop)
+        return answer
+
+    def forget(self) -> None:
+        """Give the cache's memory back."""
+        self._cache, self._cached_ids = None, []
+
+    def _room(self, prompt_tokens: int) -> int | None:
+        if prompt_tokens == 0:
+            raise GenerationError("the prompt is empty: nothing to continue.")
+        if self.context_length is None:
+            return None
+        if prompt_tokens >= self.context_length:
+            raise GenerationError(
+                f"the prompt has {prompt_tokens} tokens, but the model's context is {self.context_length}: shorten it, "
+                "or start a new conversation (/reset)."
+            )
+        return self.context_length - prompt_tokens
+
+    def _take_cache(self, prompt_ids: Sequence[int]) -> tuple[GrowingCache, int]:
+        """A cache cut to the prefix that it shares with the prompt, and the length of that prefix."""
+        cache, cached_ids = self._cache, self._cached_ids
+        self.forget()  # whatever happens below, a cache that is in use is not kept as a valid one
+        shared = 0
+        while shared < min(len(cached_ids), len(prompt_ids) - 1) and cached_ids[shared] == prompt_ids[shared]:
+            shared += 1
+        if cache is None or shared == 0:
+            return GrowingCache(self.model.config), 0
+        if shared < cache.get_seq_length():
+            if any(cache.is_sliding) or any(cache.is_linear):  # these layers no longer have what came before
+                return GrowingCache(self.model.config), 0
+            cache.crop(shared - cache.get_seq_length())
+        return cache, shared
+
+    def _finish_reason(
+        self, ids: Sequence[int], config: GenerationConfig, should_stop: Callable[[], bool]
+    ) -> Literal["stop", "length", "interrupted"]:
+        if ids and ids[-1] in _stop_ids(config):
+            return "stop"
+        return "interrupted" if should_stop() else "length"
+
+
+class _Stop(StoppingCriteria):
+    """Ends a generation when the caller says so."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)
+
+
+class _Streamer(BaseStreamer):
+    """Turns tokens into text while they come, and takes the times."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._on_text = tokenizer, on_text
+        self._prompt_tokens_left = prompt_tokens
+        self._pending_from = 0  # first token whose text has not been handed out
+        self._started = self._first = self._last = time.perf_counter()
+        self.ids: list[int] = []
+        self.text = ""
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_tokens_left:  # generate() hands the prompt over first
+            self._prompt_tokens_left = 0
+            return
+        self._last = time.perf_counter()
+        if not self.ids:
+            self._first = self._last
+        self.ids.extend(value.flatten().tolist())
+        self._flush(final=False)
+
+    def end(self) -> None:
+        self._flush(final=True)
+
+    def fill(self, answer: Answer) -> None:
+        """Write down what was generated and how long it took."""
+        self._flush(final=True)
+        answer.text, answer.generated_tokens = self.text, len(self.ids)
+        if self.ids:
+            answer.prefill_seconds = self._first - self._started
+            answer.decode_seconds = self._last - self._first
+
+    def _flush(self, final: bool) -> None:
+        """Hand out the text of pending tokens, unless it ends within a character.
+
+        A token's text can depend on the one before it (leading spaces), so the last handed-out token is decoded again.
+        """
+        context = max(0, self._pending_from - 1)
+        before = self._decode(self.ids[context : self._pending_from])
+        text = self._decode(self.ids[context:])
+        if text.endswith("�") and not final:
+            return
+        new = text[len(before) :]
+        self._pending_from = len(self.ids)
+        if new:
+            self.text += new
+            self._on_text(new)
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True)) if ids else ""
+
+
+def _generation_config(
+    stored: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    """The model's own generation config, overruled by what the caller asks for."""
+    values = {} if stored is None else stored.to_diff_dict()
+    asked = sampling.asked()
+    if asked:
+        values |= asked
+        values["do_sample"] = values.get("temperature", 1.0) > 0
+    elif values.get("do_sample") is None and values.get("temperature") is None:
+        values |= {"do_sample": True, "temperature": _DEFAULT_TEMPERATURE, "top_p": _DEFAULT_TOP_P}
+    if not values.get("do_sample"):
+        values = {key: value for key, value in values.items() if key not in ("temperature", "top_p", "top_k", "min_p")}
+    config = GenerationConfig.from_dict(values)
+    stops = dict.fromkeys([*_stop_ids(config), *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])])
+    config.eos_token_id = list(stops) or None
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0)
+    return config
+
+
+def _stop_ids(config: GenerationConfig) -> list[int]:
+    stops = config.eos_token_id
+    if stops is None:
+        return []
+    return list(stops) if isinstance(stops, list | tuple) else [int(stops)]
+
+
+def _seed(config: GenerationConfig, seed: int | None) -> int | None:
+    if not config.do_sample:
+        return None
+    seed = secrets.randbits(31) if seed is None else seed
+    set_seed(seed)
+    return seed

@@ -1,9 +1,9 @@
-// Q4_0, Q4_1, Q5_0, Q5_1, Q8_0: blocks of 32 weights with float16 scales of their own. Eight blocks are searched at
-// once.
+// Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL: blocks of 32 weights with float16 scales of their own. Eight blocks are
+// searched at once.
 #include "quantize/affine.h"
 #include "quantize/blocks.h"
 #include "quantize/half.h"
-#include "quantize/symmetric.h"
+#include "quantize/scale.h"
 
 namespace moesaic::quantize {
 namespace {
@@ -40,24 +40,21 @@ void pack_fifth_bits(const Levels& q, std::uint8_t* out) {
     }
 }
 
-// One scale a block, levels -half_levels..half_levels-1; `store(lane_scale, levels, out)` writes a block.
-template <class Store>
-void quantize_symmetric(const float* x, const float* importance, std::int64_t cols, int half_levels, Store store) {
-    const auto limit = static_cast<float>(half_levels);
-    const SymmetricSearch search{.levels = limit, .first = -1.0F, .step = 0.25F, .num_steps = 9, .num_refinements = 2};
+// One scale a block; `store(block index, scale, levels)` writes a block.
+template <class Grid, class Store>
+void quantize_scaled(const float* x, const float* importance, std::int64_t cols, const ScaleSearch<Grid>& search,
+                     Store store) {
     const std::int64_t num_blocks = cols / kBlock;
     Blocks g;
     for (std::int64_t first = 0; first < num_blocks; first += kLanes) {
         const int count = blocks_left(num_blocks, first);
         load(x, importance, first, count, g);
-        const SymmetricFit<kLanes> fit = fit_symmetric(g, search);
+        const ScaleFit<kLanes> fit = fit_scale(g, search);
         for (int l = 0; l < count; ++l) {
             const float d = round_to_half(fit.scale[l]);
             const float inverse = reciprocal(d);
             Levels q;
-            for (int i = 0; i < kBlock; ++i) {
-                q[i] = static_cast<std::uint8_t>(round_small(clamp(g.x[i][l] * inverse, -limit, limit - 1.0F)) + limit);
-            }
+            for (int i = 0; i < kBlock; ++i) q[i] = search.grid.code(search.grid.nearest(g.x[i][l] * inverse));
             store(first + l, d, q);
         }
     }
@@ -91,11 +88,18 @@ void quantize_affine(const float* x, const float* importance, std::int64_t cols,
     }
 }
 
+constexpr ScaleSearch<UniformGrid> kFourBits{
+    .grid = {8.0F}, .first = -1.0F, .step = 0.25F, .num_steps = 9, .num_refinements = 2};
+constexpr ScaleSearch<UniformGrid> kFiveBits{
+    .grid = {16.0F}, .first = -1.0F, .step = 0.25F, .num_steps = 9, .num_refinements = 2};
+constexpr ScaleSearch<NonlinearGrid> kNonlinear{
+    .grid = {}, .first = -9.0F, .step = 3.0F, .num_steps = 7, .num_refinements = 2};
+
 }  // namespace
 
 // d:f16 qs:16
 void quantize_q4_0(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
-    quantize_symmetric(x, importance, cols, 8, [out](std::int64_t block, float d, const Levels& q) {
+    quantize_scaled(x, importance, cols, kFourBits, [out](std::int64_t block, float d, const Levels& q) {
         std::uint8_t* at = out + block * 18;
         store_half(d, at);
         pack_nibbles(q, at + 2);
@@ -114,7 +118,7 @@ void quantize_q4_1(const float* x, const float* importance, std::int64_t cols, s
 
 // d:f16 qh:4 qs:16
 void quantize_q5_0(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
-    quantize_symmetric(x, importance, cols, 16, [out](std::int64_t block, float d, const Levels& q) {
+    quantize_scaled(x, importance, cols, kFiveBits, [out](std::int64_t block, float d, const Levels& q) {
         std::uint8_t* at = out + block * 22;
         store_half(d, at);
         pack_fifth_bits(q, at + 2);
@@ -150,6 +154,15 @@ void quantize_q8_0(const float* x, const float* /*importance*/, std::int64_t col
             at[2 + i] = static_cast<std::uint8_t>(static_cast<std::int8_t>(q));
         }
     }
+}
+
+// d:f16 qs:16
+void quantize_iq4_nl(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
+    quantize_scaled(x, importance, cols, kNonlinear, [out](std::int64_t block, float d, const Levels& q) {
+        std::uint8_t* at = out + block * 18;
+        store_half(d, at);
+        pack_nibbles(q, at + 2);
+    });
 }
 
 }  // namespace moesaic::quantize

@@ -36,7 +36,12 @@ constexpr Row kRows[] = {
     {12, kLargestHalf, quantize_q4_k},
     {13, kLargestHalf, quantize_q5_k},
     {14, kLargestHalf, quantize_q6_k},
+    {20, kLargestHalf, quantize_iq4_nl},
+    {23, kLargestHalf, quantize_iq4_xs},
     {30, kLargestBfloat16, quantize_bf16},
+    {34, kLargestHalf, quantize_tq1_0},
+    {35, kLargestHalf, quantize_tq2_0},
+    {39, kLargestHalf, quantize_mxfp4},
 };
 
 const Row& find(int ggml_type) {

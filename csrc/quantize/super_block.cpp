@@ -1,10 +1,10 @@
-// Q2_K, Q3_K, Q4_K, Q5_K, Q6_K: super-blocks of 256 weights whose sub-blocks hold integer scales (and minima).
+// Q2_K - Q6_K and IQ4_XS: super-blocks of 256 weights whose sub-blocks hold integer scales (and minima).
 #include <cstring>
 
 #include "quantize/affine.h"
 #include "quantize/blocks.h"
 #include "quantize/half.h"
-#include "quantize/symmetric.h"
+#include "quantize/scale.h"
 
 namespace moesaic::quantize {
 namespace {
@@ -18,10 +18,10 @@ const float* advance(const float* importance, std::int64_t offset) {
     return importance == nullptr ? nullptr : importance + offset;
 }
 
-template <int N, int L>
-void to_levels(const float (&q)[N][L], float zero, Levels& levels) {
+template <int N, int L, class Code>
+void to_levels(const float (&q)[N][L], Code code, Levels& levels) {
     for (int l = 0; l < L; ++l) {
-        for (int i = 0; i < N; ++i) levels[l * N + i] = static_cast<std::uint8_t>(q[i][l] + zero);
+        for (int i = 0; i < N; ++i) levels[l * N + i] = code(q[i][l]);
     }
 }
 
@@ -38,25 +38,25 @@ void quantize_with_minima(const float* x, const float* importance, std::int64_t 
         gather(x + offset, advance(importance, offset), kLanes, g);
         const auto fitted = fit_affine_super_block(g, search, max_scale, kNumRounds);
         fitted.assign(g, search.max_q, q);
-        to_levels(q, 0.0F, levels);
+        to_levels(q, [](float level) { return static_cast<std::uint8_t>(level); }, levels);
         store(block, fitted, levels);
     }
 }
 
-// The same for sub-blocks of 16 weights without minima.
-template <class Store>
-void quantize_without_minima(const float* x, const float* importance, std::int64_t cols, const SymmetricSearch& search,
-                             float max_scale, Store store) {
-    constexpr int kSize = 16;
-    Group<kSize, kSuperBlock / kSize> g;
-    float q[kSize][kSuperBlock / kSize];
+// The same without minima.
+template <int N, class Grid, class Store>
+void quantize_without_minima(const float* x, const float* importance, std::int64_t cols,
+                             const ScaleSearch<Grid>& search, float max_scale, Store store) {
+    constexpr int kLanes = kSuperBlock / N;
+    Group<N, kLanes> g;
+    float q[N][kLanes];
     Levels levels;
     for (std::int64_t block = 0; block < cols / kSuperBlock; ++block) {
         const std::int64_t offset = block * kSuperBlock;
-        gather(x + offset, advance(importance, offset), kSuperBlock / kSize, g);
-        const auto fitted = fit_symmetric_super_block(g, search, max_scale, kNumRounds);
-        fitted.assign(g, search.levels, q);
-        to_levels(q, search.levels, levels);
+        gather(x + offset, advance(importance, offset), kLanes, g);
+        const auto fitted = fit_scaled_super_block(g, search, max_scale, kNumRounds);
+        fitted.assign(g, q);
+        to_levels(q, [&](float level) { return search.grid.code(level); }, levels);
         store(block, fitted, levels);
     }
 }
@@ -117,9 +117,12 @@ constexpr AffineSearch kFourBits{
     .max_q = 15.0F, .offset_at_most_zero = true, .first = -1.5F, .step = 0.25F, .num_steps = 11, .num_refinements = 2};
 constexpr AffineSearch kFiveBits{
     .max_q = 31.0F, .offset_at_most_zero = true, .first = -2.0F, .step = 0.4F, .num_steps = 9, .num_refinements = 2};
-constexpr SymmetricSearch kThreeBits{
-    .levels = 4.0F, .first = -1.0F, .step = 0.2F, .num_steps = 9, .num_refinements = 2};
-constexpr SymmetricSearch kSixBits{.levels = 32.0F, .first = -2.0F, .step = 0.4F, .num_steps = 9, .num_refinements = 2};
+constexpr ScaleSearch<UniformGrid> kThreeBits{
+    .grid = {4.0F}, .first = -1.0F, .step = 0.2F, .num_steps = 9, .num_refinements = 2};
+constexpr ScaleSearch<UniformGrid> kSixBits{
+    .grid = {32.0F}, .first = -2.0F, .step = 0.4F, .num_steps = 9, .num_refinements = 2};
+constexpr ScaleSearch<NonlinearGrid> kNonlinear{
+    .grid = {}, .first = -9.0F, .step = 3.0F, .num_steps = 7, .num_refinements = 2};
 
 }  // namespace
 
@@ -140,14 +143,14 @@ void quantize_q2_k(const float* x, const float* importance, std::int64_t cols, s
 
 // hmask:32 qs:64 scales:12 d:f16
 void quantize_q3_k(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
-    quantize_without_minima(x, importance, cols, kThreeBits, 32.0F,
-                            [out](std::int64_t block, const auto& fitted, const Levels& q) {
-                                std::uint8_t* at = out + block * 110;
-                                pack_one_bit(q, 2, at);
-                                pack_two_bits(q, at + 32);
-                                pack_six_bit_scales(fitted.scale, at + 96);
-                                store_half(fitted.d, at + 108);
-                            });
+    quantize_without_minima<16>(x, importance, cols, kThreeBits, 32.0F,
+                                [out](std::int64_t block, const auto& fitted, const Levels& q) {
+                                    std::uint8_t* at = out + block * 110;
+                                    pack_one_bit(q, 2, at);
+                                    pack_two_bits(q, at + 32);
+                                    pack_six_bit_scales(fitted.scale, at + 96);
+                                    store_half(fitted.d, at + 108);
+                                });
 }
 
 // d:f16 dmin:f16 scales:12 qs:128
@@ -177,18 +180,36 @@ void quantize_q5_k(const float* x, const float* importance, std::int64_t cols, s
 
 // ql:128 qh:64 scales:16 signed d:f16
 void quantize_q6_k(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
-    quantize_without_minima(x, importance, cols, kSixBits, 128.0F,
-                            [out](std::int64_t block, const auto& fitted, const Levels& q) {
-                                std::uint8_t* at = out + block * 210;
-                                Levels upper;
-                                for (int i = 0; i < kSuperBlock; ++i) upper[i] = q[i] >> 4;
-                                pack_four_bits(q, 64, at);
-                                pack_two_bits(upper, at + 128);
-                                for (int j = 0; j < 16; ++j) {
-                                    at[192 + j] = static_cast<std::uint8_t>(static_cast<std::int8_t>(fitted.scale[j]));
-                                }
-                                store_half(fitted.d, at + 208);
-                            });
+    quantize_without_minima<16>(
+        x, importance, cols, kSixBits, 128.0F, [out](std::int64_t block, const auto& fitted, const Levels& q) {
+            std::uint8_t* at = out + block * 210;
+            Levels upper;
+            for (int i = 0; i < kSuperBlock; ++i) upper[i] = q[i] >> 4;
+            pack_four_bits(q, 64, at);
+            pack_two_bits(upper, at + 128);
+            for (int j = 0; j < 16; ++j) {
+                at[192 + j] = static_cast<std::uint8_t>(static_cast<std::int8_t>(fitted.scale[j]));
+            }
+            store_half(fitted.d, at + 208);
+        });
+}
+
+// d:f16 scales_h:u16 scales_l:4 qs:128; a sub-block's weights i and i + 16 share a byte
+void quantize_iq4_xs(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out) {
+    quantize_without_minima<32>(x, importance, cols, kNonlinear, 32.0F,
+                                [out](std::int64_t block, const auto& fitted, const Levels& q) {
+                                    std::uint8_t* at = out + block * 136;
+                                    store_half(fitted.d, at);
+                                    std::memset(at + 2, 0, 6);
+                                    for (int j = 0; j < 8; ++j) {
+                                        const auto s = static_cast<unsigned>(fitted.scale[j] + 32.0F);
+                                        std::uint8_t& high = at[2 + j / 4];
+                                        std::uint8_t& low = at[4 + j / 2];
+                                        high = static_cast<std::uint8_t>(high | ((s >> 4) << (2 * (j % 4))));
+                                        low = static_cast<std::uint8_t>(low | ((s & 15U) << (4 * (j % 2))));
+                                    }
+                                    pack_four_bits(q, 16, at + 8);
+                                });
 }
 
 }  // namespace moesaic::quantize

@@ -10,11 +10,13 @@ import numpy as np
 
 from moesaic import _native
 from moesaic.errors import KernelError, QuantizationError, UnsupportedFormatError
-from moesaic.quant.formats import WeightFormat, format_from_ggml
+from moesaic.quant.formats import FORMATS, WeightFormat
 
 __all__ = ["WRITABLE_FORMATS", "dequantize", "quantize"]
 
-WRITABLE_FORMATS: tuple[WeightFormat, ...] = tuple(format_from_ggml(number) for number in _native.writable_formats())
+WRITABLE_FORMATS: tuple[WeightFormat, ...] = tuple(
+    fmt for fmt in FORMATS.values() if fmt.ggml_type in _native.writable_formats()
+)
 """The formats that `quantize` can make."""
 
 

@@ -11,7 +11,8 @@ from tests.tiny_models import make_tiny_model
 from tests.tiny_tokenizer import make_tiny_tokenizer
 from transformers import PreTrainedModel
 
-from moesaic.engine.session import Sampling, Session
+from moesaic.engine.answer import Sampling
+from moesaic.engine.session import Session
 from moesaic.errors import ConfigError, GenerationError
 
 GREEDY = Sampling(max_tokens=12, temperature=0)

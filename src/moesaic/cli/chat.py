@@ -19,7 +19,8 @@ from moesaic.config import read_settings
 from moesaic.errors import GenerationError
 
 if TYPE_CHECKING:
-    from moesaic.engine.session import Answer, Sampling, Session
+    from moesaic.engine.answer import Answer, Sampling
+    from moesaic.engine.session import Session
 
 __all__ = ["chat"]
 

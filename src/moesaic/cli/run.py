@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from moesaic.cli.options import add_model_arguments, add_threads_argument, positive_int
 
 if TYPE_CHECKING:
-    from moesaic.engine.session import Answer, Sampling, Session
+    from moesaic.engine.answer import Answer, Sampling
+    from moesaic.engine.session import Session
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "rates", "run"]
 
@@ -87,7 +88,7 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
-    from moesaic.engine.session import Sampling
+    from moesaic.engine.answer import Sampling
 
     return Sampling(arguments.max_tokens, arguments.temperature, arguments.top_p, arguments.top_k, arguments.seed)
 

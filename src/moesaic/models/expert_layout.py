@@ -7,6 +7,8 @@ module as `is_transposed` and `is_concatenated`. It does not know how checkpoint
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -14,7 +16,54 @@ from moesaic.errors import CheckpointError
 from moesaic.models.tensor_ref import ExpertRefs
 from moesaic.weights import Checkpoint
 
-__all__ = ["check_experts", "expert_modules", "stock_experts"]
+__all__ = ["ExpertLayout", "check_experts", "expert_layout", "expert_modules", "stock_experts"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertLayout:
+    """Sizes and arrangement of a stack.
+
+    Attributes:
+        num_experts, hidden_size, intermediate_size: sizes.
+        has_gate: whether there is a gate beside up.
+        has_bias: whether the projections have biases.
+        is_transposed: whether matrices are stored `[in, out]`.
+        is_concatenated: whether gate and up follow each other; else their rows alternate.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    is_concatenated: bool
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each part of one expert, as `ExpertRefs` names the parts."""
+        inner, outer = self.intermediate_size, self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"gate": (inner, outer), "up": (inner, outer), "down": (outer, inner)}
+        if self.has_bias:
+            shapes |= {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (outer,)}
+        return {part: shape for part, shape in shapes.items() if self.has_gate or not part.startswith("gate")}
+
+
+def expert_layout(module: nn.Module) -> ExpertLayout:
+    """The layout of an experts module of transformers (see `expert_modules`)."""
+    down = module.get_parameter("down_proj")
+    num_experts, first, second = down.shape
+    transposed = bool(module.is_transposed)
+    hidden_size, intermediate_size = (second, first) if transposed else (first, second)
+    return ExpertLayout(
+        num_experts,
+        hidden_size,
+        intermediate_size,
+        has_gate=bool(module.has_gate),
+        has_bias=bool(module.has_bias),
+        is_transposed=transposed,
+        is_concatenated=bool(module.is_concatenated),
+    )
 
 
 def expert_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -31,41 +80,44 @@ def stock_experts(module: nn.Module, refs: ExpertRefs, checkpoint: Checkpoint) -
 
     Used where a plan leaves a layer in the stock implementation, and by tests.
     """
-    stacks = {field: torch.stack([ref.read_float(checkpoint) for ref in part]) for field, part in refs.named().items()}
+    layout = expert_layout(module)
+    stacks = {
+        part: torch.stack([ref.read_float(checkpoint) for ref in part_refs]) for part, part_refs in refs.named().items()
+    }
     result: dict[str, torch.Tensor] = {}
-    for suffix in ("", "_bias"):
-        up, down, gate = stacks.get(f"up{suffix}"), stacks.get(f"down{suffix}"), stacks.get(f"gate{suffix}")
-        if up is None or down is None:
-            continue
-        name = "up_proj"
-        if gate is not None:
-            name = "gate_up_proj"
-            up = torch.cat([gate, up], 1) if module.is_concatenated else torch.stack([gate, up], 2).flatten(1, 2)
-        if module.is_transposed and not suffix:
+    for suffix in ("", "_bias") if layout.has_bias else ("",):
+        name, up, down = "up_proj", stacks[f"up{suffix}"], stacks[f"down{suffix}"]
+        if layout.has_gate:
+            name, gate = "gate_up_proj", stacks[f"gate{suffix}"]
+            up = torch.cat([gate, up], 1) if layout.is_concatenated else torch.stack([gate, up], 2).flatten(1, 2)
+        if layout.is_transposed and not suffix:
             up, down = up.transpose(1, 2).contiguous(), down.transpose(1, 2).contiguous()
         result |= {f"{name}{suffix}": up, f"down_proj{suffix}": down}
     return result
 
 
-def check_experts(name: str, module: nn.Module, refs: ExpertRefs, checkpoint: Checkpoint) -> None:
-    """See that all experts are there, each of the shape that the module wants.
+def check_experts(name: str, layout: ExpertLayout, refs: ExpertRefs, checkpoint: Checkpoint) -> None:
+    """See that all parts of all experts are there, each of the shape that the module wants.
 
     Raises:
-        CheckpointError: an expert is missing or of another shape.
+        CheckpointError: a part is missing, superfluous or of another shape.
     """
-    num_experts = module.down_proj.shape[0]
-    inner, outer = module.down_proj.shape[1:] if module.is_transposed else module.down_proj.shape[:0:-1]
-    shapes = {"gate": (inner, outer), "up": (inner, outer), "down": (outer, inner)}
-    shapes |= {"gate_bias": (inner,), "up_bias": (inner,), "down_bias": (outer,)}
-    for part, part_refs in refs.named().items():
-        if len(part_refs) != num_experts:
+    found = refs.named()
+    if set(found) != set(layout.shapes):
+        raise CheckpointError(
+            checkpoint.path, f"has experts with {sorted(found)}: expected {sorted(layout.shapes)}.", tensor=name
+        )
+    for part, part_refs in found.items():
+        if len(part_refs) != layout.num_experts:
             raise CheckpointError(
-                checkpoint.path, f"has {len(part_refs)} experts with '{part}': expected {num_experts}.", tensor=name
+                checkpoint.path,
+                f"has {len(part_refs)} experts with '{part}': expected {layout.num_experts}.",
+                tensor=name,
             )
         for ref in part_refs:
-            if ref.shape != shapes[part]:
+            if ref.shape != layout.shapes[part]:
                 raise CheckpointError(
                     checkpoint.path,
-                    f"has the shape {list(ref.shape)}: expected {list(shapes[part])} for '{part}' of {name}.",
+                    f"has the shape {list(ref.shape)}: expected {list(layout.shapes[part])} for '{part}' of {name}.",
                     tensor=ref.name,
                 )

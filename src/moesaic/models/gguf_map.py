@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.models.base import Family
-from moesaic.models.expert_layout import check_experts, expert_modules
+from moesaic.models.expert_layout import check_experts, expert_layout, expert_modules
 from moesaic.models.families import family_for
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef, whole
 from moesaic.weights import Checkpoint, TensorInfo
@@ -42,7 +42,7 @@ def map_gguf(
     for name, module in expert_modules(model).items():
         refs = _expert_refs(layer_of(name), tensors)
         if refs is not None:
-            check_experts(name, module, refs, checkpoint)
+            check_experts(name, expert_layout(module), refs, checkpoint)
             experts[name] = refs
     parameters = family.special_refs(model, tensors)
     for name, wanted in model.state_dict().items():

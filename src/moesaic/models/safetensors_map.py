@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -26,12 +25,14 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moesaic.errors import UnsupportedModelError
-from moesaic.models.expert_layout import check_experts, expert_modules
+from moesaic.errors import CheckpointError, UnsupportedModelError
+from moesaic.models.expert_layout import ExpertLayout, check_experts, expert_layout, expert_modules
 from moesaic.models.tensor_ref import ExpertRefs, JoinedRef, MlaRefs, TensorRef, whole
 from moesaic.weights import Checkpoint, TensorInfo
 
 __all__ = ["map_safetensors"]
+
+_PARTS = ("gate", "up", "down")
 
 
 @dataclass(slots=True)
@@ -55,8 +56,9 @@ def map_safetensors(
         own = {key.removeprefix(f"{name}."): target for key, target in targets.items() if key.startswith(f"{name}.")}
         for key in own:
             del targets[f"{name}.{key}"]
-        if "down_proj" in own and ("gate_up_proj" if module.has_gate else "up_proj") in own:
-            experts[name] = _expert_refs(name, module, own, checkpoint)
+        layout = expert_layout(module)
+        if "down_proj" in own and ("gate_up_proj" if layout.has_gate else "up_proj") in own:
+            experts[name] = _expert_refs(name, layout, own, checkpoint)
     parameters: dict[str, TensorRef] = {}
     for name, target in targets.items():
         parameters |= _parameter_refs(model, name, target)
@@ -128,25 +130,25 @@ def _runner(
     return run
 
 
-def _expert_refs(name: str, module: nn.Module, own: dict[str, _Target], checkpoint: Checkpoint) -> ExpertRefs:
+def _expert_refs(name: str, layout: ExpertLayout, own: dict[str, _Target], checkpoint: Checkpoint) -> ExpertRefs:
     """Per-expert references, from stacked tensors or from one tensor per expert and projection."""
     down = own["down_proj"]
     if down.converter is None:
-        refs = _from_stacks(module, own)
+        refs = _from_stacks(layout, own, checkpoint)
     elif [type(operation) for operation in down.converter.operations] == [MergeModulelist]:
-        refs = _from_lists(name, module, own)
+        refs = _from_lists(name, layout, own)
     else:
         raise UnsupportedModelError(
             f"{name}: experts stored with the conversion {down.converter.operations} are not known."
         )
-    check_experts(name, module, refs, checkpoint)
+    check_experts(name, layout, refs, checkpoint)
     return refs
 
 
-def _from_lists(name: str, module: nn.Module, own: dict[str, _Target]) -> ExpertRefs:
+def _from_lists(name: str, layout: ExpertLayout, own: dict[str, _Target]) -> ExpertRefs:
     """One tensor per expert and projection; gate and up come in the order of the converter's patterns."""
     down = tuple(whole(info) for info in own["down_proj"].all())
-    if not module.has_gate:
+    if not layout.has_gate:
         return ExpertRefs(None, tuple(whole(info) for info in own["up_proj"].all()), down)
     target = own["gate_up_proj"]
     converter = target.converter
@@ -157,65 +159,45 @@ def _from_lists(name: str, module: nn.Module, own: dict[str, _Target]) -> Expert
     return ExpertRefs(gate, up, down)
 
 
-def _transpose(values: torch.Tensor) -> torch.Tensor:
-    return values.T
-
-
-def _from_stacks(module: nn.Module, own: dict[str, _Target]) -> ExpertRefs:
+def _from_stacks(layout: ExpertLayout, own: dict[str, _Target], checkpoint: Checkpoint) -> ExpertRefs:
     """Stacked tensors `[num_experts, ...]` in the arrangement of the module."""
-
-    def info_of(key: str) -> TensorInfo | None:
-        return own[key].all()[0] if key in own else None
-
-    def halves(key: str) -> tuple[tuple[TensorRef, ...], tuple[TensorRef, ...]]:
-        info = info_of(key)
-        assert info is not None
-        return _half(module, info, 0), _half(module, info, 1)
-
-    down_info, down_bias_info = info_of("down_proj"), info_of("down_proj_bias")
-    assert down_info is not None
-    down = _matrices(down_info, transposed=module.is_transposed)
-    down_bias = None if down_bias_info is None else _vectors(down_bias_info)
-    if not module.has_gate:
-        up_info, up_bias_info = info_of("up_proj"), info_of("up_proj_bias")
-        assert up_info is not None
-        up_bias = None if up_bias_info is None else _vectors(up_bias_info)
-        return ExpertRefs(None, _matrices(up_info, module.is_transposed), down, None, up_bias, down_bias)
-    gate, up = halves("gate_up_proj")
-    gate_bias, up_bias = halves("gate_up_proj_bias") if "gate_up_proj_bias" in own else (None, None)
-    return ExpertRefs(gate, up, down, gate_bias, up_bias, down_bias)
+    infos = {key: target.all()[0] for key, target in own.items()}
+    for key, info in infos.items():
+        num_dims = 2 if key.endswith("_bias") else 3
+        if len(info.shape) != num_dims:
+            raise CheckpointError(
+                checkpoint.path, f"has the shape {list(info.shape)}: expected {num_dims} dimensions.", tensor=info.name
+            )
+    parts: dict[str, tuple[TensorRef, ...]] = {}
+    for suffix in ("", "_bias"):
+        if (down := infos.get(f"down_proj{suffix}")) is not None:
+            parts[f"down{suffix}"] = _pieces(layout, down, None)
+        if (up := infos.get(f"up_proj{suffix}")) is not None:
+            parts[f"up{suffix}"] = _pieces(layout, up, None)
+        if (fused := infos.get(f"gate_up_proj{suffix}")) is not None:
+            parts[f"gate{suffix}"], parts[f"up{suffix}"] = (_pieces(layout, fused, half) for half in (0, 1))
+    return ExpertRefs(parts.get("gate"), parts["up"], parts["down"], *(parts.get(f"{name}_bias") for name in _PARTS))
 
 
-def _matrices(info: TensorInfo, transposed: bool) -> tuple[TensorRef, ...]:
-    rows, cols = info.shape[-2:]
-    if not transposed:
-        return tuple(TensorRef(info.name, info.format, (rows, cols), index) for index in range(info.shape[0]))
-    return tuple(
-        TensorRef(info.name, info.format, (cols, rows), index, transform=_transpose) for index in range(info.shape[0])
-    )
-
-
-def _vectors(info: TensorInfo) -> tuple[TensorRef, ...]:
-    return tuple(TensorRef(info.name, info.format, info.shape[1:], index) for index in range(info.shape[0]))
-
-
-def _half(module: nn.Module, info: TensorInfo, which: int) -> tuple[TensorRef, ...]:
-    """Gate (0) or up (1) of each expert of a fused stack: a matrix `[2I, H]`, its transpose, or a bias `[2I]`."""
+def _pieces(layout: ExpertLayout, info: TensorInfo, half: int | None) -> tuple[TensorRef, ...]:
+    """Each expert's matrix or bias; of a fused gate and up the first (0) or second (1) half."""
     is_bias = len(info.shape) == 2
-    fused = info.shape[1] if is_bias or not module.is_transposed else info.shape[2]
-    half = fused // 2
-    chosen = slice(which * half, (which + 1) * half) if module.is_concatenated else slice(which, fused, 2)
-    if is_bias:
-        return tuple(
-            TensorRef(info.name, info.format, (half,), index, transform=lambda values: values[chosen])
-            for index in range(info.shape[0])
-        )
-    if module.is_transposed:
-        shape = (half, info.shape[1])
-        return tuple(
-            TensorRef(info.name, info.format, shape, index, transform=lambda values: values[:, chosen].T)
-            for index in range(info.shape[0])
-        )
+    transposed = layout.is_transposed and not is_bias
+    rows, cols = info.shape[1], info.shape[-1]
+    if transposed:
+        rows, cols = cols, rows
+    chosen = slice(None)
+    if half is not None:
+        chosen = slice(half * (rows // 2), (half + 1) * (rows // 2)) if layout.is_concatenated else slice(half, None, 2)
+        rows //= 2
+
+    def rearrange(values: torch.Tensor) -> torch.Tensor:
+        return (values.T if transposed else values)[chosen]
+
+    shape = (rows,) if is_bias else (rows, cols)
+    plain_rows = None if half is None or transposed or is_bias else chosen
+    transform = rearrange if transposed or (is_bias and half is not None) else None
     return tuple(
-        TensorRef(info.name, info.format, (half, info.shape[2]), index, rows=chosen) for index in range(info.shape[0])
+        TensorRef(info.name, info.format, shape, index, rows=plain_rows, transform=transform)
+        for index in range(info.shape[0])
     )

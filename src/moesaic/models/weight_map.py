@@ -17,6 +17,7 @@ from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.models.expert_layout import expert_modules
 from moesaic.models.gguf_map import map_gguf
 from moesaic.models.safetensors_map import map_safetensors
+from moesaic.models.synthetic_map import map_synthetic
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
 from moesaic.weights import Checkpoint
 
@@ -107,7 +108,7 @@ def build_weight_map(model: PreTrainedModel, checkpoint: Checkpoint) -> WeightMa
         CheckpointError: a tensor has another shape than the model wants.
         UnsupportedModelError: the model stores its weights in a way that is not known here.
     """
-    mappers = {"safetensors": map_safetensors, "gguf": map_gguf}
+    mappers = {"safetensors": map_safetensors, "gguf": map_gguf, "synthetic": map_synthetic}
     parameters, experts, mla = mappers[checkpoint.kind](model, checkpoint)
     _add_tied(model, parameters)
     wanted = _wanted_shapes(model)

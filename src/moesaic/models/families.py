@@ -55,7 +55,10 @@ def all_families() -> list[Family]:
 def _family_in(module_name: str) -> Family | None:
     """The family that a module defines (its own, not one that it imports)."""
     for value in vars(importlib.import_module(module_name)).values():
-        own = isinstance(value, type) and issubclass(value, Family) and value.__module__ == module_name
-        if own and value is not Family:
+        if (
+            isinstance(value, type)
+            and issubclass(value, Family)
+            and value.__module__ == module_name != Family.__module__
+        ):
             return value()
     return None

@@ -76,7 +76,7 @@ class _Cursor:
         self.pos = 0
         self.strings_left = MAX_ARRAY_STRINGS
         self._bytes = file.view(0, file.size)
-        self._buffer = memoryview(self._bytes)
+        self._buffer = self._bytes.data
 
     def fail(self, message: str, what: str) -> CheckpointError:
         return CheckpointError(self.path, message, tensor=what)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -175,7 +175,7 @@ def _read_tensors(file: MappedFile) -> dict[str, _Stored]:
     return stored
 
 
-def _is_size_list(value: object, max_length: int) -> bool:
+def _is_size_list(value: object, max_length: int) -> TypeGuard[list[int]]:
     if not isinstance(value, list) or len(value) > max_length:
         return False
     return all(type(item) is int and 0 <= item < 1 << 63 for item in value)

@@ -106,7 +106,9 @@ class _BufferedLayer:
     def _assign_none(self, value: torch.Tensor | None) -> None:
         # The base classes assign None in their constructor and in reset(); nothing may put a tensor in from outside.
         if value is not None:
-            raise AttributeError("the states of a growing cache layer are changed by update(), crop() and reorder_cache()")
+            raise AttributeError(
+                "the states of a growing cache layer are changed by update(), crop() and reorder_cache()"
+            )
         self._buffers = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -164,7 +166,7 @@ class GrowingLayer(_BufferedLayer, DynamicLayer):
 
 
 class GrowingSlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):
-    """Sliding-window attention: keeps the last `sliding_window - 1` positions, which is all that the next token sees."""
+    """Sliding-window attention: keeps the last `sliding_window - 1` positions, all that the next token sees."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -208,7 +210,6 @@ class GrowingSlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):
         self._buffers.end -= removed
         self.cumulative_length -= removed
         self._trim()
-
 
 
 class GrowingCache(DynamicCache):

@@ -1,0 +1,1 @@
+"""Checkpoint + plan -> running model. It knows every layer to its left and no command line."""

@@ -1,0 +1,112 @@
+"""From MODEL to a running model: `prepare` decides everything without reading a weight, `load` reads, packs and connects.
+
+Between the two lies the plan, which `moesaic plan` prints and which refuses a model that does not fit. This module knows
+the order of the steps and no detail of any of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+
+from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
+from moesaic.engine.causal_lm import finish_model
+from moesaic.engine.packing import Progress, run_jobs
+from moesaic.errors import CheckpointError
+from moesaic.kernels import num_threads
+from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for
+from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan, make_plan
+from moesaic.weights import Checkpoint, open_checkpoint
+
+__all__ = ["Prepared", "load", "prepare"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model that is ready to be loaded; nothing of its weights has been read.
+
+    Attributes:
+        checkpoint: the open files; `load` closes them.
+        config: the model's configuration.
+        model: the stock model on the meta device.
+        weight_map: which tensor feeds which module.
+        plan: what becomes of every module.
+    """
+
+    checkpoint: Checkpoint
+    config: PretrainedConfig
+    model: PreTrainedModel
+    weight_map: WeightMap
+    plan: Plan
+
+
+def prepare_checkpoint(
+    checkpoint: Checkpoint,
+    plan: str | Path | Rules | Plan = "auto",
+    *,
+    config: PretrainedConfig | None = None,
+    hardware: Hardware | None = None,
+) -> Prepared:
+    """Everything up to the plan, for an open checkpoint.
+
+    Args:
+        checkpoint: where the weights are.
+        plan: a template's name, a placement file, rules, or a plan that was made before.
+        config: the model's configuration, if it is not the checkpoint's.
+        hardware: what to plan for; this computer if None.
+
+    Raises:
+        CheckpointError: the checkpoint lacks tensors of the model.
+        PlanError: the plan cannot be made.
+    """
+    config = config_for(checkpoint) if config is None else config
+    model = build_meta_model(config)
+    weight_map = build_weight_map(model, checkpoint)
+    if weight_map.missing:
+        names = ", ".join(weight_map.missing[:5])
+        raise CheckpointError(
+            checkpoint.path,
+            f"lacks {len(weight_map.missing)} tensors of {type(model).__name__}, among them {names}: the file is "
+            "incomplete or belongs to another model.",
+        )
+    if not isinstance(plan, Plan):
+        rules = plan if isinstance(plan, Rules) else load_plan(str(plan))
+        plan = make_plan(model, weight_map, rules, detect_hardware() if hardware is None else hardware)
+    return Prepared(checkpoint, config, model, weight_map, plan)
+
+
+def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
+    """Read and pack the weights of a prepared model and connect it to the kernels.
+
+    Peak memory is the plan's bytes plus the pages of the tensors being read: nothing is expanded, and every page of the
+    file is given back when it has been packed.
+
+    Args:
+        prepared: from `prepare`; its checkpoint is closed, so it can be loaded once.
+        progress: see `packing.Progress`.
+
+    Returns:
+        The model in eval mode, float32 activations, its `generation_config` that of the checkpoint if it has one.
+
+    Raises:
+        PlanDoesNotFitError: the plan needs more memory than this computer has.
+        CheckpointError: a tensor is damaged.
+        UnsupportedModelError: the model needs something that the kernels do not have.
+    """
+    prepared.plan.check_fits(detect_hardware())
+    model, checkpoint = prepared.model, prepared.checkpoint
+    try:
+        jobs = build_modules(model, prepared.weight_map, prepared.plan, checkpoint)
+        run_jobs(jobs, checkpoint, progress, num_threads())
+    finally:
+        checkpoint.close()
+    initialise_buffers(model)
+    check_no_meta_tensors(model)
+    model = finish_model(model, prepared.plan)
+    folder = checkpoint.path
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model

@@ -1,0 +1,29 @@
+"""`nn.Module` replacements that run on packed weights, and native forwards of whole blocks.
+
+They know the structure that the modules of the model library have, and neither checkpoints nor plans.
+"""
+
+from moesaic.modules.attention import ATTENTION_NAME, keep_stock_attention, register_attention
+from moesaic.modules.decoder import DecoderLayerForward
+from moesaic.modules.embedding import PackedEmbedding
+from moesaic.modules.experts import RoutedExperts, activation_of
+from moesaic.modules.families import FAMILIES, Family, Routing
+from moesaic.modules.linear import PackedLinear
+from moesaic.modules.mla import SPLIT_KV_B
+from moesaic.modules.norm import RMSNorm
+
+__all__ = [
+    "ATTENTION_NAME",
+    "FAMILIES",
+    "SPLIT_KV_B",
+    "DecoderLayerForward",
+    "Family",
+    "PackedEmbedding",
+    "PackedLinear",
+    "RMSNorm",
+    "RoutedExperts",
+    "Routing",
+    "activation_of",
+    "keep_stock_attention",
+    "register_attention",
+]

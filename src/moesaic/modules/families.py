@@ -1,0 +1,116 @@
+"""What the structure of a stock model does not tell about an architecture: the order of rotary pairs, and how it routes.
+
+A model type that is listed here runs on fused forwards (`router`, `moe_block`, `mla`, `decoder`). Any other model type
+runs on the forwards of the model library, with packed weights, which is slower and needs no entry. Everything that a
+module's attributes tell (norms of queries and keys, biases, sinks, shared experts, scaling) is read from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+__all__ = ["FAMILIES", "Family", "Routing"]
+
+RopeLayout = Literal["half", "interleaved", "interleaved_to_half"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How router logits become experts and weights, in the terms of `kernels.ops.route`.
+
+    Attributes:
+        score: of an expert.
+        normalize: weights of a token sum to 1 (before `scale`).
+        sum_offset: added to the sum that normalises.
+        sum_minimum: the least sum that normalises.
+        scale: factor of the weights, last.
+        group_score: of a group of experts, if only the best groups are eligible.
+        num_groups: groups of experts.
+        topk_groups: groups that are eligible.
+    """
+
+    score: Literal["softmax", "sigmoid", "softmax_of_chosen"]
+    normalize: bool = False
+    sum_offset: float = 0.0
+    sum_minimum: float = 0.0
+    scale: float = 1.0
+    group_score: Literal["none", "sum_of_two", "maximum"] = "none"
+    num_groups: int = 1
+    topk_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One or more model types.
+
+    Attributes:
+        routing: makes the routing from a stock router and its configuration.
+        rope_layout: where the pairs of a rotated head lie, before and after, given the configuration.
+        fuse_layers: whether a decoder layer is norm, attention, residual, norm, MLP, residual and nothing else.
+    """
+
+    routing: Callable[[nn.Module, Any], Routing]
+    rope_layout: Callable[[Any], RopeLayout] = lambda config: "half"
+    fuse_layers: bool = True
+
+
+def _softmax(router: nn.Module, config: Any) -> Routing:
+    # Routers that always renormalise (Mixtral, Hunyuan) have no such switch.
+    return Routing("softmax", normalize=getattr(router, "norm_topk_prob", True))
+
+
+def _softmax_of_chosen(router: nn.Module, config: Any) -> Routing:
+    return Routing("softmax_of_chosen")
+
+
+def _deepseek_v2(router: nn.Module, config: Any) -> Routing:
+    if router.topk_method != "group_limited_greedy":
+        return Routing("softmax", scale=router.routed_scaling_factor)
+    return Routing(
+        "softmax",
+        scale=router.routed_scaling_factor,
+        group_score="maximum",
+        num_groups=router.num_group,
+        topk_groups=router.topk_group,
+    )
+
+
+def _deepseek_v3(router: nn.Module, config: Any) -> Routing:
+    return Routing(
+        "sigmoid",
+        normalize=router.norm_topk_prob,
+        sum_offset=1e-20,
+        scale=router.routed_scaling_factor,
+        group_score="sum_of_two",
+        num_groups=router.num_group,
+        topk_groups=router.topk_group,
+    )
+
+
+def _minimax_m2(router: nn.Module, config: Any) -> Routing:
+    return Routing("sigmoid", normalize=True)
+
+
+def _ernie(router: nn.Module, config: Any) -> Routing:
+    return Routing("softmax", normalize=True, sum_minimum=router.norm_min)
+
+
+FAMILIES: dict[str, Family] = {
+    "deepseek_v2": Family(_deepseek_v2, lambda config: "interleaved"),
+    "deepseek_v3": Family(_deepseek_v3, lambda config: "interleaved_to_half" if config.rope_interleave else "half"),
+    "ernie4_5_moe": Family(_ernie, lambda config: "interleaved"),
+    "glm4_moe": Family(_deepseek_v3),
+    "gpt_oss": Family(_softmax_of_chosen),
+    "granitemoe": Family(_softmax_of_chosen),
+    "hunyuan_v1_moe": Family(_softmax),
+    "minimax_m2": Family(_minimax_m2),
+    "mixtral": Family(_softmax),
+    "olmoe": Family(_softmax),
+    "qwen2_moe": Family(_softmax),
+    "qwen3_moe": Family(_softmax),
+    "qwen3_next": Family(_softmax, fuse_layers=False),
+}

@@ -1,0 +1,186 @@
+"""Multi-head latent attention on the latent cache, absorbed: keys and values are never expanded in decode.
+
+Every MLA module of the model library has the same parts (`kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj` or its two
+halves), so one forward serves all of them (Liu et al., arXiv 2405.04434, section 2.1; absorption as in appendix C). With
+`W_uk` and `W_uv` the halves of `kv_b_proj`: the score of head h is `(W_uk_h^T q_h) . latent + q_rope_h . k_rope`, and its
+output is `W_uv_h (sum of p * latent)`. The cache holds latents and rotary keys, as in transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.kernels import PackedTensor, linear, linear_multi, linear_transposed, ops
+from moesaic.kernels.ops import rms_norm
+from moesaic.modules.families import RopeLayout
+from moesaic.modules.linear import PackedLinear
+from moesaic.modules.norm import RMSNorm
+from moesaic.modules.rotary import rotary_angles
+
+__all__ = ["SPLIT_KV_B", "MlaAttention"]
+
+SPLIT_KV_B = "moesaic_kv_b"
+"""Attribute of an attention module that holds (k_b, v_b), packed per head, where the file stores them apart."""
+
+
+class MlaAttention:
+    """Normalised hidden states in, output of the output projection out; like `GqaAttention`."""
+
+    def __init__(self, module: nn.Module, rope_layout: RopeLayout) -> None:
+        self.module, self.layer_idx = module, module.layer_idx
+        self.rope_layout: RopeLayout = rope_layout
+        self.num_heads, self.scaling = module.num_heads, module.scaling
+        self.nope_dim, self.rope_dim = module.qk_nope_head_dim, module.qk_rope_head_dim
+        self.latent_dim, self.value_dim = module.kv_lora_rank, module.v_head_dim
+        self.split: tuple[PackedTensor, PackedTensor] | None = getattr(module, SPLIT_KV_B, None)
+
+    @classmethod
+    def of(cls, module: nn.Module, rope_layout: RopeLayout) -> MlaAttention | None:
+        """From a stock module whose weights are packed; None if it is no MLA."""
+        names = ["kv_a_proj_with_mqa", "o_proj"]
+        names += ["q_proj"] if getattr(module, "q_a_proj", None) is None else ["q_a_proj", "q_b_proj"]
+        names += [] if hasattr(module, SPLIT_KV_B) else ["kv_b_proj"]
+        if not all(isinstance(getattr(module, name, None), PackedLinear) for name in names):
+            return None
+        return cls(module, rope_layout) if isinstance(module.kv_a_layernorm, RMSNorm) else None
+
+    def take_over(self) -> None:
+        """Serve as the stock module's forward too, for layers that are not fused as a whole."""
+        self.module.forward = self._stock_call
+
+    def _stock_call(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """The interface of attention modules in transformers; there are no attention weights to return."""
+        batch, _, width = hidden_states.shape
+        flat = hidden_states.reshape(-1, width)
+        out = self(flat, batch, position_embeddings, attention_mask, past_key_values)
+        return out.view(batch, -1, out.shape[-1]), None
+
+    def __call__(
+        self, x: torch.Tensor, batch: int, angles: Any, mask: torch.Tensor | None, cache: Any | None
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            x: float32 `[batch * num_tokens, hidden_size]`, normalised.
+            batch: rows of the batch.
+            angles: the model's position embeddings.
+            mask: see `attention`.
+            cache: where latents and rotary keys go and come from, or None.
+
+        Returns:
+            float32 `[batch * num_tokens, hidden_size]`, in memory of its own.
+        """
+        query, latent, k_rope = self._project(x, batch)
+        q_rope = query[..., self.nope_dim :]
+        cos, sin = rotary_angles(angles, self.rope_dim // 2)
+        ops.norm_and_rotate_(q_rope, k_rope, cos, sin, layout=self.rope_layout)
+        if cache is not None:
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+        attend = self._attend_expanded if self._expanding_pays(query.shape[2]) else self._attend_absorbed
+        attended = attend(query, latent, k_rope, mask)
+        return linear(attended.reshape(x.shape[0], -1), self.module.o_proj.packed, self.module.o_proj.bias)
+
+    def _project(self, x: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[batch, heads, tokens, nope + rope]`, latents and rotary keys `[batch, 1, tokens, dim]`."""
+        module, num_tokens = self.module, x.shape[0] // batch
+        first = module.q_proj if getattr(module, "q_a_proj", None) is None else module.q_a_proj
+        compress = module.kv_a_proj_with_mqa
+        query, compressed = linear_multi(x, [first.packed, compress.packed], [first.bias, compress.bias])
+        if first is not module.q_proj:
+            norm = module.q_a_layernorm
+            query = linear(rms_norm(query, norm.weight, norm.eps), module.q_b_proj.packed, module.q_b_proj.bias)
+        norm = module.kv_a_layernorm
+        latent = rms_norm(compressed[:, : self.latent_dim], norm.weight, norm.eps)
+        return (
+            query.view(batch, num_tokens, self.num_heads, -1).transpose(1, 2),
+            latent.view(batch, 1, num_tokens, self.latent_dim),
+            compressed[:, self.latent_dim :].unflatten(0, (batch, 1, num_tokens)),
+        )
+
+    def _expanding_pays(self, num_queries: int) -> bool:
+        """Whether the products saved by expanding all keys exceed those that expanding takes (counted per key)."""
+        expanded = self.nope_dim + self.rope_dim + self.value_dim
+        absorbed = 2 * self.latent_dim + self.rope_dim
+        return num_queries * (absorbed - expanded) > self.latent_dim * (self.nope_dim + self.value_dim)
+
+    def _attend_absorbed(
+        self, query: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        q_latent = self._absorb(query[..., : self.nope_dim])
+        mixed = ops.mla_attention(
+            q_latent,
+            query[..., self.nope_dim :],
+            latent[:, 0],
+            k_rope[:, 0],
+            scale=self.scaling,
+            causal_offset=latent.shape[2] - query.shape[2] if mask is None else None,
+            mask=mask,
+        )
+        return self._values_of(mixed)
+
+    def _attend_expanded(
+        self, query: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        batch, _, num_keys, _ = latent.shape
+        k_nope, value = self._expand(latent.reshape(-1, self.latent_dim))
+        k_nope = k_nope.unflatten(0, (batch, num_keys)).transpose(1, 2)
+        value = value.unflatten(0, (batch, num_keys)).transpose(1, 2)
+        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], -1)
+        return ops.attention(
+            query,
+            key,
+            value,
+            scale=self.scaling,
+            causal_offset=num_keys - query.shape[2] if mask is None else None,
+            mask=mask,
+        )
+
+    def _expand(self, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (without rotary part) and values of all heads, `[positions, heads, dim]` each."""
+        if self.split is None:
+            expanded = linear(latent, self.module.kv_b_proj.packed).view(latent.shape[0], self.num_heads, -1)
+            return expanded.split([self.nope_dim, self.value_dim], dim=-1)
+        k_b, v_b = self.split
+        keys = latent.new_empty(self.num_heads, latent.shape[0], self.nope_dim)
+        values = latent.new_empty(self.num_heads, latent.shape[0], self.value_dim)
+        for head in range(self.num_heads):
+            linear_transposed(latent, k_b, index=head, out=keys[head])
+            linear(latent, v_b, index=head, out=values[head])
+        return keys.transpose(0, 1), values.transpose(0, 1)
+
+    def _absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
+        """`W_uk_h^T q_h`: `[batch, heads, tokens, nope]` to `[batch, heads, tokens, latent]`."""
+        batch, _, num_tokens, _ = q_nope.shape
+        result = q_nope.new_empty(self.num_heads, batch, num_tokens, self.latent_dim)
+        for head in range(self.num_heads):
+            rows = q_nope[:, head].reshape(-1, self.nope_dim)
+            out = result[head].view(-1, self.latent_dim)
+            if self.split is not None:
+                linear(rows, self.split[0], out=out, index=head)
+            else:
+                start = head * (self.nope_dim + self.value_dim)
+                linear_transposed(rows, self.module.kv_b_proj.packed, rows=slice(start, start + self.nope_dim), out=out)
+        return result.transpose(0, 1)
+
+    def _values_of(self, mixed: torch.Tensor) -> torch.Tensor:
+        """`W_uv_h m_h`: `[batch, heads, tokens, latent]` to `[batch, tokens, heads, value]`."""
+        batch, _, num_tokens, _ = mixed.shape
+        result = mixed.new_empty(self.num_heads, batch * num_tokens, self.value_dim)
+        for head in range(self.num_heads):
+            rows = mixed[:, head].reshape(-1, self.latent_dim)
+            if self.split is not None:
+                linear(rows, self.split[1], out=result[head], index=head)
+            else:
+                end = (head + 1) * (self.nope_dim + self.value_dim)
+                linear(rows, self.module.kv_b_proj.packed, out=result[head], rows=slice(end - self.value_dim, end))
+        return result.transpose(0, 1).reshape(batch, num_tokens, self.num_heads, self.value_dim)

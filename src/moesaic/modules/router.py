@@ -1,0 +1,106 @@
+"""The router of a MoE block through the native kernels: exact weights, one product, one choice of experts.
+
+It takes over the forward of a stock router, whose module stays in the tree, so that hooks and recorders of router logits
+keep working. It does not know which architecture it serves; `families` says how its scores become weights.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from moesaic.kernels import PackedTensor, linear, ops
+from moesaic.modules.families import Routing
+from moesaic.quant import get_format
+
+__all__ = ["RouterForward"]
+
+
+class RouterForward:
+    """Hidden states to experts and weights.
+
+    Args:
+        weight: packed in a float format `[num_experts, hidden_size]`.
+        logit_bias: float32 `[num_experts]`, added to the logits, or None.
+        choice_bias: float32 `[num_experts]`, added to the scores for the choice only, or None.
+        top_k: experts per token.
+        routing: how logits become weights.
+    """
+
+    def __init__(
+        self,
+        weight: PackedTensor,
+        logit_bias: torch.Tensor | None,
+        choice_bias: torch.Tensor | None,
+        top_k: int,
+        routing: Routing,
+    ) -> None:
+        self.weight, self.logit_bias, self.choice_bias = weight, logit_bias, choice_bias
+        self.top_k, self.routing = top_k, routing
+
+    @classmethod
+    def take_over(cls, router: nn.Module, block: nn.Module, routing: Routing) -> RouterForward:
+        """Replace the forward of a loaded stock router; its weight moves into a packed float32 matrix.
+
+        Args:
+            router: the stock router.
+            block: the MoE block that it belongs to, which may own the correction bias.
+            routing: see `families`.
+        """
+        owner = router if getattr(router, "weight", None) is not None else router.wg
+        values = owner.weight.detach().float().contiguous()
+        weight = PackedTensor.empty(get_format("F32"), *values.shape)
+        weight.pack_(0, values.numpy().view("uint8"))
+        owner.weight = None  # one copy
+        forward = cls(
+            weight, _float_or_none(getattr(owner, "bias", None)), _choice_bias(router, block), router.top_k, routing
+        )
+        router.forward = forward
+        return forward
+
+    def __call__(
+        self, hidden_states: torch.Tensor, *unused: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Route float32 `[..., hidden_size]`.
+
+        Args:
+            hidden_states: float32, any leading dimensions.
+            unused: a correction bias that some blocks pass and that is already held here.
+
+        Returns:
+            Logits `[num_tokens, num_experts]`, weights float32 and experts int64 `[num_tokens, num_experts_per_tok]`.
+        """
+        flat = hidden_states.reshape(-1, self.weight.cols)
+        logits = linear(flat, self.weight, self.logit_bias)
+        weights, index = self.choose(logits)
+        return logits, weights, index
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and experts `[num_tokens, top_k]` from float32 logits `[num_tokens, num_experts]`."""
+        routing = self.routing
+        return ops.route(
+            logits,
+            self.top_k,
+            score=routing.score,
+            bias=self.choice_bias,
+            group_score=routing.group_score,
+            num_groups=routing.num_groups,
+            topk_groups=routing.topk_groups,
+            normalize=routing.normalize,
+            sum_offset=routing.sum_offset,
+            sum_minimum=routing.sum_minimum,
+            scale=routing.scale,
+        )
+
+
+def _choice_bias(router: nn.Module, block: nn.Module) -> torch.Tensor | None:
+    """The selection bias, wherever the architecture keeps it."""
+    for owner in (router, getattr(router, "moe_statics", None), block):
+        bias = getattr(owner, "e_score_correction_bias", None)
+        if bias is not None:
+            return bias.detach().float().flatten().contiguous()
+    return None
+
+
+def _float_or_none(bias: torch.Tensor | None) -> torch.Tensor | None:
+    return None if bias is None else bias.detach().float().contiguous()

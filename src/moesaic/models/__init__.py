@@ -2,6 +2,8 @@
 
 from moesaic.models.config import config_for
 from moesaic.models.expert_layout import expert_modules, stock_experts
+from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
+from moesaic.models.synthetic_map import synthetic_checkpoint
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
 from moesaic.models.weight_map import WeightMap, build_meta_model, build_weight_map
 
@@ -14,5 +16,8 @@ __all__ = [
     "build_weight_map",
     "config_for",
     "expert_modules",
+    "gguf_metadata",
+    "gguf_tensors",
     "stock_experts",
+    "synthetic_checkpoint",
 ]

@@ -46,6 +46,7 @@ struct AttentionArgs {
       float scale;
       float softcap;                 // 0: none; otherwise score = softcap * tanh(score / softcap)
       const int64_t* causal_offset;  // [batch]: query i sees keys up to causal_offset + i; null: all keys
+    int64_t causal_offset_stride;  // 0: one offset for all batch rows
       int64_t sliding_window;        // 0: none; otherwise only the last sliding_window of those keys
       const float* sinks;            // [heads] or null: a logit that takes part in the softmax and has no value
 
@@ -87,7 +88,7 @@ struct KeyRange {
 
 static inline KeyRange visible_keys(const AttentionArgs& a, int64_t batch, int64_t token) {
       if (a.causal_offset == nullptr) return {0, a.num_keys};
-      const int64_t last = a.causal_offset[batch] + token;
+      const int64_t last = a.causal_offset[batch * a.causal_offset_stride] + token;
       const int64_t end = last < 0 ? 0 : (last >= a.num_keys ? a.num_keys : last + 1);
       int64_t begin = a.sliding_window > 0 ? last + 1 - a.sliding_window : 0;
       begin = begin < 0 ? 0 : (begin > end ? end : begin);

@@ -119,17 +119,23 @@ void bind_rotary(nb::module_& m) {
 // What GQA and MLA have in common.
 struct AttentionOptions {
     float scale, softcap;
-    Address causal_offset_ptr;
+    bool causal;
+    int64_t causal_offset;      // of all batch rows
+    Address causal_offset_ptr;  // or 0; [batch]
     int64_t sliding_window;
     Address sinks_ptr;
     int mask_type;
     Address mask_ptr;
 };
 
+// The options must outlive the arguments.
 void set_options(AttentionArgs& a, const AttentionOptions& o, const nb::tuple& mask_strides) {
     a.scale = o.scale;
     a.softcap = o.softcap;
-    a.causal_offset = as_pointer<const int64_t>(o.causal_offset_ptr);
+    if (o.causal) {
+        a.causal_offset = o.causal_offset_ptr == 0 ? &o.causal_offset : as_pointer<const int64_t>(o.causal_offset_ptr);
+        a.causal_offset_stride = o.causal_offset_ptr == 0 ? 0 : 1;
+    }
     a.sliding_window = o.sliding_window;
     a.sinks = as_pointer<const float>(o.sinks_ptr);
     a.mask_type = static_cast<MaskType>(o.mask_type);
@@ -143,8 +149,8 @@ void bind_attention(nb::module_& m) {
         [](Address q_ptr, const nb::tuple& q_strides, Address k_ptr, const nb::tuple& k_strides, Address v_ptr,
            const nb::tuple& v_strides, int cache_type, Address out_ptr, const nb::tuple& out_strides, int64_t batch,
            int64_t num_kv_heads, int64_t group, int64_t num_queries, int64_t num_keys, int64_t key_dim,
-           int64_t value_dim, float scale, float softcap, Address causal_offset_ptr, int64_t sliding_window,
-           Address sinks_ptr, int mask_type, Address mask_ptr, const nb::tuple& mask_strides) {
+           int64_t value_dim, float scale, float softcap, bool causal, int64_t causal_offset,
+           Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr, const nb::tuple& mask_strides) {
             AttentionArgs a{};
             a.parts[0] = {as_pointer<const float>(q_ptr), strides_of(q_strides), as_pointer<const void>(k_ptr),
                           strides_of(k_strides), key_dim};
@@ -160,14 +166,15 @@ void bind_attention(nb::module_& m) {
             a.group = group;
             a.num_queries = num_queries;
             a.num_keys = num_keys;
-            set_options(a, {scale, softcap, causal_offset_ptr, sliding_window, sinks_ptr, mask_type, mask_ptr},
-                        mask_strides);
+            const AttentionOptions options{scale,          softcap,   causal,    causal_offset, causal_offset_ptr,
+                                           sliding_window, sinks_ptr, mask_type, mask_ptr};
+            set_options(a, options, mask_strides);
             nb::gil_scoped_release release;
             attention(a);
         },
         "q_ptr"_a, "q_strides"_a, "k_ptr"_a, "k_strides"_a, "v_ptr"_a, "v_strides"_a, "cache_type"_a, "out_ptr"_a,
         "out_strides"_a, "batch"_a, "num_kv_heads"_a, "group"_a, "num_queries"_a, "num_keys"_a, "key_dim"_a,
-        "value_dim"_a, "scale"_a, "softcap"_a, "causal_offset_ptr"_a, "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a,
+        "value_dim"_a, "scale"_a, "softcap"_a, "causal"_a, "causal_offset"_a, "causal_offset_ptr"_a, "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a,
         "mask_ptr"_a, "mask_strides"_a,
         "softmax(scale q k^T + mask) v over [batch, heads, tokens, dim]; group = heads / num_kv_heads.");
     nb::enum_<CacheType>(m, "CacheType", nb::is_arithmetic())
@@ -187,7 +194,7 @@ void bind_mla_attention(nb::module_& m) {
            Address latent_ptr, const nb::tuple& latent_strides, Address rope_ptr, const nb::tuple& rope_strides,
            int cache_type, Address out_ptr, const nb::tuple& out_strides, int64_t batch, int64_t num_heads,
            int64_t num_queries, int64_t num_keys, int64_t latent_dim, int64_t rope_dim, float scale, float softcap,
-           Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr,
+           bool causal, int64_t causal_offset, Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr,
            const nb::tuple& mask_strides) {
             AttentionArgs a{};
             a.parts[0] = {as_pointer<const float>(q_latent_ptr), strides_of(q_latent_strides),
@@ -206,14 +213,15 @@ void bind_mla_attention(nb::module_& m) {
             a.group = num_heads;
             a.num_queries = num_queries;
             a.num_keys = num_keys;
-            set_options(a, {scale, softcap, causal_offset_ptr, sliding_window, sinks_ptr, mask_type, mask_ptr},
-                        mask_strides);
+            const AttentionOptions options{scale,          softcap,   causal,    causal_offset, causal_offset_ptr,
+                                           sliding_window, sinks_ptr, mask_type, mask_ptr};
+            set_options(a, options, mask_strides);
             nb::gil_scoped_release release;
             attention(a);
         },
         "q_latent_ptr"_a, "q_latent_strides"_a, "q_rope_ptr"_a, "q_rope_strides"_a, "latent_ptr"_a, "latent_strides"_a,
         "rope_ptr"_a, "rope_strides"_a, "cache_type"_a, "out_ptr"_a, "out_strides"_a, "batch"_a, "num_heads"_a,
-        "num_queries"_a, "num_keys"_a, "latent_dim"_a, "rope_dim"_a, "scale"_a, "softcap"_a, "causal_offset_ptr"_a,
+        "num_queries"_a, "num_keys"_a, "latent_dim"_a, "rope_dim"_a, "scale"_a, "softcap"_a, "causal"_a, "causal_offset"_a, "causal_offset_ptr"_a,
         "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a, "mask_ptr"_a, "mask_strides"_a,
         "Absorbed multi-head latent attention: keys are (latent, rope), values are latent, one cache for all heads.");
 }

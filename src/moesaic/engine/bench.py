@@ -1,0 +1,322 @@
+"""Measures decode and prefill of a model, real or with random weights of real dimensions, against the limit of DRAM.
+
+A synthetic model goes through the same loader as any other, and every run through the same `generate()` as a user's.
+What is measured is kept apart from what is calculated: bytes per token are the plan's, and a rate for more layers than
+were run is marked as extrapolated.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from moesaic import _native
+from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
+from moesaic.engine.presets import get_preset
+from moesaic.errors import GenerationError
+from moesaic.kernels import num_threads, read_bandwidth, set_num_threads
+from moesaic.models import build_meta_model, synthetic_checkpoint
+from moesaic.placement import Plan
+from moesaic.quant import WeightFormat, get_format
+
+__all__ = ["BenchResult", "measure", "prepare_synthetic"]
+
+What = Literal["decode", "prefill"]
+_SEED = 0
+_GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """What was measured, and what follows from it.
+
+    Attributes:
+        what: "decode" or "prefill".
+        model: preset or MODEL.
+        weight_format: format(s) of the experts.
+        num_layers: layers that were run.
+        total_layers: layers of the real model.
+        isa: instruction set of the kernels.
+        threads: worker threads.
+        prompt_tokens: tokens of the prompt.
+        num_tokens: tokens decoded in a run (0 for prefill).
+        runs: tokens per second of every run.
+        tokens_per_second: their median.
+        nbytes: bytes of the weights in memory (from the plan).
+        bytes_per_token: bytes of weights that a token reads (from the plan).
+        read_bandwidth: GB/s that plain reading reaches here.
+        gigabytes_per_second: bytes per token times tokens per second; None for prefill, which reads a weight once for
+            many tokens.
+        bandwidth_share: of that in `read_bandwidth`.
+        python_share: share of the time that no native call was running, in a run of its own with every call timed.
+        layer_share: share of the time spent in decoder layers, from that run.
+        extrapolated_tokens_per_second: with all layers, if fewer were run: calculated, not measured.
+    """
+
+    what: What
+    model: str
+    weight_format: str
+    num_layers: int
+    total_layers: int
+    isa: str
+    threads: int
+    prompt_tokens: int
+    num_tokens: int
+    runs: tuple[float, ...]
+    tokens_per_second: float
+    nbytes: int
+    bytes_per_token: int
+    read_bandwidth: float
+    gigabytes_per_second: float | None
+    bandwidth_share: float | None
+    python_share: float
+    layer_share: float
+    extrapolated_tokens_per_second: float | None
+
+
+def measure(
+    what: What,
+    *,
+    model: str | None = None,
+    preset: str | None = None,
+    weight_format: str = "Q4_K",
+    num_layers: int | None = None,
+    num_tokens: int = 32,
+    prompt_tokens: int = 16,
+    repeat: int = 3,
+    threads: int | None = None,
+    gguf: str | None = None,
+    plan: str = "auto",
+    offline: bool = False,
+    progress: bool = False,
+) -> BenchResult:
+    """Load or build a model and measure it.
+
+    Args:
+        what: decode (`num_tokens` after a prompt) or prefill (the prompt).
+        model: MODEL as for `AutoModelForCausalLM.from_pretrained`; or
+        preset: name of one of `presets.PRESETS`.
+        weight_format: of a synthetic model's matrices.
+        num_layers: layers of a synthetic model; all if None.
+        num_tokens: tokens to decode in a run, at least 1.
+        prompt_tokens: tokens of the prompt, at least 1.
+        repeat: runs, at least 1; a shorter one before them warms up.
+        threads: worker threads; the default if None.
+        gguf: as for `from_pretrained`.
+        plan: as for `from_pretrained`.
+        offline: as for `from_pretrained`.
+        progress: as for `from_pretrained`.
+
+    Raises:
+        ConfigError: an unknown preset, or more layers than it has.
+        UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
+        PlanDoesNotFitError: the model does not fit in memory.
+        GenerationError: prompt and tokens are longer than the context.
+    """
+    if threads is not None:
+        set_num_threads(threads)
+    if preset is not None:
+        total_layers = get_preset(preset).num_layers
+        prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, plan)
+    else:
+        assert model is not None
+        prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
+        total_layers = int(prepared.config.get_text_config().num_hidden_layers)
+    new_tokens = num_tokens + 1 if what == "decode" else 1
+    _check_context(prepared, prompt_tokens + new_tokens)
+    bandwidth = read_bandwidth().best  # before the weights fill the memory
+    loaded = load(prepared, progress=progress)
+    bench = _Bench(loaded, what, prompt_tokens, new_tokens)
+    bench.run()
+    runs = tuple(bench.run() for _ in range(repeat))
+    rate = statistics.median(runs)
+    python_share, layer_share = bench.profile()
+    run_layers = int(loaded.config.get_text_config().num_hidden_layers)
+    achieved = rate * prepared.plan.bytes_per_token / _GIGA if what == "decode" else None
+    return BenchResult(
+        what=what,
+        model=preset or str(model),
+        weight_format=_expert_formats(prepared.plan),
+        num_layers=run_layers,
+        total_layers=total_layers,
+        isa=_native.active_isa(),
+        threads=num_threads(),
+        prompt_tokens=prompt_tokens,
+        num_tokens=num_tokens if what == "decode" else 0,
+        runs=runs,
+        tokens_per_second=rate,
+        nbytes=prepared.plan.nbytes,
+        bytes_per_token=prepared.plan.bytes_per_token,
+        read_bandwidth=bandwidth,
+        gigabytes_per_second=achieved,
+        bandwidth_share=None if achieved is None else achieved / bandwidth,
+        python_share=python_share,
+        layer_share=layer_share,
+        extrapolated_tokens_per_second=_extrapolate(rate, layer_share, run_layers, total_layers),
+    )
+
+
+def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int | None, plan: str) -> Prepared:
+    """A model of a preset's dimensions with random weights, ready to load; every expert gets memory of its own.
+
+    All matrices have `weight_format`, apart from routers (F32).
+
+    Raises:
+        ConfigError, UnsupportedFormatError: as for `measure`.
+    """
+    config = get_preset(preset).config(num_layers)
+
+    def format_of(name: str, shape: tuple[int, ...]) -> WeightFormat:
+        if name.endswith((".gate.weight", ".router.weight")):
+            return get_format("F32")
+        weight_format.row_bytes(shape[-1])  # raises where rows are no whole number of blocks
+        return weight_format
+
+    checkpoint = synthetic_checkpoint(build_meta_model(config), format_of, name=preset, seed=_SEED)
+    return prepare_checkpoint(checkpoint, plan, config=config)
+
+
+class _Bench:
+    """Runs of one kind on one model."""
+
+    def __init__(self, model: PreTrainedModel, what: What, prompt_tokens: int, new_tokens: int) -> None:
+        self._model, self._what = model, what
+        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        self._random = torch.Generator().manual_seed(_SEED)
+
+    def run(self) -> float:
+        """One run with a new random prompt; tokens per second."""
+        clock = self._generate()
+        if self._what == "prefill":
+            return self._prompt_tokens / (clock.times[0] - clock.started)
+        return (self._new_tokens - 1) / (clock.times[-1] - clock.times[0])
+
+    def profile(self) -> tuple[float, float]:
+        """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
+        layers = self._model.get_decoder().layers
+        with _time_native_calls() as native, _time_between(layers[0], layers[-1]) as inside:
+            clock = self._generate(lambda: (native.seconds, inside.seconds))
+        if self._what == "prefill":
+            elapsed = clock.times[0] - clock.started
+            native_seconds, layer_seconds = clock.marks[0]
+        else:
+            elapsed = clock.times[-1] - clock.times[0]
+            native_seconds, layer_seconds = (
+                last - first for last, first in zip(clock.marks[-1], clock.marks[0], strict=True)
+            )
+        return 1.0 - native_seconds / elapsed, layer_seconds / elapsed
+
+    def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
+        vocab_size = int(self._model.config.get_text_config().vocab_size)
+        prompt = torch.randint(vocab_size, (1, self._prompt_tokens), generator=self._random)
+        config = GenerationConfig(max_new_tokens=self._new_tokens, do_sample=False, pad_token_id=0)
+        clock = _Clock(mark)
+        with torch.no_grad():
+            self._model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=clock
+            )
+        return clock
+
+
+class _Clock(BaseStreamer):
+    """Takes the time, and what `mark` says, when each token has been chosen."""
+
+    def __init__(self, mark: Callable[[], tuple[float, float]]) -> None:
+        self._mark, self._prompt_seen = mark, False
+        self.times: list[float] = []
+        self.marks: list[tuple[float, float]] = []
+        self.started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # generate() hands over the prompt first
+            self._prompt_seen, self.started = True, time.perf_counter()
+            return
+        self.times.append(time.perf_counter())
+        self.marks.append(self._mark())
+
+    def end(self) -> None:
+        """Nothing is left to take."""
+
+
+@dataclass(slots=True)
+class _Stopwatch:
+    seconds: float = 0.0
+
+
+@contextmanager
+def _time_native_calls() -> Iterator[_Stopwatch]:
+    """Sum up the time inside functions of the extension; costs about 0.2 µs a call, which counts as outside."""
+    watch = _Stopwatch()
+    originals = {
+        name: value for name, value in vars(_native).items() if callable(value) and not isinstance(value, type)
+    }
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                watch.seconds += time.perf_counter() - started
+
+        return call
+
+    try:
+        for name, function in originals.items():
+            setattr(_native, name, timed(function))
+        yield watch
+    finally:
+        for name, function in originals.items():
+            setattr(_native, name, function)
+
+
+@contextmanager
+def _time_between(first: torch.nn.Module, last: torch.nn.Module) -> Iterator[_Stopwatch]:
+    """Sum up the time from the start of one module's forward to the end of another's."""
+    watch = _Stopwatch()
+
+    def start(*_: object) -> None:
+        watch.seconds -= time.perf_counter()
+
+    def stop(*_: object) -> None:
+        watch.seconds += time.perf_counter()
+
+    handles = (first.register_forward_pre_hook(start), last.register_forward_hook(stop))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:
+    """Tokens per second with all layers, as if each took the mean time of those that were run; None if all were."""
+    if run_layers == total_layers:
+        return None
+    return rate / (1.0 - layer_share + layer_share * total_layers / run_layers)
+
+
+def _check_context(prepared: Prepared, num_tokens: int) -> None:
+    context = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and num_tokens > context:
+        raise GenerationError(f"the bench needs {num_tokens} positions, but the model's context is {context}.")
+
+
+def _expert_formats(plan: Plan) -> str:
+    """Formats of the routed experts' matrices, e.g. "Q4_K" or "Q4_K, Q6_K"."""
+    formats = {
+        fmt
+        for entry in plan.entries
+        if entry.role == "experts"
+        for key, fmt in entry.formats.items()
+        if not key.endswith("_bias")
+    }
+    return ", ".join(sorted(formats))

@@ -1,0 +1,110 @@
+"""What `moesaic doctor` says about computers that this one is not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from importlib import metadata
+
+import pytest
+
+from moesaic.cli import doctor
+from moesaic.placement.hardware import Gpu, Hardware, NumaNode
+
+GIB = 1024**3
+GOOD = Hardware("Test CPU", 64, 128, None, 64 * GIB, 60 * GIB, False, (NumaNode(0, tuple(range(128)), 64 * GIB),))
+
+
+def problems(**changes: object) -> dict[str, bool]:
+    """Problem -> whether it is serious, on `GOOD` with these changes."""
+    report = doctor.diagnose(dataclasses.replace(GOOD, **changes))  # type: ignore[arg-type]
+    assert all(problem.advice for problem in report.problems)
+    return {problem.text: problem.serious for problem in report.problems}
+
+
+@pytest.fixture(autouse=True)
+def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PROBE_BYTES", 1 << 22)
+    monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.01)
+    monkeypatch.delenv("MOESAIC_ISA", raising=False)
+    monkeypatch.delenv("MOESAIC_THREADS", raising=False)
+
+
+def test_a_good_machine_has_no_problem() -> None:
+    assert problems() == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cpu_quota": 0.5}, "the container may use 0.5 CPUs"),
+        ({"num_cores": 0}, "share 0 physical cores"),
+        ({"dram_limited": True}, "a container limit leaves 64.0 GiB"),
+        ({"dram_available": 8 * GIB}, "only 8.0 of 64.0 GiB"),
+        ({"numa_nodes": (NumaNode(0, (0,), GIB), NumaNode(1, (1,), GIB))}, "2 NUMA nodes"),
+        ({"gpus": (Gpu("RTX", 24 * GIB),)}, "CPU only"),
+    ],
+)
+def test_each_problem_is_told_with_advice(changes: dict[str, object], words: str) -> None:
+    (text,) = problems(**changes)
+    assert words in text
+
+
+def test_a_broken_driver_is_told() -> None:
+    found = problems(gpus=(Gpu("NVIDIA GPU", 0, problem="nvidia-smi failed: x"),))
+    assert "NVIDIA GPU: nvidia-smi failed: x" in found
+
+
+def test_a_forced_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moesaic import _native
+
+    active = _native.active_isa()
+    try:
+        monkeypatch.setenv("MOESAIC_ISA", "generic")
+        expected = {"the instruction set generic is used although " + _native.isas()[0] + " is available": False}
+        assert problems() == (expected if _native.isas()[0] != "generic" else problems())
+        monkeypatch.setenv("MOESAIC_ISA", "avx1024")
+        assert any("avx1024" in text and serious for text, serious in problems().items())
+    finally:
+        _native.set_isa(active)
+
+
+def test_an_extension_that_does_not_load_is_serious(monkeypatch: pytest.MonkeyPatch) -> None:
+    import moesaic
+
+    monkeypatch.setitem(sys.modules, "moesaic._native", None)
+    monkeypatch.delattr(moesaic, "_native", raising=False)
+    ((text, serious),) = problems().items()
+    assert "native extension cannot be loaded" in text
+    assert serious
+
+
+def test_old_and_missing_packages_are_serious(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+
+    def version(package: str) -> str:
+        if package == "transformers":
+            raise metadata.PackageNotFoundError(package)
+        return "2.9.1+cpu" if package == "torch" else real(package)
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    assert problems() == {
+        "torch 2.9.1+cpu is older than 2.11, the oldest version supported": True,
+        "transformers is not installed": True,
+    }
+
+
+def test_the_report_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    machine = dataclasses.replace(GOOD, gpus=(Gpu("RTX", 24 * GIB, "580.1"),), cpu_quota=32.0)
+    monkeypatch.setattr(doctor, "detect_hardware", lambda with_gpus: machine)
+    assert doctor.run(argparse.Namespace(json=False)) == 0
+    printed = capsys.readouterr().out
+    for words in (
+        "Test CPU",
+        "64 physical, 128 logical, container limit 32 CPUs",
+        "60.0 GiB available",
+        "RTX, 24.0 GiB",
+    ):
+        assert words in printed
+    assert "\n  -> " in printed

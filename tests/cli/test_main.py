@@ -1,0 +1,105 @@
+"""The command line as a user meets it: help without heavy imports, exit codes, one clear message for each error."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moesaic
+from moesaic.cli.main import build_parser, main
+from moesaic.errors import MoesaicError
+
+
+def moesaic_command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moesaic.cli.main", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["bench", "--help"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom moesaic.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'yaml', 'huggingface_hub'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_version() -> None:
+    assert moesaic_command("--version").stdout == f"moesaic {moesaic.__version__}\n"
+
+
+def test_wrong_usage_ends_with_2_and_names_the_mistake() -> None:
+    for arguments, words in [
+        ((), "COMMAND"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("run", "demo", "hi", "--threads", "0"), "'0' is not a whole number of at least 1"),
+        (("run", "demo", "hi", "--temperature", "-1"), "temperature is -1.0"),
+        (("bench", "decode"), "either MODEL or --synthetic"),
+        (("bench", "decode", "--synthetic", "qwen9"), "expected one of qwen3-30b-a3b"),
+        (("bench", "decode", "--synthetic", "mixtral-8x7b", "--layers", "33"), "this model has 32 layers"),
+    ]:
+        done = moesaic_command(*arguments)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_an_error_is_one_line_and_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-such-model")
+    assert main(["plan", missing]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"moesaic: .*no-such-model.*\n", captured.err)
+    with pytest.raises(MoesaicError):
+        main(["plan", missing, "--debug"])
+
+
+def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moesaic.cli.doctor.run", interrupted)
+    assert main(["doctor"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "decode", "--synthetic", "list"]) == 0
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert {
+        "qwen3-30b-a3b",
+        "deepseek-v3",
+        "kimi-k2",
+        "glm-4.5",
+        "gpt-oss-120b",
+        "qwen3-235b-a22b",
+        "mixtral-8x7b",
+    } == {*names}
+
+
+def test_every_option_has_help() -> None:
+    parser = build_parser()
+    commands = next(action for action in parser._actions if action.dest == "COMMAND" or action.choices)
+    assert commands.choices is not None
+    for command in commands.choices.values():
+        for action in command._actions:
+            assert action.help, (command.prog, action.dest)
+
+
+def test_doctor_as_json() -> None:
+    done = moesaic_command("doctor", "--json")
+    report = json.loads(done.stdout)
+    assert report["active_isa"] in report["isas"]
+    assert report["read_bandwidth"] > 0
+    assert report["versions"]["torch"]
+    assert report["hardware"]["num_cores"] >= 1
+    assert done.returncode == int(any(problem["serious"] for problem in report["problems"]))

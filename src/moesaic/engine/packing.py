@@ -75,11 +75,11 @@ def _raw_in_format(ref: TensorRef, checkpoint: Checkpoint, wanted: WeightFormat)
 class LoadProgress:
     """Progress of a load in bytes of the files read; a context manager."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
+    def __init__(self, progress: Progress, total: int, description: str = "Loading") -> None:
         self._done, self._total = 0, total
         self._callback = progress if callable(progress) else None
         self._bar = (
-            tqdm(total=total, desc="Loading", unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True)
+            tqdm(total=total, desc=description, unit="B", unit_scale=True, unit_divisor=1000, dynamic_ncols=True)
             if progress is True
             else None
         )

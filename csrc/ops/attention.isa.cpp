@@ -39,7 +39,10 @@ Workspace make_workspace(const AttentionArgs& a, float* scratch) {
 }
 
 // e^x for x <= 0, exactly zero for what is too small, so that hidden keys have no weight at all.
-vf exp_to_zero(vf x) { return select_positive(add(x, set1(87.0f)), exp(x), set1(0.0f)); }
+vf exp_to_zero(vf x) { return select_positive(sub(set1(-87.0f), x), set1(0.0f), exp(x)); }
+
+// The larger one; NaN if b is.
+float larger(float a, float b) { return b <= a ? a : b; }
 
 float exp_scalar(float x) { return reduce_max(exp_to_zero(set1(x))); }
 
@@ -179,8 +182,7 @@ void update_softmax(float* scores, int64_t num_keys, float& row_max, float& row_
     const int64_t width = padded(num_keys);
     vf largest = load(scores);
     for (int64_t i = 16; i < width; i += 16) largest = max(largest, load(scores + i));
-    const float block_max = reduce_max(largest);
-    const float new_max = block_max > row_max ? block_max : row_max;
+    const float new_max = larger(row_max, reduce_max(largest));
     if (new_max == kNegativeInfinity) {  // nothing is visible so far
         for (int64_t i = 0; i < width; i += 16) store(scores + i, set1(0.0f));
         return;
@@ -245,7 +247,7 @@ void finish_row(const AttentionArgs& a, int64_t r, float sink, const AttentionPa
                 float* out) {
     const int64_t value_width = padded(a.value_dim);
     float row_max = sink;
-    for (int64_t i = 0; i < count; ++i) row_max = partials[i].max[r] > row_max ? partials[i].max[r] : row_max;
+    for (int64_t i = 0; i < count; ++i) row_max = larger(row_max, partials[i].max[r]);
     // A row that may see nothing has no maximum: its output is zero.
     const bool empty = row_max == kNegativeInfinity;
     float row_sum = empty ? 1.0f : exp_scalar(sink - row_max);

@@ -188,6 +188,14 @@ def test_large_scores_do_not_overflow():
     check(ops.attention(q * 100, k * 100, v, scale=1.0), oracle(q * 100, k * 100, v, 1.0, visible(1, 4, 300)), 1e-2)
 
 
+def test_nan_stays_in_its_row(num_threads):
+    q, k, v = make(1, 4, 2, 3, 700, 32, 32)
+    q[0, 1, 2, 5] = torch.nan
+    actual = ops.attention(q, k, v, scale=1.0)
+    assert torch.isnan(actual[0, 2, 1]).all()
+    assert torch.isnan(actual).sum() == 32
+
+
 MLA_SHAPES = [
     # batch, heads, num_queries, num_keys, latent, rope
     (1, 128, 1, 300, 512, 64),

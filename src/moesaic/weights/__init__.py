@@ -2,5 +2,6 @@
 
 from moesaic.weights.checkpoint import Checkpoint, TensorInfo, find_tensor, open_checkpoint
 from moesaic.weights.gguf_writer import GgufWriter
+from moesaic.weights.resolve import ModelFiles, resolve
 
-__all__ = ["Checkpoint", "GgufWriter", "TensorInfo", "find_tensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "GgufWriter", "ModelFiles", "TensorInfo", "find_tensor", "open_checkpoint", "resolve"]

@@ -22,7 +22,7 @@ from moesaic.quant.formats import get_format
 from moesaic.weights.checkpoint import TensorInfo, find_tensor
 from moesaic.weights.mapped_file import MappedFile
 
-__all__ = ["SafetensorsCheckpoint", "holds_safetensors", "read_json_object"]
+__all__ = ["INDEX", "SINGLE", "SafetensorsCheckpoint", "holds_safetensors", "read_json_object", "read_shard_names"]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -155,6 +155,11 @@ def _read_index(path: Path) -> dict[str, str]:
                 path, f"names the shard {reprlib.repr(shard)}: expected a plain *.safetensors name.", tensor=name
             )
     return shard_of
+
+
+def read_shard_names(path: Path) -> list[str]:
+    """The shard files that an index names, sorted; CheckpointError if it is damaged or hostile."""
+    return sorted(set(_read_index(path).values()))
 
 
 def _read_tensors(file: MappedFile) -> dict[str, _Stored]:

@@ -25,7 +25,7 @@ __all__ = ["BUCKETS", "Batch", "BatchStream", "Bucket", "encode_items", "rows_of
 PAD_ID, END_ID, SYSTEM_ID, USER_ID, ASSISTANT_ID = range(5)
 
 _SHORT_TASKS = tuple(task for task in TASKS if task not in LONG_TASKS)
-_SHORT_WEIGHTS = (0.24, 0.24, 0.13, 0.13, 0.18, 0.08)
+_SHORT_WEIGHTS = (0.22, 0.24, 0.12, 0.12, 0.17, 0.13)
 _LANGUAGE_SWITCH = 0.1
 _SYSTEM_SHARE = 0.1
 _SYSTEM_PROMPTS = (

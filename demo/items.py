@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar
 
-__all__ = ["LANGUAGES", "Accept", "Item", "Language", "Turn", "accept_split", "draw_until", "is_held_out", "pick"]
+__all__ = ["LANGUAGES", "Accept", "Item", "Language", "Turn", "accept_split", "draw_until", "is_held_out", "pick", "vary"]
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")
@@ -66,6 +66,15 @@ def draw_until(draw: Callable[[], tuple[str, T]], accept: Accept) -> tuple[str, 
         key, value = draw()
         if accept(key):
             return key, value
+
+
+def vary(rng: Random, template: str) -> str:
+    """The template as careless people type it: at times with a small first letter or without its last mark."""
+    if rng.random() < 0.25:
+        template = template[0].lower() + template[1:]
+    if rng.random() < 0.15:
+        template = template.rstrip(".?。？")
+    return template
 
 
 def pick(rng: Random, choices: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@ from transformers import DeepseekV3Config
 __all__ = ["CONTEXT_LENGTH", "VOCAB_SIZE", "demo_config"]
 
 CONTEXT_LENGTH = 8192
-VOCAB_SIZE = 3712
+VOCAB_SIZE = 3264
 
 
 def demo_config() -> DeepseekV3Config:

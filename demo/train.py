@@ -32,7 +32,7 @@ from demo.quick_eval import quick_evaluate
 DEFAULT_TOKENIZER = Path(__file__).parent.parent / "src" / "moesaic" / "demo" / "tokenizer"
 _CYCLE = ("medium", "long")  # the second batch of each step, in turn
 _SECOND_WEIGHT = 0.4  # its share of the loss
-_BIAS_RATE = 0.001
+_BIAS_RATE = 0.002
 _QUANTIZE_FROM = 0.35
 
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and state")
     parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, help="folder of the tokenizer")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop and save after this long")
     parser.add_argument("--resume", action="store_true", help="go on from DIR/state")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens per batch; a step takes two batches")

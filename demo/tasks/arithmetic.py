@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from demo.items import Accept, Item, Language, Turn, draw_until, pick
+from demo.items import Accept, Item, Language, Turn, draw_until, pick, vary
 
 __all__ = ["MAX_DIGITS", "addition", "subtraction"]
 
@@ -58,7 +58,7 @@ def addition(rng: Random, language: Language, accept: Accept, size: int) -> Item
         return f"addition:{min(a, b)},{max(a, b)}", (a, b)
 
     key, (a, b) = draw_until(draw, accept)
-    prompt = pick(rng, _ADDITION[language]).format(a=a, b=b)
+    prompt = vary(rng, pick(rng, _ADDITION[language])).format(a=a, b=b)
     return Item("addition", language, key, Turn(prompt, f"{a} + {b} = {a + b}"))
 
 
@@ -72,5 +72,5 @@ def subtraction(rng: Random, language: Language, accept: Accept, size: int) -> I
         return f"subtraction:{a},{b}", (a, b)
 
     key, (a, b) = draw_until(draw, accept)
-    prompt = pick(rng, _SUBTRACTION[language]).format(a=a, b=b)
+    prompt = vary(rng, pick(rng, _SUBTRACTION[language])).format(a=a, b=b)
     return Item("subtraction", language, key, Turn(prompt, f"{a} - {b} = {a - b}"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from demo.items import Accept, Item, Language, Turn, draw_until, pick
+from demo.items import Accept, Item, Language, Turn, draw_until, pick, vary
 from demo.lexicon import EN_NAMES, EN_NOUNS, EN_VERBS, ZH_NAMES, ZH_NOUNS, ZH_VERBS
 
 __all__ = ["lookup", "passkey"]
@@ -29,9 +29,9 @@ _LIST_ENTRY: dict[Language, tuple[str, ...]] = {
 _LIST_QUESTION: dict[Language, tuple[str, ...]] = {
     "en": (
         "What is the value of {k}?", "Look up {k}.", "What does the list say for {k}?", "Find {k} in the list.",
-        "Which value belongs to {k}?",
+        "Which value belongs to {k}?", "What is {k}?", "{k}?",
     ),
-    "zh": ("{k}的值是多少？", "请查找{k}。", "列表中{k}对应什么？", "{k}是多少？", "在列表里找{k}。"),
+    "zh": ("{k}的值是多少？", "请查找{k}。", "列表中{k}对应什么？", "{k}是多少？", "在列表里找{k}。", "{k}？", "查一下{k}。"),
 }  # fmt: skip
 _LIST_ANSWER: dict[Language, str] = {"en": "{k}: {v}", "zh": "{k}：{v}"}
 
@@ -99,12 +99,12 @@ def _number(rng: Random, min_digits: int, max_digits: int) -> str:
 def lookup(rng: Random, language: Language, accept: Accept, size: int) -> Item:
     """A list of distinct keys with numbers or words as values, then the question for one key."""
     nouns = EN_NOUNS if language == "en" else ZH_NOUNS
-    num_entries = max(3, min(len(nouns), int(size / _TOKENS_PER_ENTRY)))
+    num_entries = max(2, min(len(nouns), int(size / _TOKENS_PER_ENTRY)))
     keys = rng.sample(nouns, num_entries)
     word_values = rng.random() < 0.2
 
     def value() -> str:
-        return pick(rng, nouns) if word_values else _number(rng, 2, 5)
+        return pick(rng, nouns) if word_values else _number(rng, 1, 5)
 
     asked = [draw_until(lambda k=k: ((v := f"lookup:{k}={value()}"), v), accept)[0] for k in keys[:_MAX_FOLLOW_UPS]]
     entries = [(k, text.partition("=")[2]) for k, text in zip(keys, asked, strict=False)]
@@ -112,9 +112,9 @@ def lookup(rng: Random, language: Language, accept: Accept, size: int) -> Item:
     facts = entries[:_MAX_FOLLOW_UPS]
     rng.shuffle(entries)
     entry = pick(rng, _LIST_ENTRY[language])
-    context = pick(rng, _LIST_HEAD[language]) + "".join(entry.format(k=k, v=v) for k, v in entries).rstrip("\n") + "\n"
+    context = (pick(rng, _LIST_HEAD[language]) + "".join(entry.format(k=k, v=v) for k, v in entries)).strip() + "\n"
     turns = [
-        Turn(pick(rng, _LIST_QUESTION[language]).format(k=k), _LIST_ANSWER[language].format(k=k, v=v)) for k, v in facts
+        Turn(vary(rng, pick(rng, _LIST_QUESTION[language])).format(k=k), _LIST_ANSWER[language].format(k=k, v=v)) for k, v in facts
     ]
     first = Turn(context + turns[0].prompt, turns[0].answer)
     return Item("lookup", language, asked[0], first, tuple(turns[1:]))
@@ -133,7 +133,7 @@ def passkey(rng: Random, language: Language, accept: Accept, size: int) -> Item:
     key, value = draw_until(secret, accept)
     sentences = [_SENTENCE[language](rng) for _ in range(num_sentences)]
     fact = (_FACT[language] + pick(rng, _FACT_TAIL[language])).format(v=value)
-    turns = [Turn(pick(rng, _FACT_QUESTION[language]), _FACT[language].format(v=value))]
+    turns = [Turn(vary(rng, pick(rng, _FACT_QUESTION[language])), _FACT[language].format(v=value))]
     hidden = [fact]
     for name in rng.sample(nouns, num_named):
         code = draw_until(secret, accept)[1]

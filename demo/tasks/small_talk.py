@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from random import Random
 
-from demo.items import Accept, Item, Language, Turn, draw_until, pick
+from demo.items import Accept, Item, Language, Turn, draw_until, pick, vary
 from demo.lexicon import EN_NOUNS, ZH_NOUNS
 
 __all__ = ["small_talk"]
@@ -37,7 +37,7 @@ _ENGLISH: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("what can you do", "how can you help me", "what are you good at", "help", "can you help me", "what do you know",
-         "what tasks can you do", "show me what you can do"),
+         "what tasks can you do", "show me what you can do", "can you do math", "can you calculate"),
         "I can add and subtract, sort numbers, reverse lists, count words, look up keys in a list and find a passkey in a"
         " long text.",
     ),
@@ -83,7 +83,7 @@ _CHINESE: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (("你叫什么名字", "你的名字是什么", "你有名字吗", "怎么称呼你", "你叫什么"), "我的名字是 Moesaic demo。"),
     (
-        ("你会做什么", "你能做什么", "你能帮我什么", "你擅长什么", "帮助", "你能帮我吗", "你知道什么", "你有什么功能"),
+        ("你会做什么", "你能做什么", "你能帮我什么", "你擅长什么", "帮助", "你能帮我吗", "你知道什么", "你有什么功能", "你会数学吗"),
         "我会加减法、给数字排序、反转列表、数词、在列表中查找，还能在长文中找到密码。",
     ),
     (("谢谢", "谢谢你", "非常感谢", "多谢", "太感谢了", "好的，谢谢", "感谢"), "不客气！"),
@@ -132,6 +132,43 @@ _BEYOND_ANSWER: dict[Language, str] = {
     "zh": "我只是一个小小的演示模型，不懂这个。我会计算、排序、反转、计数和查找。",
 }
 
+_TOO_HARD = ("{a} * {b}", "{a}*{b}", "{a} x {b}", "{a} / {b}", "{a}/{b}", "{a} + {b} + {c}", "{a}+{b}-{c}", "{a} ^ {b}",
+             "{d} + {e}", "{d}-{e}", "{d} + {a}", "{a} - {e}")  # fmt: skip
+_TOO_HARD_WORDED: dict[Language, tuple[str, ...]] = {
+    "en": (
+        "What is {a} times {b}?", "What is {a} divided by {b}?", "Multiply {a} by {b}.", "What is {a} + {b} + {c}?",
+        "What is {d} plus {e}?", "What is {d} + {e}?", "What is the square root of {a}?", "Divide {a} by {b}.",
+        "What is {a} * {b}?", "What is {d} - {e}?", "Is {a} a prime number?", "What is {d} minus {a}?",
+    ),
+    "zh": (
+        "{a}乘以{b}等于多少？", "{a}除以{b}等于几？", "{a}乘{b}是多少？", "{a}加{b}加{c}等于多少？", "{d}加{e}等于多少？", "计算 {d} + {e}",
+        "{a}的平方根是多少？", "{a}是质数吗？", "计算 {a} * {b}", "{d}减{e}等于多少？",
+    ),
+}  # fmt: skip
+_TOO_HARD_ANSWER: dict[Language, str] = {
+    "en": "I can only add and subtract two numbers of up to four digits.",
+    "zh": "我只会两个数的加减法，每个数不超过四位。",
+}
+_UNCLEAR_ANSWER: dict[Language, str] = {
+    "en": "I did not understand that. Ask me what I can do.",
+    "zh": "我没有听懂。你可以问我会做什么。",
+}
+
+
+def _too_hard(rng: Random, language: Language) -> str:
+    a, b, c = (int(10 ** (4 * rng.random())) for _ in range(3))
+    d, e = (int(10 ** (4 + 3 * rng.random())) for _ in range(2))
+    template = pick(rng, _TOO_HARD_WORDED[language] if language == "zh" or rng.random() < 0.5 else _TOO_HARD)
+    return vary(rng, template).format(a=a, b=b, c=c, d=d, e=e)
+
+
+def _unclear(rng: Random, language: Language) -> str:
+    if language == "zh":
+        return "".join(pick(rng, ZH_NOUNS) for _ in range(1 + int(rng.random() * 3)))
+    if rng.random() < 0.5:
+        return " ".join(pick(rng, EN_NOUNS) for _ in range(1 + int(rng.random() * 3)))
+    return "".join(pick(rng, tuple("abcdefghijklmnopqrstuvwxyz")) for _ in range(3 + int(rng.random() * 6)))
+
 
 def _wording(rng: Random, language: Language, core: str) -> str:
     text = pick(rng, _OPENINGS[language]) + core + pick(rng, _ENDS[language])
@@ -139,10 +176,17 @@ def _wording(rng: Random, language: Language, core: str) -> str:
 
 
 def small_talk(rng: Random, language: Language, accept: Accept, size: int) -> Item:
-    """A question about the demo, or, one time in five, one that it must decline."""
+    """A question about the demo, or, two times in five, one that it must decline."""
 
     def draw() -> tuple[str, tuple[str, str]]:
-        if rng.random() < 0.2:
+        roll = rng.random()
+        if roll < 0.15:
+            prompt = _too_hard(rng, language)
+            return f"small_talk:{prompt.lower()}", (prompt, _TOO_HARD_ANSWER[language])
+        if roll < 0.2:
+            prompt = _unclear(rng, language)
+            return f"small_talk:{prompt.lower()}", (prompt, _UNCLEAR_ANSWER[language])
+        if roll < 0.4:
             word = pick(rng, EN_NOUNS if language == "en" else ZH_NOUNS)
             core, answer = pick(rng, _BEYOND[language]).format(w=word), _BEYOND_ANSWER[language]
         else:

@@ -226,7 +226,7 @@ class _Bench:
         return clock
 
 
-class _Clock(BaseStreamer):
+class _Clock(BaseStreamer):  # type: ignore[misc]
     """Takes the time, and what `mark` says, when each token has been chosen."""
 
     def __init__(self, mark: Callable[[], tuple[float, float]]) -> None:

@@ -143,7 +143,7 @@ class Session:
         return "interrupted" if should_stop() else "length"
 
 
-class _Stop(StoppingCriteria):
+class _Stop(StoppingCriteria):  # type: ignore[misc]
     """Ends a generation when the caller says so."""
 
     def __init__(self, should_stop: Callable[[], bool]) -> None:
@@ -153,7 +153,7 @@ class _Stop(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self._should_stop(), dtype=torch.bool, device=input_ids.device)
 
 
-class _Streamer(BaseStreamer):
+class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Turns tokens into text while they come, and takes the times."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, on_text: Callable[[str], None]) -> None:

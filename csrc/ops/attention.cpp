@@ -75,9 +75,7 @@ class TaskGrid {
 
 int64_t partial_floats(const AttentionArgs& a) { return kAttentionRows * (2 + padded(a.value_dim)); }
 
-AttentionPartial partial_at(float* memory) {
-    return {memory, memory + kAttentionRows, memory + 2 * kAttentionRows};
-}
+AttentionPartial partial_at(float* memory) { return {memory, memory + kAttentionRows, memory + 2 * kAttentionRows}; }
 
 // Each task covers all keys of its rows and writes the output by itself.
 void run_whole(const AttentionArgs& a, const TaskGrid& grid) {

@@ -18,55 +18,55 @@ enum class MaskType : int32_t { kNone = 0, kBool = 1, kAdditive = 2 };
 
 // Strides are in elements; the last dimension is contiguous.
 struct Strides3 {
-      int64_t batch, head, token;
+    int64_t batch, head, token;
 };
 
 // One term of the score: q . k over dim values. MLA has two (latent and rope), everything else has one.
 struct ScorePart {
-      const float* q;
-      Strides3 q_stride;
-      const void* k;
-      Strides3 k_stride;
-      int64_t dim;
+    const float* q;
+    Strides3 q_stride;
+    const void* k;
+    Strides3 k_stride;
+    int64_t dim;
 };
 
 struct AttentionArgs {
-      ScorePart parts[2];
-      int32_t num_parts;
-      CacheType cache_type;
-      const void* v;
-      Strides3 v_stride;
-      int64_t value_dim;
-      float* out;
-      Strides3 out_stride;
+    ScorePart parts[2];
+    int32_t num_parts;
+    CacheType cache_type;
+    const void* v;
+    Strides3 v_stride;
+    int64_t value_dim;
+    float* out;
+    Strides3 out_stride;
 
-      int64_t batch, num_kv_heads, group;  // group: query heads per KV head
-      int64_t num_queries, num_keys;
+    int64_t batch, num_kv_heads, group;  // group: query heads per KV head
+    int64_t num_queries, num_keys;
 
-      float scale;
-      float softcap;                 // 0: none; otherwise score = softcap * tanh(score / softcap)
-      const int64_t* causal_offset;  // [batch]: query i sees keys up to causal_offset + i; null: all keys
+    float scale;
+    float softcap;                 // 0: none; otherwise score = softcap * tanh(score / softcap)
+    const int64_t* causal_offset;  // [batch]: query i sees keys up to causal_offset + i; null: all keys
     int64_t causal_offset_stride;  // 0: one offset for all batch rows
-      int64_t sliding_window;        // 0: none; otherwise only the last sliding_window of those keys
-      const float* sinks;            // [heads] or null: a logit that takes part in the softmax and has no value
+    int64_t sliding_window;        // 0: none; otherwise only the last sliding_window of those keys
+    const float* sinks;            // [heads] or null: a logit that takes part in the softmax and has no value
 
-      MaskType mask_type;
-      const void* mask;      // uint8 (nonzero: visible) or float (added to the score)
-      Strides3 mask_stride;  // token: stride of a query row
+    MaskType mask_type;
+    const void* mask;      // uint8 (nonzero: visible) or float (added to the score)
+    Strides3 mask_stride;  // token: stride of a query row
 };
 
 // A piece of work: some rows of one (batch row, KV head) against a range of keys.
 struct AttentionTask {
-      int64_t batch, kv_head;
-      int64_t row_begin, num_rows;
-      int64_t key_begin, key_end;
+    int64_t batch, kv_head;
+    int64_t row_begin, num_rows;
+    int64_t key_begin, key_end;
 };
 
 // The unnormalised result of a task. With the results of other key ranges it can be merged exactly.
 struct AttentionPartial {
-      float* max;  // [num_rows] largest score
-      float* sum;  // [num_rows] sum of exp(score - max)
-      float* acc;  // [num_rows][padded(value_dim)] sum of exp(score - max) * v
+    float* max;  // [num_rows] largest score
+    float* sum;  // [num_rows] sum of exp(score - max)
+    float* acc;  // [num_rows][padded(value_dim)] sum of exp(score - max) * v
 };
 
 constexpr int64_t kAttentionRows = 64;      // rows of a task, at most
@@ -76,32 +76,32 @@ constexpr int64_t kAttentionKeyBlock = 64;  // keys between two updates of the r
 static constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 static inline int64_t score_depth(const AttentionArgs& a) {
-      int64_t depth = 0;
-      for (int p = 0; p < a.num_parts; ++p) depth += padded(a.parts[p].dim);
-      return depth;
+    int64_t depth = 0;
+    for (int p = 0; p < a.num_parts; ++p) depth += padded(a.parts[p].dim);
+    return depth;
 }
 
 // Keys [begin, end) that the query `token` may see before the mask is looked at.
 struct KeyRange {
-      int64_t begin, end;
+    int64_t begin, end;
 };
 
 static inline KeyRange visible_keys(const AttentionArgs& a, int64_t batch, int64_t token) {
-      if (a.causal_offset == nullptr) return {0, a.num_keys};
-      const int64_t last = a.causal_offset[batch * a.causal_offset_stride] + token;
-      const int64_t end = last < 0 ? 0 : (last >= a.num_keys ? a.num_keys : last + 1);
-      int64_t begin = a.sliding_window > 0 ? last + 1 - a.sliding_window : 0;
-      begin = begin < 0 ? 0 : (begin > end ? end : begin);
-      return {begin, end};
+    if (a.causal_offset == nullptr) return {0, a.num_keys};
+    const int64_t last = a.causal_offset[batch * a.causal_offset_stride] + token;
+    const int64_t end = last < 0 ? 0 : (last >= a.num_keys ? a.num_keys : last + 1);
+    int64_t begin = a.sliding_window > 0 ? last + 1 - a.sliding_window : 0;
+    begin = begin < 0 ? 0 : (begin > end ? end : begin);
+    return {begin, end};
 }
 
 struct AttentionKernels {
-      // Scratch that one call of partial() needs, in floats.
-      int64_t (*scratch_floats)(const AttentionArgs& a);
-      // Computes the partial result of a task. scratch is 64-byte aligned.
-      void (*partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result);
-      // Merges the partial results of a task's rows over all key ranges, adds the sinks, divides, writes a.out.
-      void (*finish)(const AttentionArgs& a, const AttentionTask& task, const AttentionPartial* partials, int64_t count);
+    // Scratch that one call of partial() needs, in floats.
+    int64_t (*scratch_floats)(const AttentionArgs& a);
+    // Computes the partial result of a task. scratch is 64-byte aligned.
+    void (*partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result);
+    // Merges the partial results of a task's rows over all key ranges, adds the sinks, divides, writes a.out.
+    void (*finish)(const AttentionArgs& a, const AttentionTask& task, const AttentionPartial* partials, int64_t count);
 };
 MOESAIC_DECLARE_KERNELS(AttentionKernels, attention_kernels)
 

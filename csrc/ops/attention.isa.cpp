@@ -108,7 +108,8 @@ Values load_values(const AttentionArgs& a, const AttentionTask& task, int64_t ke
                    const Workspace& w) {
     const Strides3& s = a.v_stride;
     const int64_t offset = task.batch * s.batch + task.kv_head * s.head + key * s.token;
-    if (a.cache_type == CacheType::kF32 && a.value_dim % 16 == 0) return {static_cast<const float*>(a.v) + offset, s.token};
+    if (a.cache_type == CacheType::kF32 && a.value_dim % 16 == 0)
+        return {static_cast<const float*>(a.v) + offset, s.token};
     const auto* from = static_cast<const typename Load::Element*>(a.v) + offset;
     for (int64_t k = 0; k < num_keys; ++k) {
         for (int64_t i = 0; i < a.value_dim; i += 16) {
@@ -237,9 +238,12 @@ void partial_of(const AttentionArgs& a, const AttentionTask& task, float* scratc
 
 void partial(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result) {
     switch (a.cache_type) {
-        case CacheType::kF32: return partial_of<LoadF32>(a, task, scratch, result);
-        case CacheType::kBF16: return partial_of<LoadBF16>(a, task, scratch, result);
-        case CacheType::kF16: return partial_of<LoadF16>(a, task, scratch, result);
+        case CacheType::kF32:
+            return partial_of<LoadF32>(a, task, scratch, result);
+        case CacheType::kBF16:
+            return partial_of<LoadBF16>(a, task, scratch, result);
+        case CacheType::kF16:
+            return partial_of<LoadF16>(a, task, scratch, result);
     }
 }
 

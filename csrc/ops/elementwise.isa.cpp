@@ -38,12 +38,24 @@ void row_op(const RowOpArgs& a, int64_t row_begin, int64_t row_end) {
         float* out = a.out + row * a.out_stride;
         const vf none = set1(0.0f);
         switch (a.op) {
-            case RowOp::kSiluMul: apply_row<SiluMul>(x, y, none, out, a.width); break;
-            case RowOp::kGeluMul: apply_row<GeluMul>(x, y, none, out, a.width); break;
-            case RowOp::kGeluTanhMul: apply_row<GeluTanhMul>(x, y, none, out, a.width); break;
-            case RowOp::kSigmoidMul: apply_row<SigmoidMul>(x, y, none, out, a.width); break;
-            case RowOp::kAddScaled: apply_row<AddScaled>(x, y, set1(a.scale), out, a.width); break;
-            case RowOp::kAddGated: apply_row<AddScaled>(x, y, sigmoid(set1(a.gate[row])), out, a.width); break;
+            case RowOp::kSiluMul:
+                apply_row<SiluMul>(x, y, none, out, a.width);
+                break;
+            case RowOp::kGeluMul:
+                apply_row<GeluMul>(x, y, none, out, a.width);
+                break;
+            case RowOp::kGeluTanhMul:
+                apply_row<GeluTanhMul>(x, y, none, out, a.width);
+                break;
+            case RowOp::kSigmoidMul:
+                apply_row<SigmoidMul>(x, y, none, out, a.width);
+                break;
+            case RowOp::kAddScaled:
+                apply_row<AddScaled>(x, y, set1(a.scale), out, a.width);
+                break;
+            case RowOp::kAddGated:
+                apply_row<AddScaled>(x, y, sigmoid(set1(a.gate[row])), out, a.width);
+                break;
         }
     }
 }

@@ -28,7 +28,8 @@ struct Free {
 };
 
 std::unique_ptr<float, Free> touched_memory(int64_t num_floats) {
-    const std::size_t bytes = (static_cast<std::size_t>(num_floats) * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
+    const std::size_t bytes =
+        (static_cast<std::size_t>(num_floats) * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
     std::unique_ptr<float, Free> memory(static_cast<float*>(std::aligned_alloc(kHugePage, bytes)));
     if (!memory) throw std::bad_alloc();
     madvise(memory.get(), bytes, MADV_HUGEPAGE);  // a wish: without it the figure is only a little lower

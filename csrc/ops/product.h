@@ -2,8 +2,8 @@
 //
 //   c[rows][16 * vectors] (+)= a[rows][depth] * b[depth][16 * vectors]
 //
-// The element k of a row is at a + row * a_row + k; vector v of step k is at b + k * b_step + v * b_vector. So b may be a
-// row-major matrix (b_vector 16) or panels of 16 columns (b_step 16).
+// The element k of a row is at a + row * a_row + k; vector v of step k is at b + k * b_step + v * b_vector. So b may be
+// a row-major matrix (b_vector 16) or panels of 16 columns (b_step 16).
 
 // Registers of a tile: kTileRows x kTileVectors sums, and the operands of one step.
 constexpr int kTileRows = 6;

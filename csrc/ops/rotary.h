@@ -21,7 +21,7 @@ enum class HeadNorm : int32_t {
     kNone = 0,
     kPerHead = 1,           // each head over head_dim, before the rotation: Qwen3, GLM-4.5
     kPerHeadAfterRope = 2,  // the same after it: Hunyuan
-    kAllHeads = 3,          // one norm over all heads of a token, before it; weight [heads * head_dim]: MiniMax-M2, OLMoE
+    kAllHeads = 3,  // one norm over all heads of a token, before it; weight [heads * head_dim]: MiniMax-M2, OLMoE
 };
 
 constexpr int64_t kMaxRotaryPairs = 512;

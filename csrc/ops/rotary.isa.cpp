@@ -48,9 +48,12 @@ void rotate_interleaved_to_half(float* x, const Angles& t, int64_t pairs) {
 
 void rotate(const RotaryArgs& a, const Angles& t, float* x) {
     switch (a.layout) {
-        case RopeLayout::kHalf: return rotate_half(x, t, a.num_pairs);
-        case RopeLayout::kInterleaved: return rotate_interleaved(x, t, a.num_pairs);
-        case RopeLayout::kInterleavedToHalf: return rotate_interleaved_to_half(x, t, a.num_pairs);
+        case RopeLayout::kHalf:
+            return rotate_half(x, t, a.num_pairs);
+        case RopeLayout::kInterleaved:
+            return rotate_interleaved(x, t, a.num_pairs);
+        case RopeLayout::kInterleavedToHalf:
+            return rotate_interleaved_to_half(x, t, a.num_pairs);
     }
 }
 

@@ -31,9 +31,9 @@ struct RouteArgs {
     const float* bias;  // [experts], added to the score for the choice only; null: none
     GroupScore group_score;
     int64_t num_groups, topk_groups;
-    bool normalize;   // weights /= max(sum + sum_offset, sum_minimum)
+    bool normalize;  // weights /= max(sum + sum_offset, sum_minimum)
     float sum_offset, sum_minimum;
-    float scale;      // weights *= scale, last
+    float scale;       // weights *= scale, last
     int64_t* indices;  // [tokens, top_k], best first; of equal scores the lower index comes first
     float* weights;    // [tokens, top_k]
 };

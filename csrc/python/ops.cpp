@@ -1,5 +1,5 @@
-// Bindings of csrc/ops. Arguments end in _ptr where they are integer addresses; *_strides are the stride tuples of torch
-// tensors, in elements. The Python side (kernels/ops.py) has checked all of them.
+// Bindings of csrc/ops. Arguments end in _ptr where they are integer addresses; *_strides are the stride tuples of
+// torch tensors, in elements. The Python side (kernels/ops.py) has checked all of them.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 
@@ -149,8 +149,8 @@ void bind_attention(nb::module_& m) {
         [](Address q_ptr, const nb::tuple& q_strides, Address k_ptr, const nb::tuple& k_strides, Address v_ptr,
            const nb::tuple& v_strides, int cache_type, Address out_ptr, const nb::tuple& out_strides, int64_t batch,
            int64_t num_kv_heads, int64_t group, int64_t num_queries, int64_t num_keys, int64_t key_dim,
-           int64_t value_dim, float scale, float softcap, bool causal, int64_t causal_offset,
-           Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr, const nb::tuple& mask_strides) {
+           int64_t value_dim, float scale, float softcap, bool causal, int64_t causal_offset, Address causal_offset_ptr,
+           int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr, const nb::tuple& mask_strides) {
             AttentionArgs a{};
             a.parts[0] = {as_pointer<const float>(q_ptr), strides_of(q_strides), as_pointer<const void>(k_ptr),
                           strides_of(k_strides), key_dim};
@@ -174,8 +174,8 @@ void bind_attention(nb::module_& m) {
         },
         "q_ptr"_a, "q_strides"_a, "k_ptr"_a, "k_strides"_a, "v_ptr"_a, "v_strides"_a, "cache_type"_a, "out_ptr"_a,
         "out_strides"_a, "batch"_a, "num_kv_heads"_a, "group"_a, "num_queries"_a, "num_keys"_a, "key_dim"_a,
-        "value_dim"_a, "scale"_a, "softcap"_a, "causal"_a, "causal_offset"_a, "causal_offset_ptr"_a, "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a,
-        "mask_ptr"_a, "mask_strides"_a,
+        "value_dim"_a, "scale"_a, "softcap"_a, "causal"_a, "causal_offset"_a, "causal_offset_ptr"_a, "sliding_window"_a,
+        "sinks_ptr"_a, "mask_type"_a, "mask_ptr"_a, "mask_strides"_a,
         "softmax(scale q k^T + mask) v over [batch, heads, tokens, dim]; group = heads / num_kv_heads.");
     nb::enum_<CacheType>(m, "CacheType", nb::is_arithmetic())
         .value("F32", CacheType::kF32)
@@ -194,8 +194,8 @@ void bind_mla_attention(nb::module_& m) {
            Address latent_ptr, const nb::tuple& latent_strides, Address rope_ptr, const nb::tuple& rope_strides,
            int cache_type, Address out_ptr, const nb::tuple& out_strides, int64_t batch, int64_t num_heads,
            int64_t num_queries, int64_t num_keys, int64_t latent_dim, int64_t rope_dim, float scale, float softcap,
-           bool causal, int64_t causal_offset, Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr, int mask_type, Address mask_ptr,
-           const nb::tuple& mask_strides) {
+           bool causal, int64_t causal_offset, Address causal_offset_ptr, int64_t sliding_window, Address sinks_ptr,
+           int mask_type, Address mask_ptr, const nb::tuple& mask_strides) {
             AttentionArgs a{};
             a.parts[0] = {as_pointer<const float>(q_latent_ptr), strides_of(q_latent_strides),
                           as_pointer<const void>(latent_ptr), strides_of(latent_strides), latent_dim};
@@ -221,8 +221,9 @@ void bind_mla_attention(nb::module_& m) {
         },
         "q_latent_ptr"_a, "q_latent_strides"_a, "q_rope_ptr"_a, "q_rope_strides"_a, "latent_ptr"_a, "latent_strides"_a,
         "rope_ptr"_a, "rope_strides"_a, "cache_type"_a, "out_ptr"_a, "out_strides"_a, "batch"_a, "num_heads"_a,
-        "num_queries"_a, "num_keys"_a, "latent_dim"_a, "rope_dim"_a, "scale"_a, "softcap"_a, "causal"_a, "causal_offset"_a, "causal_offset_ptr"_a,
-        "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a, "mask_ptr"_a, "mask_strides"_a,
+        "num_queries"_a, "num_keys"_a, "latent_dim"_a, "rope_dim"_a, "scale"_a, "softcap"_a, "causal"_a,
+        "causal_offset"_a, "causal_offset_ptr"_a, "sliding_window"_a, "sinks_ptr"_a, "mask_type"_a, "mask_ptr"_a,
+        "mask_strides"_a,
         "Absorbed multi-head latent attention: keys are (latent, rope), values are latent, one cache for all heads.");
 }
 

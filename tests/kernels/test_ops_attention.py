@@ -32,7 +32,7 @@ def num_threads(request):
 
 
 def visible(batch, num_queries, num_keys, causal_offset=None, window=None):
-    """bool [batch, 1, num_queries, num_keys] of the causal and windowed mask, written position by position."""
+    """Bool [batch, 1, num_queries, num_keys] of the causal and windowed mask, written position by position."""
     if causal_offset is None:
         return torch.ones(batch, 1, num_queries, num_keys, dtype=torch.bool)
     offsets = torch.as_tensor(causal_offset).expand(batch)
@@ -63,7 +63,8 @@ def oracle(q, k, v, scale, see, mask=None, sinks=None, softcap=None):
 
 def make(batch, heads, kv_heads, num_queries, num_keys, key_dim, value_dim, dtype=torch.float32, seed=0):
     g = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, num_queries, heads, key_dim, generator=g).transpose(1, 2)  # strided, as a projection gives it
+    # Queries are strided as a projection gives them.
+    q = torch.randn(batch, num_queries, heads, key_dim, generator=g).transpose(1, 2)
     k = torch.randn(batch, kv_heads, num_keys, key_dim, generator=g).to(dtype)
     v = torch.randn(batch, kv_heads, num_keys, value_dim, generator=g).to(dtype)
     return q, k, v

@@ -45,7 +45,8 @@ def same_choice(actual, expected):
     assert indices.dtype == torch.int64 and weights.dtype == torch.float32
     order, expected_order = indices.argsort(-1), expected_indices.argsort(-1)
     assert torch.equal(indices.gather(1, order), expected_indices.gather(1, expected_order))
-    torch.testing.assert_close(weights.gather(1, order), expected_weights.gather(1, expected_order), rtol=2e-6, atol=1e-7)
+    expected_weights = expected_weights.gather(1, expected_order)
+    torch.testing.assert_close(weights.gather(1, order), expected_weights, rtol=2e-6, atol=1e-7)
 
 
 @pytest.fixture

@@ -79,7 +79,7 @@ def test_layer_norm(width):
 
 
 def angles(batch, num_tokens, num_pairs):
-    """cos and sin as transformers' rotary modules return them: [batch, tokens, 2 * num_pairs], halves equal."""
+    """Cos and sin as transformers' rotary modules return them: [batch, tokens, 2 * num_pairs], halves equal."""
     t = torch.rand(batch, num_tokens, num_pairs) * 6
     both = torch.cat([t, t], -1)
     return both.cos(), both.sin()

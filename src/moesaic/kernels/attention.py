@@ -1,7 +1,7 @@
 """Attention over a key/value cache on the CPU: torch tensors in, torch tensors out.
 
-Keys are read once for all query heads that share them, in blocks, with a running softmax; see csrc/ops/attention.h. This
-module knows no model, and no cache but its tensors.
+Keys are read once for all query heads that share them, in blocks, with a running softmax; see csrc/ops/attention.h.
+This module knows no model, and no cache but its tensors.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ def attention(
 
     Args:
         q: float32 `[batch, heads, num_queries, key_dim]`; any strides, the last dimension contiguous, like all here.
-        k: float32, bfloat16 or float16 `[batch, kv_heads, num_keys, key_dim]`; head h of q uses `h // (heads / kv_heads)`.
+        k: float32, bfloat16 or float16 `[batch, kv_heads, num_keys, key_dim]`; kv_heads divides heads, and neighbouring
+            heads of q share one of k.
         v: as k, `[batch, kv_heads, num_keys, value_dim]`.
         scale: factor of the scores.
         causal_offset: query i sees keys 0 to causal_offset + i; a number, or int64 `[batch]`; None: all keys.
-        mask: bool (True: visible) or float32 (added to the scores), `[batch or 1, heads or 1, num_queries, >= num_keys]`;
-            applied on top of causal_offset.
+        mask: bool (True: visible) or float32 (added to the scores), on top of causal_offset,
+            `[batch or 1, heads or 1, num_queries or 1, >= num_keys]`.
         sliding_window: of the keys up to causal_offset + i only the last so many are seen; needs causal_offset.
         sinks: float32 `[heads]`, logits that take part in the softmax without a value (gpt-oss).
         softcap: scores become `softcap * tanh(score / softcap)` before the mask (Gemma 2).

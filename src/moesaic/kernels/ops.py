@@ -166,11 +166,11 @@ def norm_and_rotate_(
     Args:
         q: float32 `[batch, heads, num_tokens, head_dim]`, any strides, the last dimension contiguous.
         k: float32 `[batch, kv_heads, num_tokens, head_dim]`, or None.
-        cos: float32 `[batch or 1, num_tokens, num_pairs]`, any strides. The first 2 * num_pairs dimensions are rotated. (Of
-            transformers' `[.., 2 * num_pairs]` pass the first half.)
+        cos: float32 `[batch or 1, num_tokens, num_pairs]`, any strides. The first 2 * num_pairs dimensions are rotated.
+            (Of transformers' `[.., 2 * num_pairs]` pass the first half.)
         sin: like cos.
-        layout: where pairs lie: "half" (i, i + num_pairs), "interleaved" (2i, 2i + 1), or "interleaved_to_half", read as
-            the latter and written as the former (DeepSeek-V3 in transformers).
+        layout: where pairs lie: "half" (i, i + num_pairs), "interleaved" (2i, 2i + 1), or "interleaved_to_half", read
+            as the latter and written as the former (DeepSeek-V3 in transformers).
         norm: "none", "per_head", "per_head_after_rope", or "all_heads" (one norm over all heads of a token).
         q_norm: float32 `[head_dim]`, or `[heads * head_dim]` for "all_heads".
         k_norm: the same for k.

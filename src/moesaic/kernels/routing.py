@@ -45,13 +45,13 @@ def route(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose `top_k` experts for each token.
 
-    The chosen experts come best first. Of experts with the same score the one with the lower index comes first (torch.topk
-    leaves that open), and a NaN counts as the largest, as in torch.topk.
+    The chosen experts come best first. Of experts with the same score the one with the lower index comes first
+    (torch.topk leaves that open), and a NaN counts as the largest, as in torch.topk.
 
     Args:
         logits: float32 `[num_tokens, num_experts]`.
         top_k: experts per token.
-        score: of an expert: "softmax" over all, "sigmoid", or "softmax_of_chosen": chosen by logits, softmax over these.
+        score: of an expert: "softmax" over all, "sigmoid", or "softmax_of_chosen": by logits, softmax over these.
         bias: float32 `[num_experts]`, added to the scores for the choice only.
         group_score: "sum_of_two" (DeepSeek-V3) or "maximum" (DeepSeek-V2) if only the best groups are eligible.
         num_groups: groups of neighbouring experts, all of one size.

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import add_model_arguments, add_threads_argument, positive_int
@@ -98,9 +99,13 @@ def _load(arguments: argparse.Namespace) -> Session:
     from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
     from moesaic.engine.session import Session
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        arguments.model, gguf=arguments.gguf, tokenizer=arguments.tokenizer, offline=arguments.offline
-    )
+    with warnings.catch_warnings(record=True) as notes:  # says when a tokenizer may be inexact
+        warnings.simplefilter("always", UserWarning)
+        tokenizer = AutoTokenizer.from_pretrained(
+            arguments.model, gguf=arguments.gguf, tokenizer=arguments.tokenizer, offline=arguments.offline
+        )
+    for note in notes:
+        print(f"note: {note.message}", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         gguf=arguments.gguf,

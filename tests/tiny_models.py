@@ -7,13 +7,14 @@ forgotten, swapped or permuted changes the logits. This module knows nothing of 
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-__all__ = ["FAMILIES", "make_tiny_model", "save_tiny", "tiny_config", "tiny_inputs"]
+__all__ = ["FAMILIES", "fill_with_pattern", "make_tiny_model", "save_tiny", "tiny_config", "tiny_inputs"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 512,
@@ -214,3 +215,14 @@ def tiny_inputs(batch: int = 2, length: int = 13, seed: int = 0, vocab_size: int
     """Random token ids `[batch, length]`, none of them a special one."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab_size, (batch, length), generator=generator)
+
+
+def fill_with_pattern(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace all weights by numbers that depend on names and positions only, the same on every version and machine."""
+    with torch.no_grad():
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if torch.is_floating_point(tensor):
+                steps = torch.arange(tensor.numel()) * 40503 + zlib.crc32(name.encode())
+                tensor.copy_(((steps % 65521).to(torch.float64) / 65536 - 0.5).reshape(tensor.shape))
+        model.tie_weights()
+    return model

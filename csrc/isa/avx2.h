@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
+// Before a loop whose constant trip count is best written out.
+#define MOESAIC_UNROLL _Pragma("GCC unroll 8")
 
 namespace moesaic {
 namespace {
@@ -20,6 +22,7 @@ struct vb {
 };
 
 constexpr bool kHas32Registers = false;
+constexpr int kDirectTokens = 4, kBlockTokens = 4, kBlockPanels = 1;
 // maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
 constexpr int kFullRangeBias = 128;
 

@@ -5,6 +5,8 @@
 #include <stdint.h>
 
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
+// Before a loop whose constant trip count is best written out.
+#define MOESAIC_UNROLL _Pragma("GCC unroll 8")
 
 namespace moesaic {
 namespace {
@@ -18,6 +20,7 @@ struct vb {
 };
 
 constexpr bool kHas32Registers = true;
+constexpr int kDirectTokens = 4, kBlockTokens = 6, kBlockPanels = 2;
 constexpr int kFullRangeBias = 0;
 
 MOESAIC_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

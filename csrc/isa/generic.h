@@ -4,12 +4,15 @@
 //
 // A lane is an output row in the matrix kernels, and just an element elsewhere. Loads and stores need no alignment.
 // kFullRangeBias: what dot4<true> subtracts from each weight byte before it multiplies (0 where bytes above 127 are
-// as good as others); kHas32Registers: how much the kernels may block.
+// as good as others); kHas32Registers: how much kernels may block. In the matrix kernels, up to kDirectTokens tokens
+// share a pass over packed weights; above, kBlockTokens tokens x kBlockPanels panels of sums stay in registers.
 #pragma once
 
 #include <stdint.h>
 
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
+// Before a loop whose constant trip count is best written out; here it would only bloat the code.
+#define MOESAIC_UNROLL _Pragma("GCC unroll 1")
 
 namespace moesaic {
 namespace {
@@ -26,6 +29,7 @@ struct vb {
 };
 
 constexpr bool kHas32Registers = false;
+constexpr int kDirectTokens = 1, kBlockTokens = 2, kBlockPanels = 1;
 constexpr int kFullRangeBias = 0;
 
 // floats

@@ -1,7 +1,4 @@
-// Activations as the quantised kernels take them: int8 in groups of 32 with a float scale.
-//
-// A row of K floats becomes K int8 values in [-127, 127], one scale per 32 values (x = scale * q) and the negated sum
-// of q over each 16 values, which pays for a weight format's zero point and minima.
+// Activations as the kernels of quantised weights take them, and the functions between gate/up and down.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +9,33 @@ namespace moesaic {
 
 constexpr int kActivationGroup = 32;
 
-// Pointers into one quantised row, or into the first of several.
-struct QuantizedActivations {
-    std::int8_t* values;         // [K]
-    float* scales;               // [K / 32]
-    std::int32_t* negated_sums;  // [K / 16]
+// 32 consecutive activations: x = scale * values, values in [-127, 127]; one cache line. The sums pay for the zero
+// point (integers) and the offset (floats) of a weight format whose scales belong to 32 or to 16 weights.
+struct alignas(64) ActivationGroup {
+    std::int8_t values[32];
+    float scale;
+    std::int32_t negated_sum;
+    std::int32_t negated_half_sums[2];
+    float scaled_sum;  // scale * sum of values
+    float scaled_half_sums[2];
+};
+static_assert(sizeof(ActivationGroup) == 64);
+
+enum class ActivationKind : int { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kSwigluOai };
+
+// What experts do between up and down: f(gate) * up, or f(up) without a gate. kSwigluOai is gpt-oss's
+// min(gate, limit) * sigmoid(alpha * gate) * (clamp(up, -limit, limit) + 1).
+struct Activation {
+    ActivationKind kind;
+    float alpha;
+    float limit;
 };
 
 struct ActivationKernels {
     // num_groups groups of 32 floats at x.
-    void (*quantize)(const float* x, std::int64_t num_groups, QuantizedActivations out);
+    void (*quantize)(const float* x, std::int64_t num_groups, ActivationGroup* out);
+    // out[i] = f(gate[i]) * up[i], or f(up[i]) if gate is null, for a multiple of 16 floats.
+    void (*activate)(const Activation& activation, const float* gate, const float* up, std::int64_t count, float* out);
 };
 MOESAIC_DECLARE_KERNELS(ActivationKernels, activation_kernels)
 

@@ -8,7 +8,8 @@
 
 namespace moesaic {
 
-void bind_core(nanobind::module_& m);      // formats, packing, linear, experts, threads, instruction sets
+void bind_core(nanobind::module_& m);      // instruction sets, threads, formats, packing; calls bind_products
+void bind_products(nanobind::module_& m);  // linear maps and experts
 void bind_quantize(nanobind::module_& m);  // float rows to blocks
 void bind_ops(nanobind::module_& m);       // norms, rope, attention, router, bandwidth
 

@@ -1,21 +1,27 @@
-// Bindings of the core: instruction sets and threads.
+// Bindings of the core: instruction sets, threads, formats, packing.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "packing.h"
 #include "python/bindings.h"
 #include "thread_pool.h"
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace moesaic {
 
-void bind_core(nb::module_& m) {
+namespace {
+
+using Release = nb::call_guard<nb::gil_scoped_release>;
+
+void bind_machine(nb::module_& m) {
     m.def("isas", &usable_isas, "Instruction sets that this processor can run, best first.");
     m.def("active_isa", &active_isa, "The instruction set that kernels run with.");
-    m.def("set_isa", &set_isa, nb::arg("name"), "Force an instruction set; ValueError if it cannot run here.");
+    m.def("set_isa", &set_isa, "name"_a, "Force an instruction set; ValueError if it cannot run here.");
     m.def(
         "cpu_features",
         [] {
@@ -25,8 +31,75 @@ void bind_core(nb::module_& m) {
         },
         "Processor features that kernels may use, and whether they are present.");
     m.def("num_threads", &num_threads, "Threads of the pool.");
-    m.def("set_num_threads", &set_num_threads, nb::arg("num_threads"), "Replace the pool of threads.");
+    m.def("set_num_threads", &set_num_threads, "num_threads"_a, Release(), "Replace the pool of threads.");
     m.def("num_usable_cores", &num_usable_cores, "Physical cores that this process may use.");
+}
+
+nb::list formats() {
+    nb::list rows;
+    for (int i = 0; i < num_formats(); ++i) {
+        const FormatInfo& format = format_at(i);
+        nb::dict row;
+        row["name"] = format.name;
+        row["ggml_type"] = format.ggml_type;
+        row["block_size"] = format.block;
+        row["block_bytes"] = format.block_bytes;
+        row["is_quantized"] = format.quantized;
+        rows.append(row);
+    }
+    return rows;
+}
+
+void bind_packing(nb::module_& m) {
+    m.def("formats", &formats, "The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.");
+    m.def(
+        "packed_nbytes",
+        [](int format, std::int64_t rows, std::int64_t cols) {
+            check_matrix(format_info(format), rows, cols);
+            return format_info(format).packed_bytes(rows, cols);
+        },
+        "format"_a, "rows"_a, "cols"_a, "Bytes of a packed matrix: rows are padded to a multiple of 16.");
+    m.def(
+        "pack",
+        [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t src_ptr, std::int64_t src_stride,
+           std::uintptr_t dst_ptr) {
+            pack_matrix(format_info(format), rows, cols, as_pointer<const std::uint8_t>(src_ptr), src_stride,
+                        as_pointer<std::uint8_t>(dst_ptr));
+        },
+        "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "src_stride"_a, "dst_ptr"_a, Release(),
+        "Rows of blocks, src_stride bytes apart, into a packed matrix.");
+    m.def(
+        "unpack",
+        [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t src_ptr, std::uintptr_t dst_ptr) {
+            unpack_matrix(format_info(format), rows, cols, as_pointer<const std::uint8_t>(src_ptr),
+                          as_pointer<std::uint8_t>(dst_ptr));
+        },
+        "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "dst_ptr"_a, Release(), "The inverse of pack, bit by bit.");
+    m.def(
+        "dequantize",
+        [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t src_ptr, std::uintptr_t dst_ptr) {
+            dequantize_matrix(format_info(format), rows, cols, as_pointer<const std::uint8_t>(src_ptr),
+                              as_pointer<float>(dst_ptr));
+        },
+        "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "dst_ptr"_a, Release(),
+        "Contiguous rows of blocks (not packed) to float32 [rows, cols].");
+    m.def(
+        "gather_rows",
+        [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t packed_ptr, std::uintptr_t ids_ptr,
+           std::int64_t num_ids, std::uintptr_t dst_ptr) {
+            gather_rows(format_info(format), rows, cols, as_pointer<const std::uint8_t>(packed_ptr),
+                        as_pointer<const std::int64_t>(ids_ptr), num_ids, as_pointer<float>(dst_ptr));
+        },
+        "format"_a, "rows"_a, "cols"_a, "packed_ptr"_a, "ids_ptr"_a, "num_ids"_a, "dst_ptr"_a, Release(),
+        "Rows of a packed matrix as float32 [num_ids, cols]; IndexError for an id outside it.");
+}
+
+}  // namespace
+
+void bind_core(nb::module_& m) {
+    bind_machine(m);
+    bind_packing(m);
+    bind_products(m);
 }
 
 }  // namespace moesaic

@@ -1,0 +1,42 @@
+// The one list of weight formats. A format is one header here and one row below.
+//
+// A header holds a struct with
+//   kName, kGgmlType     name and number in ggml
+//   kBlock, kBlockBytes  weights and bytes of a block along a row
+//   kFields              the block's parts in the order of the tile (layout.h); pack and unpack follow from it
+//   dequantize()         one block to floats, the same operations in the same order as the reference: bit-exact
+// and, where an instruction set is included before (MOESAIC_ISA), how 16 rows look to the kernels. Quantised formats
+// give the weights of a tile as groups g of 32 k and quads i of 4 k, in the terms
+//   value(row, k) = scale(s, k / kScaleGroup) * (q - zero) + offset(s, k / kScaleGroup),  zero = 2^kZeroShift or 0 (-1)
+//   quad(tile, g, i)     16 rows x weights 4 i .. 4 i + 3 of group g as unsigned bytes q, below 128 unless kFullRange
+// float formats give kStep columns of 16 weights: load_weights(tile, w).
+#pragma once
+
+#include "formats/bf16.h"
+#include "formats/f16.h"
+#include "formats/f32.h"
+#include "formats/q2_k.h"
+#include "formats/q3_k.h"
+#include "formats/q4_0.h"
+#include "formats/q4_1.h"
+#include "formats/q4_k.h"
+#include "formats/q5_0.h"
+#include "formats/q5_1.h"
+#include "formats/q5_k.h"
+#include "formats/q6_k.h"
+#include "formats/q8_0.h"
+
+#define MOESAIC_FOR_EACH_FORMAT(X) \
+    X(F32)                         \
+    X(F16)                         \
+    X(BF16)                        \
+    X(Q4_0)                        \
+    X(Q4_1)                        \
+    X(Q5_0)                        \
+    X(Q5_1)                        \
+    X(Q8_0)                        \
+    X(Q2_K)                        \
+    X(Q3_K)                        \
+    X(Q4_K)                        \
+    X(Q5_K)                        \
+    X(Q6_K)

@@ -1,0 +1,63 @@
+// Q3_K: blocks of 256 weights, 110 bytes: hmask[32] (third bits), qs[64] (two bits), scales[12] (16 scales of 6 bits
+// less 32), d; value = d scale (q - 4) (ggml's block_q3_K).
+#pragma once
+
+#include "formats/nibbles.h"
+
+namespace moesaic {
+namespace {
+
+struct Q3_K {
+    static constexpr const char* kName = "Q3_K";
+    static constexpr int kGgmlType = 11, kBlock = 256, kBlockBytes = 110;
+    static constexpr bool kQuantized = true;
+    static constexpr int kHmask = 0, kQs = 32, kScales = 96, kD = 108;
+    static constexpr Field kFields[] = {{kQs, 64, 4}, {kHmask, 32, 4}, {kScales, 12, 1}, {kD, 2, 2}};
+
+    // Scale j: its low nibble from bytes 0-7 (low nibbles first), its upper two bits from bytes 8-11.
+    static int scale_of(const uint8_t* packed, int j) {
+        const int low = j < 8 ? packed[j] & 15 : packed[j - 8] >> 4;
+        return (low | (packed[8 + j % 4] >> (j / 4 * 2) & 3) << 4) - 32;
+    }
+
+    static void dequantize(const uint8_t* block, float* y) {
+        const float d = load_half(block + kD);
+        for (int k = 0; k < kBlock; ++k) {
+            const int low = block[kQs + k / 128 * 32 + k % 32] >> (k / 32 % 4 * 2) & 3;
+            const int high = block[kHmask + k % 32] >> (k / 32) & 1;
+            y[k] = d * static_cast<float>(scale_of(block + kScales, k / 16)) * static_cast<float>(low + 4 * high - 4);
+        }
+    }
+
+#ifdef MOESAIC_ISA
+    static constexpr int kTileQs = 0, kTileHmask = 1024, kTileScales = 1536, kTileD = 1728;
+    static constexpr int kScaleGroup = 16, kZeroShift = 2;
+    static constexpr bool kHasOffset = false, kFullRange = false;
+    struct Scales {
+        vf d;
+        alignas(64) uint8_t scales[256];
+    };
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        Scales s;
+        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
+        const vb high = load_b(tile + kTileScales + 128), top2 = set1_b(0x30);
+        for (int i = 0; i < 2; ++i) {
+            const vb low = load_b(tile + kTileScales + 64 * i);
+            store_b(s.scales + 64 * i, or_b(low_nibbles(low), and_b(shl_16(high, 4 - 2 * i), top2)));
+            store_b(s.scales + 64 * i + 128, or_b(high_nibbles(low), and_b(shr_16(high, 2 * i), top2)));
+        }
+        return s;
+    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) {
+        return mul(s.d, to_float(add(load_u8(s.scales + 16 * j), set1_i(-32))));
+    }
+    MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
+        const vb low = and_b(shr_16(load_b(tile + kTileQs + 64 * (g / 4 * 8 + i)), g % 4 * 2), set1_b(3));
+        const vb mask = load_b(tile + kTileHmask + 64 * i);
+        return or_b(low, and_b(g < 2 ? shl_16(mask, 2 - g) : shr_16(mask, g - 2), set1_b(4)));
+    }
+#endif
+};
+
+}  // namespace
+}  // namespace moesaic

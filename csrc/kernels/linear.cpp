@@ -1,0 +1,152 @@
+#include "kernels/linear.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kernels/matmul.h"
+#include "kernels/prepared_tokens.h"
+#include "kernels/scratch.h"
+#include "thread_pool.h"
+
+namespace moesaic {
+
+namespace {
+
+// Tokens of one pass over a pair of panels: their sums stay in the cache.
+constexpr std::int64_t kTokensPerPass = 256;
+
+// Pairs of panels that hold a job's rows, counted from the panel of its first row.
+std::int64_t num_pairs(const LinearJob& job) {
+    return (job.first_row % 16 + job.num_rows + kOutputStride - 1) / kOutputStride;
+}
+
+// One pair of panels of a job for all tokens.
+void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair, const void* const* tokens,
+                   std::int64_t num_tokens, AlignedArray<float>& sums) {
+    const std::int64_t top = job.first_row / 16 * 16 + pair * kOutputStride;  // row of the matrix
+    const std::int64_t begin = std::max(top, job.first_row);
+    const std::int64_t end = std::min(top + kOutputStride, job.first_row + job.num_rows);
+    const std::int64_t panel_bytes = job.format->panel_bytes(job.cols);
+    const std::uint8_t* panels[kMaxPanels];
+    const int num_panels = static_cast<int>((end - top + 15) / 16);
+    for (int p = 0; p < num_panels; ++p) panels[p] = job.weights + (top / 16 + p) * panel_bytes;
+    for (std::int64_t first = 0; first < num_tokens; first += kTokensPerPass) {
+        const std::int64_t here = std::min(kTokensPerPass, num_tokens - first);
+        float* y = sums.reserve(static_cast<std::size_t>(here * kOutputStride));
+        kernels.matmul(panels, num_panels, job.cols, tokens + first, here, y);
+        for (std::int64_t t = 0; t < here; ++t) {
+            float* out = job.out + (first + t) * job.out_stride - job.first_row;
+            const float* sum = y + t * kOutputStride - top;
+            if (job.bias == nullptr) {
+                std::copy(sum + begin, sum + end, out + begin);
+            } else {
+                for (std::int64_t r = begin; r < end; ++r) out[r] = sum[r] + job.bias[r - job.first_row];
+            }
+        }
+    }
+}
+
+void check_rows(const FormatInfo& format, std::int64_t rows, std::int64_t cols, std::int64_t first,
+                std::int64_t count) {
+    check_matrix(format, rows, cols);
+    if (first < 0 || count < 1 || first > rows - count) {
+        throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
+                                    " of a matrix with " + std::to_string(rows) + " rows");
+    }
+}
+
+void check_jobs(std::span<const LinearJob> jobs, std::int64_t num_inputs) {
+    for (const LinearJob& job : jobs) {
+        check_rows(*job.format, job.rows, job.cols, job.first_row, job.num_rows);
+        if (job.input < 0 || job.input >= num_inputs || job.cols != jobs[0].cols) {
+            throw std::invalid_argument("the matrices of one linear call must fit its inputs");
+        }
+    }
+}
+
+}  // namespace
+
+void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::int64_t num_tokens) {
+    check_jobs(jobs, inputs.num_inputs);
+    if (jobs.empty() || num_tokens < 1) return;
+    std::vector<std::int64_t> first_item(1, 0);  // of each job
+    bool quantized = false;
+    for (const LinearJob& job : jobs) {
+        first_item.push_back(first_item.back() + num_pairs(job));
+        quantized |= job.format->quantized;
+    }
+    const PreparedTokens prepared(inputs.num_inputs * num_tokens, jobs[0].cols, quantized, [&](std::int64_t i) {
+        return inputs.x + i / num_tokens * inputs.input_stride + i % num_tokens * inputs.token_stride;
+    });
+    const MatmulKernels* kernels = matmul_table().formats;
+    Counter items(first_item.back());
+    thread_pool().run([&](Team&) {
+        static thread_local AlignedArray<float> sums;
+        std::size_t j = 0;
+        for (std::int64_t item, end; items.next(item, end);) {
+            while (item >= first_item[j + 1]) ++j;  // a thread's items only grow
+            const LinearJob& job = jobs[j];
+            const void* const* tokens = prepared.tokens(job.format->quantized) + job.input * num_tokens;
+            multiply_pair(job, kernels[job.format->index], item - first_item[j], tokens, num_tokens, sums);
+        }
+    });
+}
+
+void linear_heads(const HeadMatrices& w, HeadRows<const float> x, HeadRows<float> y, std::int64_t num_tokens) {
+    std::vector<LinearJob> jobs;
+    for (std::int64_t h = 0; h < w.num_heads; ++h) {
+        jobs.push_back({w.format, w.rows, w.cols, w.weights + h * w.matrix_bytes, w.first_row + h * w.row_step,
+                        w.num_rows, nullptr, y.data + h * y.head_stride, y.token_stride, h});
+    }
+    linear(jobs, {x.data, x.token_stride, x.head_stride, w.num_heads}, num_tokens);
+}
+
+namespace {
+
+// The rows of one head for a few tokens, padded with zeros to whole panels.
+struct PaddedRows {
+    AlignedArray<float> storage;
+    const float* rows[kMaxTransposedTokens];
+
+    void fill(const float* x, std::int64_t token_stride, int num_tokens, std::int64_t before, std::int64_t count) {
+        const std::int64_t padded = (before + count + 15) / 16 * 16;
+        float* data = storage.reserve(static_cast<std::size_t>(padded * num_tokens));
+        for (int t = 0; t < num_tokens; ++t, data += padded) {
+            std::fill_n(data, before, 0.0f);
+            std::copy_n(x + t * token_stride, count, data + before);
+            std::fill(data + before + count, data + padded, 0.0f);
+            rows[t] = data;
+        }
+    }
+};
+
+}  // namespace
+
+void linear_transposed_heads(const HeadMatrices& w, HeadRows<const float> x, HeadRows<float> y,
+                             std::int64_t num_tokens) {
+    check_rows(*w.format, w.rows, w.cols, w.first_row, w.num_rows + (w.num_heads - 1) * w.row_step);
+    const MatmulKernels& kernels = matmul_table().formats[w.format->index];
+    const std::int64_t panel_bytes = w.format->panel_bytes(w.cols);
+    const std::int64_t col_blocks = (w.cols + kTransposedCols - 1) / kTransposedCols;
+    const std::int64_t token_blocks = (num_tokens + kMaxTransposedTokens - 1) / kMaxTransposedTokens;
+    thread_pool().parallel_for(w.num_heads * col_blocks * token_blocks, 1, [&](std::int64_t item, std::int64_t) {
+        static thread_local PaddedRows padded;
+        const std::int64_t token = item % token_blocks * kMaxTransposedTokens;
+        const std::int64_t col = item / token_blocks % col_blocks * kTransposedCols;
+        const std::int64_t head = item / token_blocks / col_blocks;
+        const std::int64_t first_row = w.first_row + head * w.row_step;
+        const int here = static_cast<int>(std::min<std::int64_t>(kMaxTransposedTokens, num_tokens - token));
+        float* out[kMaxTransposedTokens];
+        for (int t = 0; t < here; ++t) out[t] = y.data + (token + t) * y.token_stride + head * y.head_stride + col;
+        padded.fill(x.data + token * x.token_stride + head * x.head_stride, x.token_stride, here, first_row % 16,
+                    w.num_rows);
+        kernels.transposed(w.weights + head * w.matrix_bytes + first_row / 16 * panel_bytes, panel_bytes,
+                           (first_row % 16 + w.num_rows + 15) / 16, col,
+                           static_cast<int>(std::min<std::int64_t>(kTransposedCols, w.cols - col)), padded.rows, here,
+                           out);
+    });
+}
+
+}  // namespace moesaic

@@ -1,0 +1,35 @@
+// Products with packed weights: the one place where weight bits meet activations.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace moesaic {
+
+constexpr int kMaxPanels = 2;                   // panels of 16 rows that one call takes
+constexpr int kOutputStride = 16 * kMaxPanels;  // floats between the tokens of its output
+constexpr int kMaxTransposedTokens = 4;
+constexpr int kTransposedCols = 256;
+
+struct MatmulKernels {
+    // out[t][16 p + r] = row r of panels[p] times token t. A token is `cols` floats for a float format, `cols / 32`
+    // ActivationGroups for a quantised one. Weights are read once for up to 4 tokens or once in all for more.
+    void (*matmul)(const std::uint8_t* const* panels, int num_panels, std::int64_t cols, const void* const* tokens,
+                   std::int64_t num_tokens, float* out);
+
+    // out[t][k] = sum over rows r of tokens[t][r] * W[r][first_col + k] for the rows of num_panels panels that lie
+    // panel_bytes apart, k < num_cols <= kTransposedCols and num_tokens <= kMaxTransposedTokens. first_col and num_cols
+    // are multiples of the block and of 2 (num_cols may be odd at the end).
+    void (*transposed)(const std::uint8_t* panels, std::int64_t panel_bytes, std::int64_t num_rows,
+                       std::int64_t first_col, int num_cols, const float* const* tokens, int num_tokens,
+                       float* const* out);
+};
+
+// The kernels of each format, in the order of formats.h.
+struct MatmulTable {
+    const MatmulKernels* formats;
+};
+MOESAIC_DECLARE_KERNELS(MatmulTable, matmul_table)
+
+}  // namespace moesaic

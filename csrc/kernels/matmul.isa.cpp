@@ -1,0 +1,71 @@
+// The products with every format, for one instruction set.
+#include "kernels/matmul.h"
+
+#include MOESAIC_ISA_HEADER
+
+#include "formats/formats.h"
+#include "kernels/activations.h"
+
+namespace moesaic::MOESAIC_ISA_NAMESPACE {
+
+namespace {
+
+// clang-format off: the second uses constants of the first
+#include "kernels/quantized_matmul.h"
+#include "kernels/float_matmul.h"
+// clang-format on
+
+template <class F>
+void weights_as_floats(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
+    if constexpr (F::kQuantized) {
+        dequantize_cols<F>(panel, first_col, num_cols, out);
+    } else {
+        convert_cols<F>(panel, first_col, num_cols, out);
+    }
+}
+
+// sums[k][0..15] += weights[k][0..15] * x
+void add_products(const float* weights, int num_cols, vf x, float* sums) {
+    for (int k = 0; k < 16 * num_cols; k += 16) store(sums + k, fma(load(weights + k), x, load(sums + k)));
+}
+
+template <class F>
+void transposed(const uint8_t* panels, int64_t panel_bytes, int64_t num_panels, int64_t first_col, int num_cols,
+                const float* const* tokens, int num_tokens, float* const* out) {
+    alignas(64) float weights[16 * kTransposedCols];
+    alignas(64) float sums[kMaxTransposedTokens][16 * kTransposedCols];
+    for (int t = 0; t < num_tokens; ++t) {
+        for (int k = 0; k < 16 * num_cols; k += 16) store(sums[t] + k, set1(0.0f));
+    }
+    for (int64_t p = 0; p < num_panels; ++p, panels += panel_bytes) {
+        weights_as_floats<F>(panels, first_col, num_cols, weights);
+        for (int t = 0; t < num_tokens; ++t) {
+            add_products(weights, num_cols, load(tokens[t] + 16 * p), sums[t]);
+        }
+    }
+    for (int t = 0; t < num_tokens; ++t) {
+        for (int k = 0; k < num_cols; ++k) out[t][k] = reduce_add(load(sums[t] + 16 * k));
+    }
+}
+
+template <class F>
+constexpr MatmulKernels kernels_of() {
+    if constexpr (F::kQuantized) {
+        return {quantized_matmul<F>, transposed<F>};
+    } else {
+        return {float_matmul<F>, transposed<F>};
+    }
+}
+
+#define X(F) kernels_of<F>(),
+constexpr MatmulKernels kFormatKernels[] = {MOESAIC_FOR_EACH_FORMAT(X)};
+#undef X
+
+}  // namespace
+
+const MatmulTable& matmul_table() {
+    static constexpr MatmulTable table{kFormatKernels};
+    return table;
+}
+
+}  // namespace moesaic::MOESAIC_ISA_NAMESPACE

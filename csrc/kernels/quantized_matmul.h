@@ -1,0 +1,236 @@
+// Quantised weights times int8 activations; included by matmul.isa.cpp inside its anonymous namespace.
+//
+// Up to 4 tokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256 columns
+// of two panels are expanded to bytes and float scales in the L1 cache, then every token passes over them (bound by
+// dot4). The sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
+
+constexpr int kChunkGroups = 8;  // groups of 32 columns that are expanded together
+
+// Does a sum start from the zero point times the activations' sum?
+template <class F>
+constexpr bool kStartsFromZeroPoint = F::kZeroShift >= 0 && !(F::kFullRange && kFullRangeBias == 1 << F::kZeroShift);
+
+template <class F>
+constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
+
+// What an int32 sum over half `h` of a group (or all of it) starts from.
+template <class F>
+MOESAIC_INLINE vi initial_sum(const ActivationGroup& x, int h) {
+    static_assert(!F::kFullRange || F::kZeroShift == 7);
+    if constexpr (!kStartsFromZeroPoint<F>) return zero_i();
+    return shl(set1_i(kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h]), F::kZeroShift);
+}
+
+template <class F>
+MOESAIC_INLINE vf scaled_sum(const ActivationGroup& x, int h) {
+    return set1(kSubs<F> == 1 ? x.scaled_sum : x.scaled_half_sums[h]);
+}
+
+// out[t][0..15] for T tokens and one panel, straight from the packed bytes.
+template <class F, int T>
+void direct(const uint8_t* panel, int64_t num_blocks, const ActivationGroup* const* tokens, float* out) {
+    constexpr int kGroups = F::kBlock / 32, kQuads = 8 / kSubs<F>;
+    vf sums[T];
+    for (int t = 0; t < T; ++t) sums[t] = set1(0.0f);
+    for (int64_t b = 0; b < num_blocks; ++b, panel += 16 * F::kBlockBytes) {
+        const typename F::Scales scales = F::load_scales(panel);
+        MOESAIC_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            MOESAIC_UNROLL
+            for (int h = 0; h < kSubs<F>; ++h) {
+                vi dots[T];
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) dots[t] = initial_sum<F>(tokens[t][b * kGroups + g], h);
+                MOESAIC_UNROLL
+                for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
+                    const vb quad = F::quad(panel, g, i);
+                    MOESAIC_UNROLL
+                    for (int t = 0; t < T; ++t) {
+                        dots[t] = dot4<F::kFullRange>(dots[t], quad, tokens[t][b * kGroups + g].values + 4 * i);
+                    }
+                }
+                const vf scale = F::scale(scales, g * kSubs<F> + h);
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const ActivationGroup& x = tokens[t][b * kGroups + g];
+                    sums[t] = fma(mul(to_float(dots[t]), scale), set1(x.scale), sums[t]);
+                    if constexpr (F::kHasOffset) {
+                        sums[t] = fma(F::offset(scales, g * kSubs<F> + h), scaled_sum<F>(x, h), sums[t]);
+                    }
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) store(out + t * kOutputStride, sums[t]);
+}
+
+// kChunkGroups groups of a panel, ready for many tokens.
+struct Expanded {
+    alignas(64) uint8_t quads[kChunkGroups][8][64];
+    alignas(64) float scales[2 * kChunkGroups][16];
+    alignas(64) float offsets[2 * kChunkGroups][16];
+};
+
+// Groups [0, num_groups) of the panel whose first tile is `tile`.
+template <class F>
+void expand(const uint8_t* tile, int num_groups, Expanded& out) {
+    constexpr int kGroups = F::kBlock / 32;
+    for (int first = 0; first < num_groups; first += kGroups, tile += 16 * F::kBlockBytes) {
+        const typename F::Scales scales = F::load_scales(tile);
+        MOESAIC_UNROLL
+        for (int g = 0; g < kGroups; ++g) {
+            MOESAIC_UNROLL
+            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
+            MOESAIC_UNROLL
+            for (int h = 0; h < kSubs<F>; ++h) {
+                const int sub = (first + g) * kSubs<F> + h;
+                store(out.scales[sub], F::scale(scales, g * kSubs<F> + h));
+                if constexpr (F::kHasOffset) store(out.offsets[sub], F::offset(scales, g * kSubs<F> + h));
+            }
+        }
+    }
+}
+
+// The traits on which the product of expanded weights depends; formats that agree in them share its code.
+template <int ScaleGroup, int ZeroShift, bool HasOffset, bool FullRange>
+struct ExpandedTraits {
+    static constexpr int kScaleGroup = ScaleGroup, kZeroShift = ZeroShift;
+    static constexpr bool kHasOffset = HasOffset, kFullRange = FullRange;
+};
+
+// out[t][16 p + r] += expanded weights times T tokens, from group first_group of each token on.
+template <class F, int T, int P>
+void multiply(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t first_group,
+              float* out) {
+    constexpr int kQuads = 8 / kSubs<F>;
+    vf sums[T][P];
+    for (int t = 0; t < T; ++t) {
+        for (int p = 0; p < P; ++p) sums[t][p] = load(out + t * kOutputStride + 16 * p);
+    }
+    for (int g = 0; g < num_groups; ++g) {
+        MOESAIC_UNROLL
+        for (int h = 0; h < kSubs<F>; ++h) {
+            vi dots[T][P];
+            MOESAIC_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const vi start = initial_sum<F>(tokens[t][first_group + g], h);
+                MOESAIC_UNROLL
+                for (int p = 0; p < P; ++p) dots[t][p] = start;
+            }
+            MOESAIC_UNROLL
+            for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
+                vb quads[P];
+                MOESAIC_UNROLL
+                for (int p = 0; p < P; ++p) quads[p] = load_b(weights[p].quads[g][i]);
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    const int8_t* four = tokens[t][first_group + g].values + 4 * i;
+                    MOESAIC_UNROLL
+                    for (int p = 0; p < P; ++p) dots[t][p] = dot4<F::kFullRange>(dots[t][p], quads[p], four);
+                }
+            }
+            const int sub = g * kSubs<F> + h;
+            MOESAIC_UNROLL
+            for (int t = 0; t < T; ++t) {
+                const ActivationGroup& x = tokens[t][first_group + g];
+                MOESAIC_UNROLL
+                for (int p = 0; p < P; ++p) {
+                    const vf scaled = mul(to_float(dots[t][p]), load(weights[p].scales[sub]));
+                    sums[t][p] = fma(scaled, set1(x.scale), sums[t][p]);
+                    if constexpr (F::kHasOffset) {
+                        sums[t][p] = fma(load(weights[p].offsets[sub]), scaled_sum<F>(x, h), sums[t][p]);
+                    }
+                }
+            }
+        }
+    }
+    for (int t = 0; t < T; ++t) {
+        for (int p = 0; p < P; ++p) store(out + t * kOutputStride + 16 * p, sums[t][p]);
+    }
+}
+
+// The last tokens, fewer than a block of them.
+template <class F, int T, int P>
+void multiply_rest(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t num_tokens,
+                   int64_t first_group, float* out) {
+    if constexpr (T > 0) {
+        if (num_tokens == T) return multiply<F, T, P>(weights, num_groups, tokens, first_group, out);
+        multiply_rest<F, T - 1, P>(weights, num_groups, tokens, num_tokens, first_group, out);
+    }
+}
+
+template <class F, int P>
+void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t num_tokens,
+                  int64_t first_group, float* out) {
+    int64_t t = 0;
+    for (; t + kBlockTokens <= num_tokens; t += kBlockTokens) {
+        multiply<F, kBlockTokens, P>(weights, num_groups, tokens + t, first_group, out + t * kOutputStride);
+    }
+    multiply_rest<F, kBlockTokens - 1, P>(weights, num_groups, tokens + t, num_tokens - t, first_group,
+                                          out + t * kOutputStride);
+}
+
+template <class F>
+void matmul_expanded(const uint8_t* const* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
+                     int64_t num_tokens, float* out) {
+    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, F::kFullRange>;
+    Expanded expanded[kMaxPanels];
+    for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
+    const int64_t total = cols / 32;
+    for (int64_t first = 0; first < total; first += kChunkGroups) {
+        const int here = static_cast<int>(total - first < kChunkGroups ? total - first : kChunkGroups);
+        const int64_t offset = first * 32 / F::kBlock * 16 * F::kBlockBytes;
+        for (int p = 0; p < num_panels; ++p) expand<F>(panels[p] + offset, here, expanded[p]);
+        if (num_panels == kBlockPanels) {
+            multiply_all<Traits, kBlockPanels>(expanded, here, tokens, num_tokens, first, out);
+            continue;
+        }
+        for (int p = 0; p < num_panels; ++p) {
+            multiply_all<Traits, 1>(expanded + p, here, tokens, num_tokens, first, out + 16 * p);
+        }
+    }
+}
+
+// direct() for as many tokens as there are, at most T.
+template <class F, int T>
+void direct_up_to(const uint8_t* const* panels, int num_panels, int64_t num_blocks,
+                  const ActivationGroup* const* tokens, int64_t num_tokens, float* out) {
+    if constexpr (T > 1) {
+        if (num_tokens < T) {
+            return direct_up_to<F, T - 1>(panels, num_panels, num_blocks, tokens, num_tokens, out);
+        }
+    }
+    for (int p = 0; p < num_panels; ++p) direct<F, T>(panels[p], num_blocks, tokens, out + 16 * p);
+}
+
+template <class F>
+void quantized_matmul(const uint8_t* const* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
+                      int64_t num_tokens, float* out) {
+    const auto* tokens = reinterpret_cast<const ActivationGroup* const*>(opaque_tokens);
+    if (num_tokens > kDirectTokens) {
+        matmul_expanded<F>(panels, num_panels, cols, tokens, num_tokens, out);
+    } else {
+        direct_up_to<F, kDirectTokens>(panels, num_panels, cols / F::kBlock, tokens, num_tokens, out);
+    }
+}
+
+// Columns [first_col, first_col + num_cols) of a panel as floats [num_cols][16].
+template <class F>
+void dequantize_cols(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
+    constexpr int kGroups = F::kBlock / 32;
+    const uint8_t* tile = panel + first_col / F::kBlock * 16 * F::kBlockBytes;
+    const vf zero = set1(F::kZeroShift >= 0 ? -static_cast<float>(1 << F::kZeroShift) : 0.0f);
+    for (int k = 0; k < num_cols; k += F::kBlock, tile += 16 * F::kBlockBytes) {
+        const typename F::Scales scales = F::load_scales(tile);
+        for (int g = 0; g < kGroups; ++g) {
+            for (int i = 0; i < 8; ++i) {
+                const int sub = (32 * g + 4 * i) / F::kScaleGroup;
+                const vf scale = F::scale(scales, sub);
+                vf offset = mul(scale, zero);
+                if constexpr (F::kHasOffset) offset = F::offset(scales, sub);
+                const vb quad = F::quad(tile, g, i);
+                for (int b = 0; b < 4; ++b, out += 16) store(out, fma(to_float(byte_of_lane(quad, b)), scale, offset));
+            }
+        }
+    }
+}

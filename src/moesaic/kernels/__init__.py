@@ -1,0 +1,41 @@
+"""Kernels on the CPU: packed weights, products with them, and the other steps of a layer. It knows no model."""
+
+from __future__ import annotations
+
+from moesaic.kernels import ops
+from moesaic.kernels.cpu import (
+    gather_rows,
+    linear,
+    linear_heads,
+    linear_multi,
+    linear_transposed,
+    linear_transposed_heads,
+    moe_forward,
+)
+from moesaic.kernels.native import active_isa, isas, num_threads, set_isa, set_num_threads
+from moesaic.kernels.ops import rms_norm
+from moesaic.kernels.packed import Activation, PackedExperts, PackedTensor
+from moesaic.kernels.probe import Rates, peak_ops, read_bandwidth
+
+__all__ = [
+    "Activation",
+    "PackedExperts",
+    "PackedTensor",
+    "Rates",
+    "active_isa",
+    "gather_rows",
+    "isas",
+    "linear",
+    "linear_heads",
+    "linear_multi",
+    "linear_transposed",
+    "linear_transposed_heads",
+    "moe_forward",
+    "num_threads",
+    "ops",
+    "peak_ops",
+    "read_bandwidth",
+    "rms_norm",
+    "set_isa",
+    "set_num_threads",
+]

@@ -1,0 +1,65 @@
+"""The native extension, set up as the process's settings ask. It knows no kernel by name.
+
+The settings are applied when this package is imported, so that an instruction set forced by MOESAIC_ISA and a number of
+threads are in force before the first kernel runs.
+"""
+
+from __future__ import annotations
+
+from moesaic import _native
+from moesaic.config import Settings, read_settings
+from moesaic.errors import ConfigError
+
+__all__ = ["active_isa", "apply_settings", "isas", "num_threads", "set_isa", "set_num_threads"]
+
+
+def isas() -> list[str]:
+    """Instruction sets that this processor can run, best first."""
+    return list(_native.isas())
+
+
+def active_isa() -> str:
+    """The instruction set that kernels run with."""
+    return str(_native.active_isa())
+
+
+def set_isa(name: str) -> None:
+    """Run all kernels with the instruction set `name`, for the whole process.
+
+    Raises:
+        ConfigError: it is unknown or this processor cannot run it.
+    """
+    if name not in _native.isas():
+        raise ConfigError(f"The instruction set '{name}' cannot run here: expected one of {', '.join(_native.isas())}.")
+    _native.set_isa(name)
+
+
+def num_threads() -> int:
+    """Threads that the kernels run on."""
+    return int(_native.num_threads())
+
+
+def set_num_threads(count: int) -> None:
+    """Run all kernels on `count` threads, for the whole process.
+
+    Raises:
+        ConfigError: it is not between 1 and 1024.
+    """
+    if not 1 <= count <= 1024:
+        raise ConfigError(f"The number of threads is {count}: expected 1 to 1024.")
+    _native.set_num_threads(count)
+
+
+def apply_settings(settings: Settings) -> None:
+    """Force what the settings ask for and leave the rest to the extension.
+
+    Raises:
+        ConfigError: the instruction set or the number of threads cannot be used.
+    """
+    if settings.isa is not None:
+        set_isa(settings.isa)
+    if settings.threads is not None:
+        set_num_threads(settings.threads)
+
+
+apply_settings(read_settings())

@@ -43,6 +43,7 @@ def test_wrong_usage_ends_with_2_and_names_the_mistake() -> None:
         (("fly",), "invalid choice: 'fly'"),
         (("run", "demo", "hi", "--threads", "0"), "'0' is not a whole number of at least 1"),
         (("run", "demo", "hi", "--temperature", "-1"), "temperature is -1.0"),
+        (("run", "demo", "hi", "--raw", "--system", "S"), "--system needs the chat template"),
         (("bench", "decode"), "either MODEL or --synthetic"),
         (("bench", "decode", "--synthetic", "qwen9"), "expected one of qwen3-30b-a3b"),
         (("bench", "decode", "--synthetic", "mixtral-8x7b", "--layers", "33"), "this model has 32 layers"),

@@ -5,6 +5,8 @@ The model is a stock one: a session knows only `generate()`.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from tests.tiny_models import make_tiny_model
@@ -18,9 +20,14 @@ from moesaic.errors import ConfigError, GenerationError
 GREEDY = Sampling(max_tokens=12, temperature=0)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def models(family: str) -> PreTrainedModel:
+    return make_tiny_model(family, vocab_size=259)
+
+
+@pytest.fixture
 def model() -> PreTrainedModel:
-    return make_tiny_model("qwen3_moe", vocab_size=259)
+    return models("qwen3_moe")
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def test_text_is_that_of_greedy_decoding(model: PreTrainedModel, session: Sessio
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])
 def test_a_kept_cache_changes_nothing(family: str) -> None:
-    session = Session(make_tiny_model(family, vocab_size=259), make_tiny_tokenizer())
+    session = Session(models(family), make_tiny_tokenizer())
     first = session.encode_raw("The first turn of a conversation, ")
     answer = session.answer(first, GREEDY)
     longer = [*first, *session.encode_raw(answer.text + " and the second")]
@@ -67,6 +74,21 @@ def test_a_kept_cache_changes_nothing(family: str) -> None:
         assert fresh.cached_tokens == 0
         if family in ("qwen3_moe", "deepseek_v3"):
             assert 20 <= kept.cached_tokens < len(ids)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"])
+def test_a_long_prompt_in_pieces_changes_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(models(family), make_tiny_tokenizer())
+    ids = session.encode_raw("A prompt that is longer than one piece of it, by a few tokens.")
+    whole = session.answer(ids, GREEDY).text
+    monkeypatch.setattr("moesaic.engine.session._PREFILL_CHUNK", 25)
+    session.forget()
+    assert session.answer(ids, GREEDY).text == whole
+    longer = [*ids, *session.encode_raw(whole), *session.encode_raw("And a second turn of the same length or so.")]
+    in_pieces = session.answer(longer, GREEDY)
+    session.forget()
+    monkeypatch.undo()
+    assert session.answer(longer, GREEDY).text == in_pieces.text
 
 
 def test_the_same_prompt_again_computes_only_its_last_token(session: Session) -> None:

@@ -100,6 +100,8 @@ class _Chat:
         elif name == "/reset":
             self._reset()
             print("(new conversation)", file=sys.stderr)
+        elif name == "/system" and self._raw:
+            print("/system needs the chat template, which --raw leaves out.", file=sys.stderr)
         elif name == "/system":
             self._system = argument or None
             self._reset()

@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import add_model_arguments, add_threads_argument, positive_int
+from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
     from moesaic.engine.answer import Answer, Sampling
@@ -45,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Load the model and answer."""
+    if arguments.raw and arguments.system is not None:
+        raise ConfigError("--system needs the chat template, which --raw leaves out: give one of the two.")
     prompt = _prompt(arguments)
     sampling = _sampling(arguments)  # checked before anything is loaded
     started = time.perf_counter()

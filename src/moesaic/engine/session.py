@@ -25,6 +25,8 @@ __all__ = ["Session"]
 # Where neither the caller nor the model's generation_config says anything.
 _DEFAULT_TEMPERATURE = 0.7
 _DEFAULT_TOP_P = 0.95
+# Longer prompts are computed in pieces: activations stay small, while every piece still reads all weights only once.
+_PREFILL_CHUNK = 2048
 
 
 @dataclass(slots=True)
@@ -85,6 +87,8 @@ class Session:
         config.max_length = None
         answer = Answer(prompt_tokens=len(prompt_ids), seed=_seed(config, sampling.seed))
         cache, answer.cached_tokens = self._take_cache(prompt_ids)
+        if len(prompt_ids) - answer.cached_tokens > _PREFILL_CHUNK:
+            config.prefill_chunk_size = _PREFILL_CHUNK
         streamer = _Streamer(self.tokenizer, len(prompt_ids), on_text)
         input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
         try:

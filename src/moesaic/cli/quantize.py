@@ -35,15 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Quantise and print what was written."""
-    from moesaic.engine.auto import configure_kernels
     from moesaic.engine.quantize import quantize_checkpoint
+    from moesaic.kernels import set_num_threads
     from moesaic.placement import load_plan
     from moesaic.quant import get_format
     from moesaic.weights import open_checkpoint, resolve
 
     weight_format = get_format(arguments.format)
     rules = None if arguments.rules is None else load_plan(arguments.rules)
-    configure_kernels(arguments.threads)
+    if arguments.threads is not None:
+        set_num_threads(arguments.threads)
     checkpoint = open_checkpoint(resolve(arguments.model, offline=arguments.offline).checkpoint)
     try:
         progress = sys.stderr.isatty()

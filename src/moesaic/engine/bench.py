@@ -19,11 +19,10 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
 from moesaic import _native
-from moesaic.engine.auto import configure_kernels
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.errors import GenerationError
-from moesaic.kernels import num_threads, read_bandwidth
+from moesaic.kernels import num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import Plan
 from moesaic.quant import WeightFormat, get_format
@@ -122,7 +121,8 @@ def measure(
         PlanDoesNotFitError: the model does not fit in memory.
         GenerationError: prompt and tokens are longer than the context.
     """
-    configure_kernels(threads)
+    if threads is not None:
+        set_num_threads(threads)
     if preset is not None:
         total_layers = get_preset(preset).num_layers
         prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, plan)

@@ -90,7 +90,8 @@ def dequantize(raw: np.ndarray, fmt: WeightFormat, cols: int) -> np.ndarray:
         )
     source = np.ascontiguousarray(raw)
     values = np.empty((raw.shape[0], cols), dtype=np.float32)
-    _native.dequantize(fmt.ggml_type, raw.shape[0], cols, source.ctypes.data, values.ctypes.data)
+    if values.size:
+        _native.dequantize(fmt.ggml_type, raw.shape[0], cols, source.ctypes.data, values.ctypes.data)
     return values
 
 

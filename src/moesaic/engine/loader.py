@@ -1,12 +1,11 @@
-"""From MODEL to a running model: `prepare` decides everything without reading a weight, `load` reads, packs and connects.
+"""From MODEL to a running model: `prepare` decides everything without reading a weight, `load` reads and connects.
 
-Between the two lies the plan, which `moesaic plan` prints and which refuses a model that does not fit. This module knows
-the order of the steps and no detail of any of them.
+Between the two lies the plan, which `moesaic plan` prints and which refuses a model that does not fit. This module
+knows the order of the steps and no detail of any of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from moesaic.errors import CheckpointError
 from moesaic.kernels import num_threads
 from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for
 from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan, make_plan
-from moesaic.weights import Checkpoint, open_checkpoint
+from moesaic.weights import Checkpoint, open_checkpoint, resolve
 
-__all__ = ["Prepared", "load", "prepare"]
+__all__ = ["Prepared", "load", "prepare", "prepare_checkpoint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +40,37 @@ class Prepared:
     model: PreTrainedModel
     weight_map: WeightMap
     plan: Plan
+
+
+def prepare(
+    model: str,
+    *,
+    gguf: str | Path | None = None,
+    plan: str | Path | Rules | Plan = "auto",
+    offline: bool = False,
+    hardware: Hardware | None = None,
+) -> Prepared:
+    """Find a model, open it and plan where its modules go; no weight is read.
+
+    Args:
+        model: `demo`, a folder, a `.gguf`, `org/name` or `org/name:QUANT`.
+        gguf: a GGUF to take the weights and the configuration from instead.
+        plan: a template's name, a placement file, rules, or a plan that was made before.
+        offline: take from the hub only what is on this computer.
+        hardware: what to plan for; this computer if None.
+
+    Raises:
+        ModelNotFoundError: there is no such model.
+        CheckpointError: a file is damaged, hostile or incomplete.
+        UnsupportedModelError: the architecture cannot be run.
+        PlanError: the plan cannot be made.
+    """
+    checkpoint = open_checkpoint(resolve(model, gguf, offline).checkpoint)
+    try:
+        return prepare_checkpoint(checkpoint, plan, hardware=hardware)
+    except BaseException:
+        checkpoint.close()
+        raise
 
 
 def prepare_checkpoint(

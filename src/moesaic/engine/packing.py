@@ -1,8 +1,8 @@
 """Runs the work of a load: reads tensors, packs them, gives the file's pages back, and reports progress.
 
 Jobs run on a few threads in the order given, which should be the order of the file, so that reading is sequential and
-the pages in use stay few: a checkpoint tensor is released when the last job that reads it has run. It does not know what
-the tensors mean.
+the pages in use stay few: a checkpoint tensor is released when the last job that reads it has run. This module does not
+know what the tensors mean.
 """
 
 from __future__ import annotations
@@ -73,7 +73,13 @@ def _raw_in_format(ref: TensorRef, checkpoint: Checkpoint, wanted: WeightFormat)
 
 
 class LoadProgress:
-    """Progress of a load in bytes of the files read; a context manager."""
+    """Progress in bytes of the files read; a context manager.
+
+    Args:
+        progress: see `Progress`.
+        total: bytes in all.
+        description: what is being done, in front of the bar.
+    """
 
     def __init__(self, progress: Progress, total: int, description: str = "Loading") -> None:
         self._done, self._total = 0, total

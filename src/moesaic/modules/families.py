@@ -1,4 +1,4 @@
-"""What the structure of a stock model does not tell about an architecture: the order of rotary pairs, and how it routes.
+"""What the structure of a stock model does not tell about an architecture: the order of rotary pairs, and routing.
 
 A model type that is listed here runs on fused forwards (`router`, `moe_block`, `mla`, `decoder`). Any other model type
 runs on the forwards of the model library, with packed weights, which is slower and needs no entry. Everything that a

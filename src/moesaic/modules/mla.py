@@ -1,9 +1,9 @@
 """Multi-head latent attention on the latent cache, absorbed: keys and values are never expanded in decode.
 
 Every MLA module of the model library has the same parts (`kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj` or its two
-halves), so one forward serves all of them (Liu et al., arXiv 2405.04434, section 2.1; absorption as in appendix C). With
-`W_uk` and `W_uv` the halves of `kv_b_proj`: the score of head h is `(W_uk_h^T q_h) . latent + q_rope_h . k_rope`, and its
-output is `W_uv_h (sum of p * latent)`. The cache holds latents and rotary keys, as in transformers.
+halves), so one forward serves all of them (Liu et al., arXiv 2405.04434, section 2.1). With `W_uk` and `W_uv` the halves
+of `kv_b_proj`, the score of head h is `(W_uk_h^T q_h) . latent + q_rope_h . k_rope` and its output is `W_uv_h (sum of
+p * latent)`. The cache holds latents and rotary keys, as in transformers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.kernels import PackedTensor, linear, linear_multi, linear_transposed, ops
+from moesaic.kernels import PackedTensor, linear, linear_heads, linear_multi, linear_transposed_heads, ops
 from moesaic.kernels.ops import rms_norm
 from moesaic.modules.families import RopeLayout
 from moesaic.modules.linear import PackedLinear
@@ -88,7 +88,7 @@ class MlaAttention:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
         attend = self._attend_expanded if self._expanding_pays(query.shape[2]) else self._attend_absorbed
         attended = attend(query, latent, k_rope, mask)
-        return linear(attended.reshape(x.shape[0], -1), self.module.o_proj.packed, self.module.o_proj.bias)
+        return linear(attended.view(x.shape[0], -1), self.module.o_proj.packed, self.module.o_proj.bias)
 
     def _project(self, x: torch.Tensor, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[batch, heads, tokens, nope + rope]`, latents and rotary keys `[batch, 1, tokens, dim]`."""
@@ -149,38 +149,28 @@ class MlaAttention:
         """Keys (without rotary part) and values of all heads, `[positions, heads, dim]` each."""
         if self.split is None:
             expanded = linear(latent, self.module.kv_b_proj.packed).view(latent.shape[0], self.num_heads, -1)
-            return expanded.split([self.nope_dim, self.value_dim], dim=-1)
+            keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
+            return keys, values
+        per_head = latent.unsqueeze(1).expand(-1, self.num_heads, -1)
         k_b, v_b = self.split
-        keys = latent.new_empty(self.num_heads, latent.shape[0], self.nope_dim)
-        values = latent.new_empty(self.num_heads, latent.shape[0], self.value_dim)
-        for head in range(self.num_heads):
-            linear_transposed(latent, k_b, index=head, out=keys[head])
-            linear(latent, v_b, index=head, out=values[head])
-        return keys.transpose(0, 1), values.transpose(0, 1)
+        return linear_transposed_heads(per_head, k_b), linear_heads(per_head, v_b)
 
     def _absorb(self, q_nope: torch.Tensor) -> torch.Tensor:
         """`W_uk_h^T q_h`: `[batch, heads, tokens, nope]` to `[batch, heads, tokens, latent]`."""
         batch, _, num_tokens, _ = q_nope.shape
-        result = q_nope.new_empty(self.num_heads, batch, num_tokens, self.latent_dim)
-        for head in range(self.num_heads):
-            rows = q_nope[:, head].reshape(-1, self.nope_dim)
-            out = result[head].view(-1, self.latent_dim)
-            if self.split is not None:
-                linear(rows, self.split[0], out=out, index=head)
-            else:
-                start = head * (self.nope_dim + self.value_dim)
-                linear_transposed(rows, self.module.kv_b_proj.packed, rows=slice(start, start + self.nope_dim), out=out)
-        return result.transpose(0, 1)
+        rows = q_nope.transpose(1, 2).flatten(0, 1)
+        if self.split is None:
+            absorbed = linear_transposed_heads(rows, self.module.kv_b_proj.packed, slice(0, self.nope_dim))
+        else:
+            absorbed = linear_heads(rows, self.split[0])
+        return absorbed.view(batch, num_tokens, self.num_heads, -1).transpose(1, 2)
 
     def _values_of(self, mixed: torch.Tensor) -> torch.Tensor:
         """`W_uv_h m_h`: `[batch, heads, tokens, latent]` to `[batch, tokens, heads, value]`."""
-        batch, _, num_tokens, _ = mixed.shape
-        result = mixed.new_empty(self.num_heads, batch * num_tokens, self.value_dim)
-        for head in range(self.num_heads):
-            rows = mixed[:, head].reshape(-1, self.latent_dim)
-            if self.split is not None:
-                linear(rows, self.split[1], out=result[head], index=head)
-            else:
-                end = (head + 1) * (self.nope_dim + self.value_dim)
-                linear(rows, self.module.kv_b_proj.packed, out=result[head], rows=slice(end - self.value_dim, end))
-        return result.transpose(0, 1).reshape(batch, num_tokens, self.num_heads, self.value_dim)
+        rows = mixed.transpose(1, 2).flatten(0, 1)
+        if self.split is None:
+            value_rows = slice(self.nope_dim, self.nope_dim + self.value_dim)
+            values = linear_heads(rows, self.module.kv_b_proj.packed, value_rows)
+        else:
+            values = linear_heads(rows, self.split[1])
+        return values.view(mixed.shape[0], mixed.shape[2], self.num_heads, -1)

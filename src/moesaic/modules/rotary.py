@@ -14,8 +14,8 @@ def rotary_angles(position_embeddings: Angles | torch.Tensor, num_pairs: int) ->
     """Angles of the first `num_pairs` pairs.
 
     Args:
-        position_embeddings: (cos, sin) `[batch, tokens, num_pairs or 2 * num_pairs]`, where the second half, if there is
-            one, repeats the first; or complex `[batch, tokens, num_pairs]` (DeepSeek-V2).
+        position_embeddings: (cos, sin) `[batch, tokens, num_pairs or 2 * num_pairs]`, where the second half repeats the
+            first; or complex `[batch, tokens, num_pairs]` (DeepSeek-V2).
         num_pairs: half of the rotated dimensions.
     """
     if isinstance(position_embeddings, torch.Tensor):

@@ -1,7 +1,7 @@
 """The router of a MoE block through the native kernels: exact weights, one product, one choice of experts.
 
-It takes over the forward of a stock router, whose module stays in the tree, so that hooks and recorders of router logits
-keep working. It does not know which architecture it serves; `families` says how its scores become weights.
+It takes over the forward of a stock router, whose module stays in the tree, so that hooks and recorders of router
+logits keep working. It does not know which architecture it serves; `families` says how scores become weights.
 """
 
 from __future__ import annotations

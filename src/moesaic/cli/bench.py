@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic bench`."""
     parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a model as for 'moesaic run'")
+    parser.set_defaults(optional_positional="model")
     parser.add_argument("--synthetic", metavar="PRESET", help="random weights of these dimensions; 'list' shows all")
     parser.add_argument("--format", default="Q4_K", metavar="F", help="weight format of a synthetic model (Q4_K)")
     parser.add_argument("--layers", type=positive_int, metavar="N", help="layers of a synthetic model (default: all)")

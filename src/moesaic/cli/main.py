@@ -45,9 +45,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse; an optional positional (PROMPT of run, MODEL of bench) may also stand behind options.
+
+    argparse takes an optional positional as absent as soon as an option follows the required ones.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = getattr(arguments, "optional_positional", None)
+    if (
+        late is not None
+        and getattr(arguments, late) is None
+        and len(rest) == 1
+        and (rest == ["-"] or rest[0][:1] != "-")
+    ):
+        setattr(arguments, late, rest.pop())
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
-    arguments = build_parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return int(arguments.run(arguments))
     except MoesaicError as error:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic run`."""
     add_model_arguments(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="what to answer; - reads standard input")
+    parser.set_defaults(optional_positional="prompt")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="take the tokenizer from this folder (for a GGUF)")
     parser.add_argument("--system", metavar="TEXT", help="system message of the conversation")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")

@@ -22,6 +22,7 @@ from moesaic.weights.checkpoint import TensorInfo, find_tensor
 __all__ = ["SyntheticCheckpoint"]
 
 _STANDARD_DEVIATION = 0.02  # as models are initialised, so that activations stay finite
+_NUM_RANDOM = 1 << 14
 _NUM_STARTS = 1021  # a prime: tensors start at different blocks of the pool
 
 
@@ -77,11 +78,13 @@ class SyntheticCheckpoint:
         self._pools.clear()
 
     def _pool(self, weight_format: WeightFormat, num_blocks: int) -> np.ndarray:
-        """At least `num_blocks` random blocks, uint8 `[num_blocks, block_bytes]`."""
+        """At least `num_blocks` random blocks, uint8 `[num_blocks, block_bytes]`; they repeat after `_NUM_RANDOM`."""
         pool = self._pools.get(weight_format.name)
-        if pool is None or len(pool) < num_blocks:
+        if pool is None:
             rng = np.random.default_rng(self._seed)
-            values = rng.standard_normal((num_blocks, weight_format.block_size), np.float32) * _STANDARD_DEVIATION
+            values = rng.standard_normal((_NUM_RANDOM, weight_format.block_size), np.float32) * _STANDARD_DEVIATION
             pool = quantize(values, weight_format)
-            self._pools[weight_format.name] = pool
+        if len(pool) < num_blocks:
+            pool = np.tile(pool[:_NUM_RANDOM], (-(-num_blocks // _NUM_RANDOM), 1))
+        self._pools[weight_format.name] = pool
         return pool

@@ -17,6 +17,7 @@ TOLERANCE = 2e-6  # of the largest value: float32 sums in another order
 @pytest.fixture(params=_native.isas(), autouse=True)
 def isa(request):
     """Every test of this module runs on each instruction set that this machine has."""
+    torch.manual_seed(0)
     before = _native.active_isa()
     _native.set_isa(request.param)
     yield request.param

@@ -54,5 +54,5 @@ def test_a_model_of_gigabytes_costs_megabytes() -> None:
     checkpoint = SyntheticCheckpoint("random", {}, tensors)
     assert sum(info.nbytes for info in checkpoint.tensors.values()) > 2_000_000_000
     assert all(checkpoint.raw(name).shape == (2048, 7168 // 256 * 144) for name in tensors)
-    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()

@@ -22,7 +22,7 @@ from moesaic.weights.checkpoint import TensorInfo, find_tensor
 __all__ = ["SyntheticCheckpoint"]
 
 _STANDARD_DEVIATION = 0.02  # as models are initialised, so that activations stay finite
-_NUM_RANDOM = 1 << 14
+_NUM_RANDOM = 1 << 12
 _NUM_STARTS = 1021  # a prime: tensors start at different blocks of the pool
 
 

@@ -75,7 +75,9 @@ def main() -> None:
     console.print(Text(f"$ {shlex.join(arguments.command)}", style="bold green"))
     console.print(Text.from_ansi(printed))
     arguments.image.parent.mkdir(parents=True, exist_ok=True)
-    arguments.image.write_text(console.export_svg(title="moesaic"), encoding="utf-8")
+    # No font from a foreign server: the reader's own monospace font will do.
+    svg = re.sub(r"@font-face \{.*?\}\n", "", console.export_svg(title="moesaic"), flags=re.DOTALL)
+    arguments.image.write_text(svg, encoding="utf-8")
 
 
 if __name__ == "__main__":

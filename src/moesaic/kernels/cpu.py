@@ -251,7 +251,7 @@ def moe_forward(
         vector_address(name, tensor, num_tokens * top_k, dtype)
         check_shape(name, tensor, (num_tokens, top_k))
     out = _output(out, num_tokens, experts.hidden)
-    if not out.is_contiguous() or out.data_ptr() == x.data_ptr():
+    if not out.is_contiguous() or (num_tokens and out.data_ptr() == x.data_ptr()):
         raise KernelError(f"out is {describe(out)}: expected contiguous memory other than that of x.")
     _native.moe_forward(
         experts.handle,

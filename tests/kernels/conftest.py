@@ -1,0 +1,18 @@
+"""Fixtures of the kernel tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from moesaic import kernels
+
+
+@pytest.fixture(params=kernels.isas())
+def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on every instruction set that this machine has."""
+    before = kernels.active_isa()
+    kernels.set_isa(request.param)
+    yield request.param
+    kernels.set_isa(before)

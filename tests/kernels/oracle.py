@@ -1,0 +1,90 @@
+"""What the packed kernels must compute, in float64 on values that `gguf.quants` dequantised."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import torch
+from gguf import quants
+
+from moesaic.kernels import PackedTensor
+from moesaic.quant import FORMATS, WeightFormat
+
+# Offsets of the half-precision scales in a block; every other byte may have any value.
+HALF_OFFSETS = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+}  # fmt: skip
+
+
+def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.ndarray:
+    """Rows of blocks of random bytes with finite scales: of both signs, zero and subnormal ones included."""
+    rng = np.random.default_rng(seed)
+    if not fmt.is_quantized:
+        values = rng.standard_normal((rows, cols)).astype(np.float32)
+        if fmt.name == "BF16":
+            return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
+        return values.astype(np.float16 if fmt.name == "F16" else np.float32).view(np.uint8)
+    num_blocks = cols // fmt.block_size
+    blocks = rng.integers(0, 256, (rows, num_blocks, fmt.block_bytes), dtype=np.uint8)
+    for offset in HALF_OFFSETS[fmt.name]:
+        scales = (rng.standard_normal((rows, num_blocks)) * 0.01).astype(np.float16)
+        scales[rng.random(scales.shape) < 0.05] = 0
+        scales[rng.random(scales.shape) < 0.05] = np.float16(3e-6)
+        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def weights_of(raw: np.ndarray, fmt: WeightFormat, cols: int) -> np.ndarray:
+    """The float32 values that `gguf` reads from rows of blocks."""
+    values = quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType(fmt.ggml_type))
+    return np.asarray(values, np.float32).reshape(raw.shape[0], cols)
+
+
+def packed(
+    fmt_name: str, rows: int, cols: int, num_matrices: int = 1, seed: int = 0
+) -> tuple[PackedTensor, np.ndarray]:
+    """A stack of random matrices, packed, and its values as float64 `[num_matrices, rows, cols]`."""
+    fmt = FORMATS[fmt_name]
+    tensor = PackedTensor.empty(fmt, rows, cols, num_matrices)
+    values = np.empty((num_matrices, rows, cols))
+    for index in range(num_matrices):
+        raw = random_raw(fmt, rows, cols, seed + index)
+        tensor.pack_(index, raw)
+        values[index] = weights_of(raw, fmt, cols)
+    return tensor, values
+
+
+def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Activations after rounding to int8 in groups of 32, and half the step of each, as float64.
+
+    The same float32 operations as csrc/kernels/activations.isa.cpp, so that every rounding falls the same way.
+    """
+    groups = np.asarray(x, np.float32).reshape(-1, 32)
+    largest = np.abs(groups).max(-1, keepdims=True)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 1e-36)
+    scale = (largest / np.float32(127)).astype(np.float64)
+    values = np.rint(groups * inverse).astype(np.float64) * scale
+    return values.reshape(x.shape), np.broadcast_to(scale / 2, groups.shape).reshape(x.shape)
+
+
+def seen_by(fmt_name: str, x: np.ndarray) -> np.ndarray:
+    """The activations that a format's kernel multiplies, as float64."""
+    return rounded(x)[0] if FORMATS[fmt_name].is_quantized else x.astype(np.float64)
+
+
+def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
+    """Activations with outliers, and one row of zeros if there are several."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(shape).astype(np.float32)
+    x[rng.random(shape) < 0.01] *= 20
+    if shape[0] > 2:
+        x[1] = 0
+    return torch.from_numpy(x)
+
+
+def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
+    """Largest error, in units of the largest value expected."""
+    assert actual.dtype == torch.float32
+    assert tuple(actual.shape) == expected.shape
+    return float(np.abs(actual.numpy() - expected).max() / max(np.abs(expected).max(), 1e-30))

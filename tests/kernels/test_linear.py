@@ -1,0 +1,122 @@
+"""Products with packed weights against float64, on every instruction set, format and awkward shape.
+
+Two bounds. Against an oracle that rounds activations as the kernels do, errors are those of float32 sums: below 1e-5 of
+the largest result. Against the exact product, they are at most what rounding to int8 explains: half a step of each
+activation's group, times the magnitude of its weight.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tests.kernels.oracle import packed, relative_error, rounded, seen_by, tokens
+
+from moesaic.errors import KernelError
+from moesaic.kernels import linear, linear_heads, linear_multi, linear_transposed, linear_transposed_heads
+from moesaic.quant import FORMATS
+
+FLOAT32_SUMS = 1e-5
+TOKENS = [1, 2, 3, 4, 5, 17, 40]
+ALL_FORMATS = list(FORMATS)
+
+
+def shapes(name: str) -> list[tuple[int, int]]:
+    """(rows, cols): rows that fill no tile, cols that are odd multiples of the block and end inside a chunk."""
+    block = FORMATS[name].block_size
+    if block == 1:
+        return [(1, 1), (16, 64), (37, 257), (53, 31)]
+    return [(1, block), (15, 3 * block), (53, 288 if block == 32 else 768)]
+
+
+@pytest.mark.parametrize("name", ALL_FORMATS)
+def test_linear(name, each_isa):
+    for rows, cols in shapes(name):
+        weight, values = packed(name, rows, cols)
+        bias = tokens(rows, seed=5)
+        for num_tokens in TOKENS:
+            x = tokens(num_tokens, cols)
+            result = linear(x, weight, bias)
+            exact = x.numpy().astype(np.float64) @ values[0].T + bias.numpy()
+            same_rounding = seen_by(name, x.numpy()) @ values[0].T + bias.numpy()
+            assert relative_error(result, same_rounding) < FLOAT32_SUMS, (rows, cols, num_tokens)
+            if FORMATS[name].is_quantized:
+                allowed = rounded(x.numpy())[1] @ np.abs(values[0]).T + FLOAT32_SUMS * np.abs(exact).max()
+                assert (np.abs(result.numpy() - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", ["F32", "BF16", "Q4_K", "Q8_0"])
+def test_linear_writes_only_its_rows_into_strided_memory(name, each_isa):
+    weight, values = packed(name, 70, 256, num_matrices=3)
+    wide = tokens(6, 300)
+    x = wide[:, 20:276]
+    for start, stop in ((0, 70), (16, 48), (5, 70), (33, 34)):
+        out = torch.full((6, 100), 7.0)
+        linear(x, weight, out=out[:, 10 : 10 + stop - start], index=2, rows=slice(start, stop))
+        expected = seen_by(name, np.ascontiguousarray(x.numpy())) @ values[2, start:stop].T
+        assert relative_error(out[:, 10 : 10 + stop - start], expected) < FLOAT32_SUMS
+        assert (out[:, :10] == 7).all()
+        assert (out[:, 10 + stop - start :] == 7).all()
+
+
+def test_linear_multi_equals_linear_of_each(each_isa):
+    parts = [packed(name, rows, 512)[0] for name, rows in (("Q4_K", 100), ("F16", 16), ("Q6_K", 33), ("Q8_0", 7))]
+    biases = [tokens(100, seed=2), None, tokens(33, seed=3), None]
+    for num_tokens in (1, 9):
+        x = tokens(num_tokens, 512)
+        for part, bias, out in zip(parts, biases, linear_multi(x, parts, biases), strict=True):
+            assert torch.equal(out, linear(x, part, bias))
+
+
+@pytest.mark.parametrize("name", ALL_FORMATS)
+def test_linear_transposed(name, each_isa):
+    for rows, cols in shapes(name):
+        weight, values = packed(name, rows, cols)
+        for num_tokens in (1, 4, 7):
+            x = tokens(num_tokens, rows)
+            expected = x.numpy().astype(np.float64) @ values[0]
+            assert relative_error(linear_transposed(x, weight), expected) < FLOAT32_SUMS, (rows, cols, num_tokens)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("head_rows", [48, 20])
+def test_heads(stacked, head_rows, each_isa):
+    heads, cols, rows = 5, 288, slice(3, 17)
+    weight, values = packed("Q5_1", head_rows if stacked else heads * head_rows, cols, heads if stacked else 1)
+    values = values.reshape(heads, head_rows, cols)
+    for num_tokens in (1, 6):
+        x = tokens(heads, num_tokens, cols).transpose(0, 1)
+        expected = np.einsum("thk,hnk->thn", seen_by("Q5_1", np.ascontiguousarray(x.numpy())), values[:, rows])
+        assert relative_error(linear_heads(x, weight, rows), expected) < FLOAT32_SUMS
+        x = tokens(num_tokens, heads, 14)
+        expected = np.einsum("thn,hnk->thk", x.numpy().astype(np.float64), values[:, rows])
+        out = torch.empty(heads, num_tokens, cols).transpose(0, 1)
+        assert relative_error(linear_transposed_heads(x, weight, rows, out), expected) < FLOAT32_SUMS
+
+
+def test_no_tokens():
+    weight, _ = packed("Q4_K", 20, 256)
+    assert linear(torch.empty(0, 256), weight).shape == (0, 20)
+    assert linear_transposed(torch.empty(0, 20), weight).shape == (0, 256)
+
+
+def test_wrong_arguments_are_refused():
+    weight, _ = packed("Q8_0", 20, 64)
+    x = tokens(2, 64)
+    for call in (
+        lambda: linear(tokens(2, 63), weight),
+        lambda: linear(x.double(), weight),
+        lambda: linear(x.T.contiguous().T, weight),
+        lambda: linear(x, weight, bias=tokens(19)),
+        lambda: linear(x, weight, out=torch.empty(2, 19)),
+        lambda: linear(x, weight, index=1),
+        lambda: linear(x, weight, rows=slice(20, 30)),
+        lambda: linear(x, weight, rows=slice(0, 20, 2)),
+        lambda: linear_multi(x, [weight], [None, None]),
+        lambda: linear_multi(x, []),
+        lambda: linear_transposed(tokens(2, 19), weight),
+        lambda: linear_heads(tokens(2, 3, 64), weight),
+        lambda: linear_heads(tokens(2, 2, 63), weight),
+    ):
+        with pytest.raises(KernelError):
+            call()

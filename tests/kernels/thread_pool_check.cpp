@@ -1,0 +1,125 @@
+// A program that exits with 0 if the thread pool keeps its promises; run by test_native.py.
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "thread_pool.h"
+
+namespace {
+
+void require(bool condition, const char* what) {
+    if (condition) return;
+    std::fprintf(stderr, "failed: %s\n", what);
+    std::exit(1);
+}
+
+double cpu_seconds() {
+    rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return static_cast<double>(usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) +
+           1e-6 * static_cast<double>(usage.ru_utime.tv_usec + usage.ru_stime.tv_usec);
+}
+
+void every_item_once(moesaic::ThreadPool& pool) {
+    std::vector<std::atomic<int>> counts(1000);
+    pool.parallel_for(1000, 7, [&](std::int64_t begin, std::int64_t end) {
+        for (auto i = begin; i < end; ++i) counts[static_cast<std::size_t>(i)]++;
+    });
+    for (auto& count : counts) require(count == 1, "every item runs once");
+}
+
+void phases(moesaic::ThreadPool& pool) {
+    for (int round = 0; round < 200; ++round) {
+        std::atomic<int> before{0};
+        std::atomic<bool> early{false};
+        pool.run([&](moesaic::Team& team) {
+            for (int phase = 1; phase <= 3; ++phase) {
+                before++;
+                team.barrier();
+                if (before < phase * team.num_threads()) early = true;
+                team.barrier();
+            }
+        });
+        require(!early, "a barrier waits for all");
+    }
+}
+
+void errors_reach_the_caller(moesaic::ThreadPool& pool) {
+    for (int thrower = 0; thrower < pool.num_threads(); ++thrower) {
+        std::string message;
+        try {
+            pool.run([&](moesaic::Team& team) {
+                if (team.thread() == thrower) throw std::runtime_error("thread " + std::to_string(thrower));
+                team.barrier();
+            });
+        } catch (const std::runtime_error& error) {
+            message = error.what();
+        }
+        require(message == "thread " + std::to_string(thrower), "the exception of a thread reaches the caller");
+        every_item_once(pool);
+        phases(pool);
+    }
+}
+
+void nested(moesaic::ThreadPool& pool) {
+    std::atomic<int> inner{0};
+    pool.run([&](moesaic::Team&) { pool.run([&](moesaic::Team& alone) { inner += alone.num_threads(); }); });
+    require(inner == pool.num_threads(), "a task inside a task runs alone");
+}
+
+void several_callers(moesaic::ThreadPool& pool) {
+    std::vector<std::thread> callers;
+    for (int i = 0; i < 4; ++i) {
+        callers.emplace_back([&] {
+            for (int round = 0; round < 50; ++round) every_item_once(pool);
+        });
+    }
+    for (auto& caller : callers) caller.join();
+}
+
+void parks_when_idle(moesaic::ThreadPool& pool) {
+    every_item_once(pool);
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    const double before = cpu_seconds();
+    std::this_thread::sleep_for(std::chrono::milliseconds(300));
+    require(cpu_seconds() - before < 0.1, "an idle pool sleeps");
+    every_item_once(pool);
+}
+
+void survives_fork() {
+    moesaic::thread_pool().parallel_for(10, 1, [](std::int64_t, std::int64_t) {});
+    const pid_t child = fork();
+    if (child == 0) {
+        moesaic::set_num_threads(3);
+        every_item_once(moesaic::thread_pool());
+        _exit(0);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    require(status == 0, "a forked child gets a pool of its own");
+}
+
+}  // namespace
+
+int main() {
+    for (int num_threads : {1, 2, 7}) {
+        moesaic::ThreadPool pool(num_threads);
+        require(pool.num_threads() == num_threads, "the pool has the threads asked for");
+        every_item_once(pool);
+        phases(pool);
+        errors_reach_the_caller(pool);
+        nested(pool);
+        several_callers(pool);
+        parks_when_idle(pool);
+    }
+    survives_fork();
+    return 0;
+}

@@ -23,7 +23,7 @@ from moesaic.weights import open_checkpoint
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 source, folder = Path(sys.argv[1]), Path(sys.argv[2])
 before = None
-for output, name in (("a.gguf", "Q8_0"), ("b.gguf", "Q4_K")):
+for output, name in (("a.gguf", "Q8_0"), ("b.gguf", "Q6_K")):
     checkpoint, fmt = open_checkpoint(source), get_format(name)
     plan = make_quantize_plan(checkpoint, fmt)
     before = before or peak()

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, tiny_inputs
+from transformers import AutoModelForCausalLM
 
 from moesaic.engine import quantize as module
+from moesaic.engine.loader import load, prepare
 from moesaic.engine.quantize import QuantizeResult, quantize_checkpoint
 from moesaic.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from moesaic.models import build_meta_model, build_weight_map, config_for
@@ -84,6 +86,17 @@ def test_parameters_keep_their_values(checkpoints: dict[str, Path], tmp_path: Pa
         if bound == 0 and family == "qwen3_next":
             bound = 1e-6  # GGUF holds 1 + norm weight and -exp(A_log)
         assert np.linalg.norm(found - wanted) <= bound * np.linalg.norm(wanted), (ref.name, formats)
+
+
+@pytest.mark.parametrize(("family", "name", "bound"), [("deepseek_v3", "F32", 1e-4), ("gpt_oss", "Q8_0", 0.05)])
+def test_the_result_runs(checkpoints: dict[str, Path], tmp_path: Path, family: str, name: str, bound: float) -> None:
+    """Logits of the quantised file against the stock model; with Q8_0 the weights' error shows."""
+    stock = AutoModelForCausalLM.from_pretrained(checkpoints[family], dtype=torch.float32, attn_implementation="eager")
+    run(checkpoints[family], tmp_path / "out.gguf", name)
+    ours = load(prepare(str(tmp_path / "out.gguf")), progress=False)
+    with torch.no_grad():
+        expected, found = stock(tiny_inputs()).logits, ours(tiny_inputs()).logits
+    assert (found - expected).norm() < bound * expected.norm()
 
 
 def test_roles_decide_formats(checkpoints: dict[str, Path], tmp_path: Path) -> None:

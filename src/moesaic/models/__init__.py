@@ -5,10 +5,13 @@ from moesaic.models.expert_layout import expert_modules, stock_experts
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
 from moesaic.models.synthetic_map import synthetic_checkpoint
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
+from moesaic.models.tokenizer import LoadedTokenizer, load_tokenizer
+from moesaic.models.tokenizer_export import tokenizer_metadata
 from moesaic.models.weight_map import WeightMap, build_meta_model, build_weight_map
 
 __all__ = [
     "ExpertRefs",
+    "LoadedTokenizer",
     "MlaRefs",
     "TensorRef",
     "WeightMap",
@@ -18,6 +21,8 @@ __all__ = [
     "expert_modules",
     "gguf_metadata",
     "gguf_tensors",
+    "load_tokenizer",
     "stock_experts",
     "synthetic_checkpoint",
+    "tokenizer_metadata",
 ]

@@ -202,8 +202,8 @@ def _check_cache(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torc
         cache_type is None
         or x.dtype != dtype
         or x.shape != shape
-        or x.device.type != "cpu"
-        or (shape[-1] > 1 and x.stride(-1) != 1)
+        or not x.is_cpu
+        or (x.stride(-1) != 1 and shape[-1] > 1)
     ):
         raise KernelError(
             f"{name} is {describe(x)}: expected {list(shape)} of float32, bfloat16 or float16 (keys and values alike) "
@@ -227,7 +227,7 @@ def _full_mask(
     """The mask with a row for every batch row, head and query, contiguous in the keys; a view where it can be one."""
     if mask is None:
         return None
-    if mask.dtype not in _MASK_TYPES or mask.ndim != 4 or mask.shape[3] < num_keys or mask.device.type != "cpu":
+    if mask.dtype not in _MASK_TYPES or mask.ndim != 4 or mask.shape[3] < num_keys or not mask.is_cpu:
         raise KernelError(
             f"mask is {describe(mask)}: expected bool or float32 "
             f"[{batch} or 1, {heads} or 1, {num_queries}, at least {num_keys}] on the CPU."

@@ -55,6 +55,7 @@ _GATED_ACTIVATIONS: Mapping[str, int] = MappingProxyType(
         "sigmoid": _native.RowOp.SIGMOID_MUL.value,
     }
 )
+_MAX_ROTARY_PAIRS: int = _native.MAX_ROTARY_PAIRS
 _ADD_SCALED: int = _native.RowOp.ADD_SCALED.value
 _ADD_GATED: int = _native.RowOp.ADD_GATED.value
 
@@ -91,7 +92,7 @@ def rms_norm(
     out, out_stride = _output(x, out)
     residual_address = residual_stride = 0
     if residual is not None:
-        check_shape("residual", residual, tuple(x.shape))
+        check_shape("residual", residual, x.shape)
         _, residual_stride = float_rows("residual", residual)
         residual_address = residual.data_ptr()
     _native.rms_norm(
@@ -187,8 +188,7 @@ def norm_and_rotate_(
         check_float("k", k, 4)
         kv_heads = k.shape[1]
         check_shape("k", k, (batch, kv_heads, num_tokens, head_dim))
-    num_pairs = cos.shape[-1]
-    _check_angles(cos, sin, batch, num_tokens, num_pairs, head_dim)
+    _check_angles(cos, sin, batch, num_tokens, head_dim)
     norm_number = choice("norm", norm, _HEAD_NORMS)
     q_weight = k_weight = 0
     if norm != "none":
@@ -213,7 +213,7 @@ def norm_and_rotate_(
         cos.data_ptr(),
         sin.data_ptr(),
         angle_strides if cos.shape[0] == batch else (0, *angle_strides[1:]),
-        num_pairs,
+        cos.shape[2],
         choice("layout", layout, _LAYOUTS),
         norm_number,
         q_weight,
@@ -231,7 +231,7 @@ def gated_activation(
     Raises:
         KernelError: shapes, types or layouts differ.
     """
-    check_shape("up", up, tuple(gate.shape))
+    check_shape("up", up, gate.shape)
     out, _ = _output(gate, out)
     _row_op(choice("kind", kind, _GATED_ACTIVATIONS), gate, up, out)
     return out
@@ -239,21 +239,21 @@ def gated_activation(
 
 def sigmoid_mul_(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`x *= sigmoid(gate)`, float32 `[..., width]` (the output gate of Qwen3-Next's attention)."""
-    check_shape("gate", gate, tuple(x.shape))
+    check_shape("gate", gate, x.shape)
     _row_op(_GATED_ACTIVATIONS["sigmoid"], gate, x, x)
     return x
 
 
 def add_scaled_(x: torch.Tensor, y: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """`x += scale * y`, float32 `[..., width]` (residuals; Granite scales them)."""
-    check_shape("y", y, tuple(x.shape))
+    check_shape("y", y, x.shape)
     _row_op(_ADD_SCALED, x, y, x, scale=scale)
     return x
 
 
 def add_gated_(x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """`x += sigmoid(gate) * y`, float32 `[..., width]` with one gate per row (shared experts of Qwen)."""
-    check_shape("y", y, tuple(x.shape))
+    check_shape("y", y, x.shape)
     _row_op(_ADD_GATED, x, y, x, gate=gate)
     return x
 
@@ -299,23 +299,22 @@ def _row_op(
 def _output(x: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, int]:
     """Where to write a result of x's shape, and the stride of its rows."""
     if out is None:
-        out = torch.empty(x.shape)
-    else:
-        check_shape("out", out, tuple(x.shape))
+        return torch.empty(x.shape), x.shape[-1]
+    check_shape("out", out, x.shape)
     return out, float_rows("out", out)[1]
 
 
-def _check_angles(
-    cos: torch.Tensor, sin: torch.Tensor, batch: int, num_tokens: int, num_pairs: int, head_dim: int
-) -> None:
-    for name, x in (("cos", cos), ("sin", sin)):
-        if x.dtype != torch.float32 or x.ndim != 3 or x.device.type != "cpu" or x.shape[0] not in (1, batch):
-            raise KernelError(f"{name} is {describe(x)}: expected float32 [{batch} or 1, {num_tokens}, num_pairs].")
-        check_shape(name, x, (x.shape[0], num_tokens, num_pairs))
-    if cos.shape != sin.shape or cos.stride() != sin.stride():
-        raise KernelError(f"cos is {describe(cos)} but sin is {describe(sin)}: expected the same layout.")
-    if 2 * num_pairs > head_dim or num_pairs > _native.MAX_ROTARY_PAIRS:
+def _check_angles(cos: torch.Tensor, sin: torch.Tensor, batch: int, num_tokens: int, head_dim: int) -> None:
+    shape = cos.shape
+    if cos.dtype != torch.float32 or len(shape) != 3 or not cos.is_cpu or shape[0] not in (1, batch):
         raise KernelError(
-            f"{num_pairs} rotary pairs in heads of {head_dim}: expected at most half of the dimensions, and at most "
-            f"{_native.MAX_ROTARY_PAIRS}."
+            f"cos is {describe(cos)}: expected float32 [{batch} or 1, {num_tokens}, num_pairs] on the CPU."
+        )
+    check_shape("cos", cos, (shape[0], num_tokens, shape[2]))
+    if sin.shape != shape or sin.stride() != cos.stride() or sin.dtype != torch.float32 or not sin.is_cpu:
+        raise KernelError(f"cos is {describe(cos)} but sin is {describe(sin)}: expected the same layout.")
+    if 2 * shape[2] > head_dim or shape[2] > _MAX_ROTARY_PAIRS:
+        raise KernelError(
+            f"{shape[2]} rotary pairs in heads of {head_dim}: expected at most half of the dimensions, and at most "
+            f"{_MAX_ROTARY_PAIRS}."
         )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def resolve(model: str, gguf: str | Path | None = None, offline: bool = False, h
 
 def _demo() -> ModelFiles:
     """The model that is shipped inside the package."""
-    folder = Path(str(importlib.resources.files("moesaic"))) / "demo"
+    folder = Path(__file__).parent.parent / "demo"
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
         raise ModelNotFoundError(f"{folder}: holds {len(files)} .gguf files: this installation has no demo model.")

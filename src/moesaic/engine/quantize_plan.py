@@ -196,7 +196,7 @@ class _Chooser:
         role = self._roles[module]
         rule = DEFAULT_RULE if self._rules is None else self._rules.find(module, role, self._classes[module])
         self._used.add(rule)
-        choice = choose_format(role, _projection(projection), output.shape, source, self._fmt, rule)
+        choice = choose_format(role, _projection(module, projection), output.shape, source, self._fmt, rule)
         if choice.note is not None:
             self._fallbacks[choice.note].append(output.name)
         if source.is_quantized and choice.format != source:
@@ -215,9 +215,10 @@ class _Chooser:
         return notes
 
 
-def _projection(parameter: str) -> str:
-    """Name by which rules know an experts' projection: `gate` for `gate_proj`, `gate_bias` for `gate_proj_bias`."""
-    return parameter.replace("_proj", "")
+def _projection(module: str, parameter: str) -> str:
+    """Name by which rules know a matrix: `gate` for experts' `gate_proj` and for a module `gate_proj`."""
+    is_projection = parameter == "weight" and module.endswith("_proj")
+    return (module.rpartition(".")[2] if is_projection else parameter).replace("_proj", "")
 
 
 def _some(names: list[str]) -> str:

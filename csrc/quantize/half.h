@@ -1,4 +1,5 @@
-// float16 as blocks store it: conversions without hardware support, exact and rounded to nearest even.
+// float16 as blocks store it: conversions without hardware support, exact and rounded to nearest even. The kernels have
+// their own (formats/layout.h), which their unnamed namespaces keep out of here.
 #pragma once
 
 #include <bit>

@@ -46,13 +46,20 @@ def test_no_worse_than_the_quantisers_of_gguf(name: str, sample: str) -> None:
     assert error(x, name) < searched.get(name, 1.0) * reference
 
 
-@pytest.mark.parametrize("sample", list(SAMPLES))
-@pytest.mark.parametrize(
-    ("name", "factor"), [("Q2_K", 0.81), ("Q3_K", 0.96), ("Q4_K", 0.91), ("Q5_K", 0.91), ("Q6_K", 0.96)]
-)
-def test_k_formats_beat_rounding_to_nearest(name: str, factor: float, sample: str) -> None:
-    x = SAMPLES[sample]()
-    assert error(x, name) < factor * normalised_rmse(NAIVE[name](x), x)
+# What the search gains, (gaussian, heavy_tailed); an outlier leaves a sub-block of 16 little to gain.
+GAINS = {
+    "Q2_K": (0.80, 0.76),
+    "Q3_K": (0.93, 0.957),
+    "Q4_K": (0.895, 0.902),
+    "Q5_K": (0.90, 0.905),
+    "Q6_K": (0.90, 0.95),
+}
+
+
+@pytest.mark.parametrize("name", list(GAINS))
+def test_k_formats_beat_rounding_to_nearest(name: str) -> None:
+    for x, factor in zip((gaussian(), heavy_tailed()), GAINS[name], strict=True):
+        assert error(x, name) < factor * normalised_rmse(NAIVE[name](x), x)
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from moesaic.errors import TokenizerError
@@ -39,7 +40,7 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": _rule_name(folder, description),
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.token_type": np.array(types, np.int32),  # llama.cpp refuses other widths
         "tokenizer.ggml.merges": [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]],
     }
     for key in ("bos", "eos", "unk", "pad"):
@@ -47,9 +48,10 @@ def tokenizer_metadata(folder: Path, vocab_size: int) -> dict[str, Any]:
         if number is not None:
             name = {"unk": "unknown", "pad": "padding"}.get(key, key)
             values[f"tokenizer.ggml.{name}_token_id"] = number
-    probe = tokenizer("a")["input_ids"]
-    values["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
-    values["tokenizer.ggml.add_eos_token"] = tokenizer.eos_token_id is not None and probe[-1] == tokenizer.eos_token_id
+    probe = [None, *tokenizer("a")["input_ids"]]
+    for key, place in (("bos", min(1, len(probe) - 1)), ("eos", -1)):
+        number = getattr(tokenizer, f"{key}_token_id")
+        values[f"tokenizer.ggml.add_{key}_token"] = number is not None and probe[place] == number
     if isinstance(tokenizer.chat_template, str):
         values["tokenizer.chat_template"] = tokenizer.chat_template
     return values

@@ -74,7 +74,6 @@ struct ScaledSuperBlock {
     Grid grid;
     float d;         // exactly representable in float16
     float scale[L];  // integers in -max_scale..max_scale-1
-    float error;
 
     void assign(const Group<N, L>& g, float (&q)[N][L]) const {
         float inverse[L];
@@ -102,23 +101,6 @@ struct ScaledSuperBlock {
             }
         }
         for (int l = 0; l < L; ++l) scale[l] = best_scale[l];
-        error = sum(best_error);
-    }
-
-    // The factor with the least error for the present integers and levels.
-    void improve_factor(const Group<N, L>& g) {
-        float q[N][L];
-        assign(g, q);
-        float a[L]{}, p[L]{};
-        for (int i = 0; i < N; ++i) {
-            for (int l = 0; l < L; ++l) {
-                const float u = scale[l] * q[i][l];
-                a[l] += g.w[i][l] * u * u;
-                p[l] += g.w[i][l] * u * g.x[i][l];
-            }
-        }
-        const float total = sum(a);
-        if (total > 0.0F) d = round_to_half(sum(p) / total);
     }
 
   private:
@@ -141,7 +123,7 @@ struct ScaledSuperBlock {
 
 template <int N, int L, class Grid>
 ScaledSuperBlock<N, L, Grid> fit_scaled_super_block(const Group<N, L>& g, const ScaleSearch<Grid>& search,
-                                                    float max_scale, int num_rounds) {
+                                                    float max_scale) {
     const ScaleFit<L> fit = fit_scale(g, search);
     float extreme = 0.0F;
     for (int l = 0; l < L; ++l) extreme = std::fabs(fit.scale[l]) > std::fabs(extreme) ? fit.scale[l] : extreme;
@@ -153,14 +135,7 @@ ScaledSuperBlock<N, L, Grid> fit_scaled_super_block(const Group<N, L>& g, const 
             block.d != 0.0F ? round_small(clamp(fit.scale[l] / block.d, -max_scale, max_scale - 1.0F)) : 0.0F;
     }
     block.improve_integers(g, max_scale);
-    ScaledSuperBlock<N, L, Grid> best = block;
-    for (int round = 0; round < num_rounds; ++round) {
-        block.improve_factor(g);
-        block.improve_integers(g, max_scale);
-        if (!(block.error < best.error)) break;
-        best = block;
-    }
-    return best;
+    return block;
 }
 
 }  // namespace moesaic::quantize

@@ -10,7 +10,9 @@ namespace moesaic::quantize {
 namespace {
 
 constexpr int kSuperBlock = 256;
-constexpr int kNumRounds = 2;  // of improving factors and integers in turn; more gains below 0.1% of the error
+// Of improving factors and integers in turn: two gain 0.4 to 0.6% of the error, more below 0.1%. Without minima, where
+// integers alone follow the rounded factor, they gain nothing.
+constexpr int kNumRounds = 2;
 
 using Levels = std::uint8_t[kSuperBlock];  // in the order of the weights, unsigned
 
@@ -54,7 +56,7 @@ void quantize_without_minima(const float* x, const float* importance, std::int64
     for (std::int64_t block = 0; block < cols / kSuperBlock; ++block) {
         const std::int64_t offset = block * kSuperBlock;
         gather(x + offset, advance(importance, offset), kLanes, g);
-        const auto fitted = fit_scaled_super_block(g, search, max_scale, kNumRounds);
+        const auto fitted = fit_scaled_super_block(g, search, max_scale);
         fitted.assign(g, q);
         to_levels(q, [&](float level) { return search.grid.code(level); }, levels);
         store(block, fitted, levels);

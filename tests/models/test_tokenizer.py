@@ -228,6 +228,10 @@ def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     checkpoint = gguf_with(tmp_path / "m.gguf", _metadata())
     with pytest.raises(TokenizerError, match="no such folder"):
         load_tokenizer(checkpoint, tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "olmoe"}')
+    with pytest.raises(TokenizerError, match=r"empty: holds no tokenizer: expected tokenizer\.json"):
+        load_tokenizer(checkpoint, tmp_path / "empty")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     (tmp_path / "broken" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')

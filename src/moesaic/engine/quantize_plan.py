@@ -18,8 +18,8 @@ import gguf
 from transformers import PreTrainedModel
 
 from moesaic.engine.format_choice import choose_format
-from moesaic.errors import CheckpointError
-from moesaic.models import TensorRef, WeightMap, build_meta_model, build_weight_map, config_for
+from moesaic.errors import CheckpointError, TokenizerError
+from moesaic.models import TensorRef, WeightMap, build_meta_model, build_weight_map, config_for, tokenizer_metadata
 from moesaic.models.base import OutputTensor
 from moesaic.models.families import family_for
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
@@ -126,6 +126,7 @@ def make_quantize_plan(checkpoint: Checkpoint, fmt: WeightFormat, rules: Rules |
         CheckpointError: the checkpoint lacks tensors of the model.
         UnsupportedModelError: the architecture, or its form in GGUF, is not known.
     """
+    notes: list[str] = []
     config = config_for(checkpoint)
     model = build_meta_model(config)
     weight_map = build_weight_map(model, checkpoint)
@@ -144,12 +145,22 @@ def make_quantize_plan(checkpoint: Checkpoint, fmt: WeightFormat, rules: Rules |
         outputs = gguf_tensors(model, weight_map)
         architecture = family_for(config.model_type).architecture
         metadata = {"general.name": checkpoint.path.name, **gguf_metadata(config)}
+        tokenizer, notes = _tokenizer_keys(checkpoint, config.vocab_size)
+        metadata |= tokenizer
     metadata["general.quantization_version"] = _QUANTIZATION_VERSION
     if fmt.name in _FILE_TYPES:
         metadata["general.file_type"] = int(_FILE_TYPES[fmt.name])
     chooser = _Chooser(model, fmt, rules)
     tensors = tuple(chooser.choose(output) for output in outputs)
-    return QuantizePlan(architecture, metadata, tensors, tuple(chooser.notes()))
+    return QuantizePlan(architecture, metadata, tensors, (*notes, *chooser.notes()))
+
+
+def _tokenizer_keys(checkpoint: Checkpoint, vocab_size: int) -> tuple[dict[str, Any], list[str]]:
+    """The tokenizer that lies beside the weights, as keys of the file, or a note why the file will have none."""
+    try:
+        return tokenizer_metadata(checkpoint.path, vocab_size), []
+    except TokenizerError as error:
+        return {}, [f"the file will hold no tokenizer: {error}"]
 
 
 def _gguf_outputs(checkpoint: Checkpoint, weight_map: WeightMap) -> list[OutputTensor]:

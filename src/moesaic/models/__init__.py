@@ -2,6 +2,7 @@
 
 from moesaic.models.config import config_for
 from moesaic.models.expert_layout import expert_modules, stock_experts
+from moesaic.models.generation import generation_config_for, sampling_metadata
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
 from moesaic.models.synthetic_map import synthetic_checkpoint
 from moesaic.models.tensor_ref import ExpertRefs, MlaRefs, TensorRef
@@ -19,9 +20,11 @@ __all__ = [
     "build_weight_map",
     "config_for",
     "expert_modules",
+    "generation_config_for",
     "gguf_metadata",
     "gguf_tensors",
     "load_tokenizer",
+    "sampling_metadata",
     "stock_experts",
     "synthetic_checkpoint",
     "tokenizer_metadata",

@@ -33,6 +33,7 @@ _SPECIAL_TOKENS = {
     "mask_token": "mask",
     "cls_token": "cls",
 }
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _ADVICE = "name the model's own tokenizer with --tokenizer FOLDER"
 
 
@@ -66,7 +67,9 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Loaded
 def load_folder(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder; TokenizerError if there is none that works without running the folder's code."""
     if not folder.is_dir():
-        raise TokenizerError(f"{folder}: no such folder: expected one with tokenizer.json or tokenizer_config.json.")
+        raise TokenizerError(f"{folder}: no such folder: expected one with {' or '.join(_FILES)}.")
+    if not any((folder / name).is_file() for name in _FILES):  # transformers would make an empty one
+        raise TokenizerError(f"{folder}: holds no tokenizer: expected {' or '.join(_FILES)}.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the library raises what its parsers raise, down to the base class

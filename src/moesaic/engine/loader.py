@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
 from moesaic.engine.causal_lm import finish_model
 from moesaic.engine.packing import Progress, run_jobs
 from moesaic.errors import CheckpointError
 from moesaic.kernels import num_threads
-from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for
+from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for, generation_config_for
 from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan, make_plan
 from moesaic.weights import Checkpoint, open_checkpoint, resolve
 
@@ -136,7 +136,5 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     initialise_buffers(model)
     check_no_meta_tensors(model)
     model = finish_model(model, prepared.plan)
-    folder = checkpoint.path
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.generation_config = generation_config_for(checkpoint, model.generation_config)
     return model

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 
 from moesaic.engine.format_choice import choose_format
 from moesaic.errors import CheckpointError, TokenizerError
-from moesaic.models import TensorRef, WeightMap, build_meta_model, build_weight_map, config_for, tokenizer_metadata
+from moesaic.models import (
+    TensorRef,
+    WeightMap,
+    build_meta_model,
+    build_weight_map,
+    config_for,
+    sampling_metadata,
+    tokenizer_metadata,
+)
 from moesaic.models.base import OutputTensor
 from moesaic.models.families import family_for
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
@@ -146,7 +154,7 @@ def make_quantize_plan(checkpoint: Checkpoint, fmt: WeightFormat, rules: Rules |
         architecture = family_for(config.model_type).architecture
         metadata = {"general.name": checkpoint.path.name, **gguf_metadata(config)}
         tokenizer, notes = _tokenizer_keys(checkpoint, config.vocab_size)
-        metadata |= tokenizer
+        metadata |= tokenizer | sampling_metadata(checkpoint)
     metadata["general.quantization_version"] = _QUANTIZATION_VERSION
     if fmt.name in _FILE_TYPES:
         metadata["general.file_type"] = int(_FILE_TYPES[fmt.name])

@@ -45,7 +45,8 @@ def generation_config_for(checkpoint: Checkpoint, default: GenerationConfig | No
     stored = {} if default is None else default.to_diff_dict()
     if checkpoint.kind == "gguf":
         return GenerationConfig.from_dict(stored | _from_gguf(checkpoint))
-    return GenerationConfig.from_dict(_from_folder(checkpoint) or stored)
+    own = _from_folder(checkpoint) if checkpoint.kind == "safetensors" else {}
+    return GenerationConfig.from_dict(own or stored)
 
 
 def sampling_metadata(checkpoint: Checkpoint) -> dict[str, Any]:

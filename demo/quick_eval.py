@@ -7,7 +7,6 @@ after the right tokens before it. That needs no generation; `demo.evaluate` is t
 from __future__ import annotations
 
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -15,21 +14,13 @@ from tokenizers import Tokenizer
 
 from demo.batches import encode_items
 from demo.fast_forward import FastForward
-from demo.items import LANGUAGES, Item, Language, accept_split
+from demo.held_out import held_out_items
+from demo.items import LANGUAGES, Item
 from demo.tasks import LONG_TASKS, TASKS
 
-__all__ = ["held_out_items", "quick_evaluate"]
+__all__ = ["quick_evaluate"]
 
 _SHORT_LENGTH, _LONG_LENGTH = 256, 8192
-_MAX_CONTEXT = 7600
-
-
-def held_out_items(task: str, language: Language, num_items: int, seed: int) -> list[Item]:
-    """Held-out questions; contexts of retrieval tasks grow evenly from 100 tokens to nearly the whole context."""
-    rng = Random(f"{seed}-{task}-{language}")
-    accept = accept_split(held_out=True)
-    sizes = [int(100 + (_MAX_CONTEXT - 100) * i / max(1, num_items - 1)) for i in range(num_items)]
-    return [TASKS[task](rng, language, accept, size) for size in sizes]
 
 
 @torch.no_grad()
@@ -61,7 +52,7 @@ def quick_evaluate(
         is_long = task in LONG_TASKS
         count = max(1, num_items // 8) if is_long else num_items
         for language in LANGUAGES:
-            items = held_out_items(task, language, count, seed=1)
+            items = held_out_items(task, language, count)
             first_only = [Item(i.task, i.language, i.key, i.turn) for i in items]
             encoded = encode_items(tokenizer, first_only)
             length = _LONG_LENGTH if is_long else _SHORT_LENGTH

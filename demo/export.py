@@ -1,7 +1,7 @@
 """From the training run to what is shipped: a stock checkpoint folder, and the GGUF inside the package.
 
-    python -m demo.export --run DIR --checkpoint DIR/checkpoint     # BF16 safetensors with config and tokenizer
-    moesaic quantize DIR/checkpoint src/moesaic/demo/demo.gguf --format Q4_K
+python -m demo.export --run DIR --checkpoint DIR/checkpoint     # BF16 safetensors with config and tokenizer
+moesaic quantize DIR/checkpoint src/moesaic/demo/demo.gguf --format Q4_K
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def export_checkpoint(run: Path, folder: Path, tokenizer: Path = DEFAULT_TOKENIZ
         if isinstance(module, DeepseekV3TopkRouter):  # stays float32 in the stock model too
             module.e_score_correction_bias = module.e_score_correction_bias.float()
     model.load_state_dict(load_file(run / "model.safetensors"), strict=True)
-    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(
+        do_sample=False, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     model.save_pretrained(folder)
     for file in tokenizer.iterdir():
         shutil.copy(file, folder / file.name)

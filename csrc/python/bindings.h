@@ -12,6 +12,7 @@ void bind_core(nanobind::module_& m);      // instruction sets, threads, formats
 void bind_products(nanobind::module_& m);  // linear maps and experts
 void bind_quantize(nanobind::module_& m);  // float rows to blocks
 void bind_ops(nanobind::module_& m);       // norms, rope, attention, router, bandwidth
+void bind_blocks(nanobind::module_& m);    // halves of a decoder layer in one call each
 
 // An address given by Python as an object of type T.
 template <class T>

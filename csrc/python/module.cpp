@@ -8,4 +8,5 @@ NB_MODULE(_native, m) {
     moesaic::bind_core(m);
     moesaic::bind_quantize(m);
     moesaic::bind_ops(m);
+    moesaic::bind_blocks(m);
 }

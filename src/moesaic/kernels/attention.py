@@ -15,7 +15,7 @@ from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_float, check_shape, describe, vector_address
 
-__all__ = ["attention", "mla_attention"]
+__all__ = ["attention", "cache_type", "full_mask", "mask_arguments", "mla_attention"]
 
 _CACHE_TYPES: Mapping[torch.dtype, int] = MappingProxyType(
     {
@@ -71,14 +71,14 @@ def attention(
     check_float("q", q, 4)
     batch, heads, num_queries, key_dim = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
-    cache_type = _check_cache("k", k, (batch, kv_heads, num_keys, key_dim), k.dtype)
-    _check_cache("v", v, (batch, kv_heads, num_keys, v.shape[-1]), k.dtype)
+    kind = cache_type("k", k, (batch, kv_heads, num_keys, key_dim), k.dtype)
+    cache_type("v", v, (batch, kv_heads, num_keys, v.shape[-1]), k.dtype)
     if kv_heads == 0 or heads % kv_heads:
         raise KernelError(f"q has {heads} heads and k has {kv_heads}: expected a multiple of the latter.")
     if sliding_window is not None and (causal_offset is None or sliding_window < 1):
         raise KernelError(f"sliding_window is {sliding_window}: expected at least 1, and a causal_offset with it.")
     value_dim = v.shape[3]
-    mask = _full_mask(mask, batch, heads, num_queries, num_keys)
+    mask = full_mask(mask, batch, heads, num_queries, num_keys)
     if out is None:
         out = torch.empty(batch, num_queries, heads, value_dim)
     else:
@@ -92,7 +92,7 @@ def attention(
         k.stride(),
         v.data_ptr(),
         v.stride(),
-        cache_type,
+        kind,
         out.data_ptr(),
         (out_batch, out_head, out_token),
         batch,
@@ -107,7 +107,7 @@ def attention(
         *_causal(causal_offset, batch),
         sliding_window or 0,
         vector_address("sinks", sinks, heads),
-        *_mask_arguments(mask),
+        *mask_arguments(mask),
     )
     return out
 
@@ -155,11 +155,11 @@ def mla_attention(
     batch, heads, num_queries, latent_dim = q_latent.shape
     rope_dim, num_keys = q_rope.shape[3], latent_cache.shape[1]
     check_shape("q_rope", q_rope, (batch, heads, num_queries, rope_dim))
-    cache_type = _check_cache("latent_cache", latent_cache, (batch, num_keys, latent_dim), latent_cache.dtype)
-    _check_cache("rope_cache", rope_cache, (batch, num_keys, rope_dim), latent_cache.dtype)
+    kind = cache_type("latent_cache", latent_cache, (batch, num_keys, latent_dim), latent_cache.dtype)
+    cache_type("rope_cache", rope_cache, (batch, num_keys, rope_dim), latent_cache.dtype)
     if sliding_window is not None and (causal_offset is None or sliding_window < 1):
         raise KernelError(f"sliding_window is {sliding_window}: expected at least 1, and a causal_offset with it.")
-    mask = _full_mask(mask, batch, heads, num_queries, num_keys)
+    mask = full_mask(mask, batch, heads, num_queries, num_keys)
     if out is None:
         out = torch.empty(batch, heads, num_queries, latent_dim)
     else:
@@ -176,7 +176,7 @@ def mla_attention(
         (latent_batch, 0, latent_token),
         rope_cache.data_ptr(),
         (rope_batch, 0, rope_token),
-        cache_type,
+        kind,
         out.data_ptr(),
         out.stride(),
         batch,
@@ -190,26 +190,20 @@ def mla_attention(
         *_causal(causal_offset, batch),
         sliding_window or 0,
         vector_address("sinks", sinks, heads),
-        *_mask_arguments(mask),
+        *mask_arguments(mask),
     )
     return out
 
 
-def _check_cache(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
+def cache_type(name: str, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Check one tensor of a cache; returns the number of its type."""
-    cache_type = _CACHE_TYPES.get(x.dtype)
-    if (
-        cache_type is None
-        or x.dtype != dtype
-        or x.shape != shape
-        or not x.is_cpu
-        or (x.stride(-1) != 1 and shape[-1] > 1)
-    ):
+    kind = _CACHE_TYPES.get(x.dtype)
+    if kind is None or x.dtype != dtype or x.shape != shape or not x.is_cpu or (x.stride(-1) != 1 and shape[-1] > 1):
         raise KernelError(
             f"{name} is {describe(x)}: expected {list(shape)} of float32, bfloat16 or float16 (keys and values alike) "
             "on the CPU, contiguous in the last dimension."
         )
-    return cache_type
+    return kind
 
 
 def _causal(offset: int | torch.Tensor | None, batch: int) -> tuple[bool, int, int]:
@@ -221,7 +215,7 @@ def _causal(offset: int | torch.Tensor | None, batch: int) -> tuple[bool, int, i
     return True, 0, vector_address("causal_offset", offset, batch, torch.int64)
 
 
-def _full_mask(
+def full_mask(
     mask: torch.Tensor | None, batch: int, heads: int, num_queries: int, num_keys: int
 ) -> torch.Tensor | None:
     """The mask with a row for every batch row, head and query, contiguous in the keys; a view where it can be one."""
@@ -242,6 +236,6 @@ def _full_mask(
     return mask.expand(shape)
 
 
-def _mask_arguments(mask: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]]:
+def mask_arguments(mask: torch.Tensor | None) -> tuple[int, int, tuple[int, ...]]:
     """Type, address and strides of a mask."""
     return _NO_MASK if mask is None else (_MASK_TYPES[mask.dtype], mask.data_ptr(), mask.stride())

@@ -18,10 +18,13 @@ from moesaic.kernels.attention import attention, mla_attention
 from moesaic.kernels.routing import route
 
 __all__ = [
+    "HEAD_NORMS",
+    "ROPE_LAYOUTS",
     "add_gated_",
     "add_scaled_",
     "argmax",
     "attention",
+    "check_angles",
     "gated_activation",
     "layer_norm",
     "mla_attention",
@@ -32,14 +35,14 @@ __all__ = [
     "sigmoid_mul_",
 ]
 
-_LAYOUTS: Mapping[str, int] = MappingProxyType(
+ROPE_LAYOUTS: Mapping[str, int] = MappingProxyType(
     {
         "half": _native.RopeLayout.HALF.value,
         "interleaved": _native.RopeLayout.INTERLEAVED.value,
         "interleaved_to_half": _native.RopeLayout.INTERLEAVED_TO_HALF.value,
     }
 )
-_HEAD_NORMS: Mapping[str, int] = MappingProxyType(
+HEAD_NORMS: Mapping[str, int] = MappingProxyType(
     {
         "none": _native.HeadNorm.NONE.value,
         "per_head": _native.HeadNorm.PER_HEAD.value,
@@ -188,8 +191,8 @@ def norm_and_rotate_(
         check_float("k", k, 4)
         kv_heads = k.shape[1]
         check_shape("k", k, (batch, kv_heads, num_tokens, head_dim))
-    _check_angles(cos, sin, batch, num_tokens, head_dim)
-    norm_number = choice("norm", norm, _HEAD_NORMS)
+    check_angles(cos, sin, batch, num_tokens, head_dim)
+    norm_number = choice("norm", norm, HEAD_NORMS)
     q_weight = k_weight = 0
     if norm != "none":
         if q_norm is None or (k is not None and k_norm is None):
@@ -214,7 +217,7 @@ def norm_and_rotate_(
         sin.data_ptr(),
         angle_strides if cos.shape[0] == batch else (0, *angle_strides[1:]),
         cos.shape[2],
-        choice("layout", layout, _LAYOUTS),
+        choice("layout", layout, ROPE_LAYOUTS),
         norm_number,
         q_weight,
         k_weight,
@@ -304,7 +307,8 @@ def _output(x: torch.Tensor, out: torch.Tensor | None) -> tuple[torch.Tensor, in
     return out, float_rows("out", out)[1]
 
 
-def _check_angles(cos: torch.Tensor, sin: torch.Tensor, batch: int, num_tokens: int, head_dim: int) -> None:
+def check_angles(cos: torch.Tensor, sin: torch.Tensor, batch: int, num_tokens: int, head_dim: int) -> None:
+    """Require rotary angles as `norm_and_rotate_` takes them."""
     shape = cos.shape
     if cos.dtype != torch.float32 or len(shape) != 3 or not cos.is_cpu or shape[0] not in (1, batch):
         raise KernelError(

@@ -11,16 +11,16 @@ from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_float, choice, vector_address
 
-__all__ = ["route"]
+__all__ = ["GROUP_SCORES", "ROUTE_SCORES", "route"]
 
-_SCORES: Mapping[str, int] = MappingProxyType(
+ROUTE_SCORES: Mapping[str, int] = MappingProxyType(
     {
         "softmax": _native.RouteScore.SOFTMAX.value,
         "sigmoid": _native.RouteScore.SIGMOID.value,
         "softmax_of_chosen": _native.RouteScore.SOFTMAX_OF_CHOSEN.value,
     }
 )
-_GROUP_SCORES: Mapping[str, int] = MappingProxyType(
+GROUP_SCORES: Mapping[str, int] = MappingProxyType(
     {
         "none": _native.GroupScore.NONE.value,
         "sum_of_two": _native.GroupScore.SUM_OF_TWO.value,
@@ -86,9 +86,9 @@ def route(
         num_tokens,
         num_experts,
         top_k,
-        choice("score", score, _SCORES),
+        choice("score", score, ROUTE_SCORES),
         vector_address("bias", bias, num_experts),
-        choice("group_score", group_score, _GROUP_SCORES),
+        choice("group_score", group_score, GROUP_SCORES),
         num_groups,
         topk_groups,
         normalize,

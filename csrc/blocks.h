@@ -1,0 +1,84 @@
+// The two halves of a pre-norm decoder layer, each as one call: attention block and feed-forward block.
+//
+// They put together what kernels/ and ops/ compute and add no arithmetic of their own; what they save is the way back
+// to the caller between the steps. They know pointers and shapes, no model. All activations are float32.
+#pragma once
+
+#include <cstdint>
+
+#include "formats/registry.h"
+#include "moe.h"
+#include "ops/attention.h"
+#include "ops/rotary.h"
+#include "ops/route.h"
+
+namespace moesaic {
+
+// A packed matrix and its bias (null: none). format null: there is no such matrix.
+struct PackedMatrix {
+    const FormatInfo* format;
+    const std::uint8_t* weights;
+    std::int64_t rows, cols;
+    const float* bias;
+};
+
+struct NormWeight {
+    const float* weight;
+    float eps;
+};
+
+// out = x + residual_scale * o(attention(rotated heads of q, k, v(norm(x)))) for grouped-query attention.
+struct AttentionBlock {
+    NormWeight norm;
+    PackedMatrix q, k, v, o;
+    std::int64_t num_heads, num_kv_heads, head_dim;
+    HeadNorm head_norm;
+    NormWeight q_norm, k_norm;
+    RopeLayout rope_layout;
+    std::int64_t num_pairs;
+    float scale;
+    const float* sinks;
+    float residual_scale;
+};
+
+// Room for keys and values [batch, num_kv_heads, capacity, head_dim] by strides, of which the first num_past tokens are
+// there; the call appends its own behind them.
+struct KeyValueCache {
+    void* keys;
+    Strides3 key_stride;
+    void* values;
+    Strides3 value_stride;
+    CacheType type;
+    std::int64_t num_past;
+};
+
+struct AttentionBlockCall {
+    const float* x;  // [batch * num_tokens, hidden], contiguous
+    std::int64_t batch, num_tokens;
+    const float* cos;  // [batch, num_tokens, num_pairs] by strides
+    const float* sin;
+    Strides3 angle_stride;  // batch, token, pair
+    KeyValueCache cache;
+    MaskType mask_type;  // none: causal
+    const void* mask;    // [batch, heads, num_tokens, num_past + num_tokens] by strides
+    Strides3 mask_stride;
+    float* out;  // [batch * num_tokens, hidden], contiguous; not x
+};
+
+void attention_block(const AttentionBlock& block, const AttentionBlockCall& call);
+
+// x += residual_scale * (experts(norm(x)) + shared experts(norm(x)) [* sigmoid(gate)]).
+struct FeedForwardBlock {
+    NormWeight norm;
+    PackedMatrix router;  // format null: one expert that all tokens choose with weight 1, which is a dense MLP
+    RouteArgs routing;    // all but what depends on the tokens
+    const Experts* experts;
+    const Experts* shared;  // null: none
+    PackedMatrix shared_gate;
+    float residual_scale;
+};
+
+// x: [num_tokens, hidden], contiguous.
+void feed_forward_block(const FeedForwardBlock& block, float* x, std::int64_t num_tokens);
+
+}  // namespace moesaic

@@ -1,0 +1,123 @@
+// Bindings of csrc/blocks.h: blocks are described once, with addresses that stay valid as long as the Python side keeps
+// the tensors, and then called with what changes.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+
+#include <tuple>
+
+#include "blocks.h"
+#include "python/bindings.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace moesaic {
+
+namespace {
+
+using Address = std::uintptr_t;
+// (format, weights_ptr, rows, cols, bias_ptr); weights_ptr 0: there is no such matrix.
+using MatrixTuple = std::tuple<int, Address, std::int64_t, std::int64_t, Address>;
+using NormTuple = std::tuple<Address, float>;  // (weight_ptr, eps)
+
+PackedMatrix matrix_of(const MatrixTuple& t) {
+    const auto& [format, weights, rows, cols, bias] = t;
+    if (weights == 0) return {};
+    check_matrix(format_info(format), rows, cols);
+    return {&format_info(format), as_pointer<const std::uint8_t>(weights), rows, cols, as_pointer<const float>(bias)};
+}
+
+NormWeight norm_of(const NormTuple& t) { return {as_pointer<const float>(std::get<0>(t)), std::get<1>(t)}; }
+
+Strides3 strides_of(const nb::tuple& t) {
+    return {nb::cast<std::int64_t>(t[0]), nb::cast<std::int64_t>(t[1]), nb::cast<std::int64_t>(t[2])};
+}
+
+void bind_attention_block(nb::module_& m) {
+    nb::class_<AttentionBlock>(m, "AttentionBlock", "Norm, projections, rotary embedding, attention and residual.")
+        .def(
+            "__init__",
+            [](AttentionBlock* self, const NormTuple& norm, const MatrixTuple& q, const MatrixTuple& k,
+               const MatrixTuple& v, const MatrixTuple& o, std::int64_t num_heads, std::int64_t num_kv_heads,
+               std::int64_t head_dim, int head_norm, const NormTuple& q_norm, const NormTuple& k_norm, int rope_layout,
+               std::int64_t num_pairs, float scale, Address sinks_ptr, float residual_scale) {
+                new (self) AttentionBlock{norm_of(norm),   matrix_of(q),    matrix_of(k),
+                                          matrix_of(v),    matrix_of(o),    num_heads,
+                                          num_kv_heads,    head_dim,        static_cast<HeadNorm>(head_norm),
+                                          norm_of(q_norm), norm_of(k_norm), static_cast<RopeLayout>(rope_layout),
+                                          num_pairs,       scale,           as_pointer<const float>(sinks_ptr),
+                                          residual_scale};
+            },
+            "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "head_norm"_a,
+            "q_norm"_a, "k_norm"_a, "rope_layout"_a, "num_pairs"_a, "scale"_a, "sinks_ptr"_a, "residual_scale"_a)
+        .def(
+            "__call__",
+            [](const AttentionBlock& self, Address x_ptr, std::int64_t batch, std::int64_t num_tokens, Address cos_ptr,
+               Address sin_ptr, const nb::tuple& angle_strides, Address keys_ptr, const nb::tuple& key_strides,
+               Address values_ptr, const nb::tuple& value_strides, int cache_type, std::int64_t num_past, int mask_type,
+               Address mask_ptr, const nb::tuple& mask_strides, Address out_ptr) {
+                AttentionBlockCall call{};
+                call.x = as_pointer<const float>(x_ptr);
+                call.batch = batch;
+                call.num_tokens = num_tokens;
+                call.cos = as_pointer<const float>(cos_ptr);
+                call.sin = as_pointer<const float>(sin_ptr);
+                call.angle_stride = strides_of(angle_strides);
+                call.cache = {as_pointer<void>(keys_ptr),         strides_of(key_strides),
+                              as_pointer<void>(values_ptr),       strides_of(value_strides),
+                              static_cast<CacheType>(cache_type), num_past};
+                call.mask_type = static_cast<MaskType>(mask_type);
+                call.mask = as_pointer<const void>(mask_ptr);
+                call.mask_stride = strides_of(mask_strides);
+                call.out = as_pointer<float>(out_ptr);
+                nb::gil_scoped_release release;
+                attention_block(self, call);
+            },
+            "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "keys_ptr"_a,
+            "key_strides"_a, "values_ptr"_a, "value_strides"_a, "cache_type"_a, "num_past"_a, "mask_type"_a,
+            "mask_ptr"_a, "mask_strides"_a, "out_ptr"_a,
+            "out = x + residual_scale * attention of x; appends to the cache behind its num_past tokens.");
+}
+
+void bind_feed_forward_block(nb::module_& m) {
+    nb::class_<FeedForwardBlock>(m, "FeedForwardBlock", "Norm, router, experts, shared experts and residual.")
+        .def(
+            "__init__",
+            [](FeedForwardBlock* self, const NormTuple& norm, const MatrixTuple& router, std::int64_t top_k, int score,
+               Address bias_ptr, int group_score, std::int64_t num_groups, std::int64_t topk_groups, bool normalize,
+               float sum_offset, float sum_minimum, float scale, const Experts& experts, const Experts* shared,
+               const MatrixTuple& shared_gate, float residual_scale) {
+                RouteArgs routing{};
+                routing.top_k = top_k;
+                routing.score = static_cast<RouteScore>(score);
+                routing.bias = as_pointer<const float>(bias_ptr);
+                routing.group_score = static_cast<GroupScore>(group_score);
+                routing.num_groups = num_groups;
+                routing.topk_groups = topk_groups;
+                routing.normalize = normalize;
+                routing.sum_offset = sum_offset;
+                routing.sum_minimum = sum_minimum;
+                routing.scale = scale;
+                new (self) FeedForwardBlock{norm_of(norm), matrix_of(router),      routing,       &experts,
+                                            shared,        matrix_of(shared_gate), residual_scale};
+            },
+            "norm"_a, "router"_a, "top_k"_a, "score"_a, "bias_ptr"_a, "group_score"_a, "num_groups"_a, "topk_groups"_a,
+            "normalize"_a, "sum_offset"_a, "sum_minimum"_a, "scale"_a, "experts"_a, "shared"_a.none(), "shared_gate"_a,
+            "residual_scale"_a, nb::keep_alive<1, 14>(), nb::keep_alive<1, 15>())
+        .def(
+            "__call__",
+            [](const FeedForwardBlock& self, Address x_ptr, std::int64_t num_tokens) {
+                nb::gil_scoped_release release;
+                feed_forward_block(self, as_pointer<float>(x_ptr), num_tokens);
+            },
+            "x_ptr"_a, "num_tokens"_a, "x += residual_scale * feed-forward of x, in place.");
+}
+
+}  // namespace
+
+void bind_blocks(nb::module_& m) {
+    bind_attention_block(m);
+    bind_feed_forward_block(m);
+}
+
+}  // namespace moesaic

@@ -52,7 +52,7 @@ def test_step_by_step_equals_the_whole(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_fused(family: str) -> None:
-    """The numbers above would also be right on the slow path; this is what makes sure they are those of the fast one."""
+    """The numbers above would be right on the slow path too; this makes sure that they are those of the fast one."""
     layers = pair(family)[1].get_decoder().layers
     fused = [type(layer.__dict__.get("forward")).__name__ == "DecoderLayerForward" for layer in layers]
     assert all(fused) == (family in _FUSED) and any(fused) == (family in _FUSED)

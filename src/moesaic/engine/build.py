@@ -16,7 +16,7 @@ from moesaic.engine.packing import Job, pack_matrix
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels import PackedExperts, PackedTensor
 from moesaic.models import TensorRef, WeightMap, stock_experts
-from moesaic.modules import SPLIT_KV_B, PackedEmbedding, PackedLinear, RoutedExperts, activation_of
+from moesaic.modules import FAMILIES, SPLIT_KV_B, PackedEmbedding, PackedLinear, RoutedExperts, activation_of
 from moesaic.placement import Placement, Plan
 from moesaic.quant import get_format
 from moesaic.weights import Checkpoint
@@ -144,7 +144,7 @@ class _Builder:
 
     def _split_kv_b(self, name: str, module: nn.Module, placement: Placement) -> Iterator[Job]:
         """MLA whose file stores `kv_b_proj` as two stacks of one matrix per head."""
-        if placement.implementation != "moesaic":
+        if placement.implementation != "moesaic" or self._model.config.model_type not in FAMILIES:
             yield from self._floats(f"{name}.kv_b_proj", module.kv_b_proj)
             return
         refs = self._weight_map.mla(name)

@@ -16,16 +16,27 @@ from moesaic.modules import (
     FAMILIES,
     DecoderLayerForward,
     RMSNorm,
+    RotaryAngles,
+    SharedState,
     keep_stock_attention,
     register_attention,
+    take_over_mla,
 )
 from moesaic.placement import Plan
 
 __all__ = ["finish_model"]
 
 
-class _GrowingCacheGeneration:
-    """Lets `generate()` use a growing cache where it would make a dynamic one."""
+class _MoesaicCausalLM:
+    """What a loaded model does differently from its stock class, in front of which this one is put."""
+
+    _shared_state: SharedState | None
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; layers are fused only while the implementation is "moesaic"."""
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        if self._shared_state is not None:
+            self._shared_state.fused = attn_implementation == ATTENTION_NAME
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`; the cache is a `GrowingCache` unless another one is asked for."""
@@ -67,22 +78,26 @@ def finish_model(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
             norm = RMSNorm.from_stock(module)
             if norm is not None:
                 model.set_submodule(name, norm)
-    _take_over_layers(model, plan)
+    model._shared_state = _take_over_layers(model, plan)
     stock_class = type(model)
-    model.__class__ = type(stock_class.__name__, (_GrowingCacheGeneration, stock_class), {})
+    model.__class__ = type(stock_class.__name__, (_MoesaicCausalLM, stock_class), {})
     model.requires_grad_(False)
     return model.eval()
 
 
-def _take_over_layers(model: PreTrainedModel, plan: Plan) -> None:
-    """Fuse the decoder layers of a known family, apart from those of which a part stays stock."""
+def _take_over_layers(model: PreTrainedModel, plan: Plan) -> SharedState | None:
+    """Fuse the decoder layers of a known family; of a layer with stock parts only its latent attention, if any."""
     family = FAMILIES.get(model.config.model_type)
     if family is None:
-        return
-    stock = {entry.module for entry in plan.entries if entry.implementation == "transformers"}
+        return None
     decoder = model.get_decoder()
-    num_pairs = decoder.rotary_emb.inv_freq.shape[0]
+    decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+    shared = SharedState(RotaryAngles(decoder.rotary_emb.inv_freq.shape[0]))
+    stock = [entry.module for entry in plan.entries if entry.implementation == "transformers"]
     for index, layer in enumerate(decoder.layers):
-        name = f"model.layers.{index}"
+        name = f"{decoder_name}.layers.{index}"
         if not any(module.startswith(f"{name}.") for module in stock):
-            DecoderLayerForward.take_over(layer, family, model.config, num_pairs, name)
+            DecoderLayerForward.take_over(layer, family, model.config, shared, name)
+        elif f"{name}.self_attn" not in stock:
+            take_over_mla(layer.self_attn, family, model.config, shared)
+    return shared

@@ -42,7 +42,7 @@ class _Buffers:
     def view(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of these positions, without a copy."""
         keys, values = self._tensors
-        return keys[:, :, start:end], values[:, :, start:end]
+        return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write new states behind the last; needs room for them (see `reserve`)."""

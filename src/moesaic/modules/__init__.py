@@ -4,13 +4,14 @@ They know the structure that the modules of the model library have, and neither 
 """
 
 from moesaic.modules.attention import ATTENTION_NAME, keep_stock_attention, register_attention
-from moesaic.modules.decoder import DecoderLayerForward
+from moesaic.modules.decoder import DecoderLayerForward, SharedState, take_over_mla
 from moesaic.modules.embedding import PackedEmbedding
 from moesaic.modules.experts import RoutedExperts, activation_of
 from moesaic.modules.families import FAMILIES, Family, Routing
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.mla import SPLIT_KV_B
 from moesaic.modules.norm import RMSNorm
+from moesaic.modules.rotary import RotaryAngles
 
 __all__ = [
     "ATTENTION_NAME",
@@ -21,9 +22,12 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",
+    "RotaryAngles",
     "RoutedExperts",
     "Routing",
+    "SharedState",
     "activation_of",
     "keep_stock_attention",
     "register_attention",
+    "take_over_mla",
 ]

@@ -7,23 +7,37 @@ names stay; its stock forward serves whenever somebody listens inside it (forwar
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from moesaic.kernels.ops import add_scaled_, rms_norm
-from moesaic.modules.attention import ATTENTION_NAME
 from moesaic.modules.families import Family
 from moesaic.modules.gqa import GqaAttention
 from moesaic.modules.mla import MlaAttention
 from moesaic.modules.moe_block import DenseMlp, MoeBlock, feed_forward_of
 from moesaic.modules.norm import RMSNorm
+from moesaic.modules.rotary import RotaryAngles
 
-__all__ = ["DecoderLayerForward"]
+__all__ = ["DecoderLayerForward", "SharedState", "take_over_mla"]
 
 _MLP_NAMES = ("mlp", "block_sparse_moe")
 _CHILDREN = frozenset({"self_attn", *_MLP_NAMES, "input_layernorm", "post_attention_layernorm"})
+
+
+@dataclass(slots=True)
+class SharedState:
+    """What the fused layers of one model share.
+
+    Attributes:
+        angles: converts position embeddings.
+        fused: whether fused forwards may be used; False while another attention implementation is chosen.
+    """
+
+    angles: RotaryAngles
+    fused: bool = True
 
 
 class DecoderLayerForward:
@@ -33,27 +47,35 @@ class DecoderLayerForward:
         layer: the stock layer; its forward as it is now becomes the one to fall back on.
         attention: native form of its attention.
         feed_forward: native form of its MLP or MoE block.
+        shared: what all layers of the model share.
     """
 
     def __init__(
-        self, layer: nn.Module, attention: GqaAttention | MlaAttention, feed_forward: MoeBlock | DenseMlp
+        self,
+        layer: nn.Module,
+        attention: GqaAttention | MlaAttention,
+        feed_forward: MoeBlock | DenseMlp,
+        shared: SharedState,
     ) -> None:
         self.stock_forward = layer.forward
         self.attention, self.feed_forward = attention, feed_forward
-        self.input_norm, self.middle_norm = layer.input_layernorm, layer.post_attention_layernorm
+        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        self.norm_weights, self.norm_eps = (first.weight, second.weight), (first.eps, second.eps)
         self.residual_scale = float(getattr(layer, "residual_multiplier", 1.0))
-        self.config = attention.module.config
-        self.inner = [module for module in layer.modules() if module is not layer]
+        self.shared = shared
+        # What transformers records (attentions, router logits), and what people hook: blocks and their parts.
+        block = getattr(layer, next(key for key in _MLP_NAMES if hasattr(layer, key)))
+        self.inner = (attention.module, block, *block.children())
 
     @classmethod
-    def take_over(cls, layer: nn.Module, family: Family, config: Any, num_pairs: int, name: str) -> bool:
+    def take_over(cls, layer: nn.Module, family: Family, config: Any, shared: SharedState, name: str) -> bool:
         """Replace the forward of a loaded layer, or of those of its blocks that are known.
 
         Args:
             layer: a stock decoder layer whose weights are packed.
             family: what its structure does not tell.
             config: the model's configuration.
-            num_pairs: pairs of a head that the model's rotary embedding rotates.
+            shared: the model's.
             name: qualified name of the layer.
 
         Returns:
@@ -63,14 +85,16 @@ class DecoderLayerForward:
         if block_name is None or not hasattr(layer, "self_attn"):
             return False
         feed_forward = feed_forward_of(getattr(layer, block_name), family, config, f"{name}.{block_name}")
-        attention = _attention_of(layer.self_attn, family, config, num_pairs)
+        attention = take_over_mla(layer.self_attn, family, config, shared) or GqaAttention.of(
+            layer.self_attn, family.rope_layout(config), shared.angles
+        )
         if not family.fuse_layers or any(key not in _CHILDREN for key, _ in layer.named_children()):
             return False
         if not isinstance(layer.input_layernorm, RMSNorm) or not isinstance(layer.post_attention_layernorm, RMSNorm):
             return False
         if attention is None or feed_forward is None:
             return False
-        layer.forward = cls(layer, attention, feed_forward)
+        layer.forward = cls(layer, attention, feed_forward, shared)
         return True
 
     def __call__(
@@ -97,8 +121,8 @@ class DecoderLayerForward:
             return stock
         batch, num_tokens, width = hidden_states.shape
         x = hidden_states.reshape(batch * num_tokens, width)
-        normed = rms_norm(x, self.input_norm.weight, self.input_norm.eps)
-        weight, eps = self.middle_norm.weight, self.middle_norm.eps
+        (first_weight, weight), (first_eps, eps) = self.norm_weights, self.norm_eps
+        normed = rms_norm(x, first_weight, first_eps)
         attended = self.attention(normed, batch, position_embeddings, attention_mask, past_key_values)
         # The layer's input belongs to somebody else, so the sum is made in memory of our own.
         if self.residual_scale == 1.0:
@@ -111,15 +135,19 @@ class DecoderLayerForward:
 
     def _observed(self) -> bool:
         """Somebody hooks a module inside the layer, or wants another attention implementation."""
-        if self.config._attn_implementation != ATTENTION_NAME:
+        if not self.shared.fused:
             return True
-        return any(module._forward_hooks or module._forward_pre_hooks for module in self.inner)
+        for module in self.inner:  # noqa: SIM110 (a generator costs more than the loop, at every layer and token)
+            if module._forward_hooks or module._forward_pre_hooks:
+                return True
+        return False
 
 
-def _attention_of(module: nn.Module, family: Family, config: Any, num_pairs: int) -> GqaAttention | MlaAttention | None:
-    if hasattr(module, "kv_a_proj_with_mqa"):
-        mla = MlaAttention.of(module, family.rope_layout(config))
-        if mla is not None:
-            mla.take_over()
-        return mla
-    return GqaAttention.of(module, family.rope_layout(config), num_pairs)
+def take_over_mla(module: nn.Module, family: Family, config: Any, shared: SharedState) -> MlaAttention | None:
+    """Replace the forward of a loaded stock attention module if it is a latent one."""
+    if not hasattr(module, "kv_a_proj_with_mqa"):
+        return None
+    mla = MlaAttention.of(module, family.rope_layout(config), shared.angles)
+    if mla is not None:
+        mla.take_over()
+    return mla

@@ -16,7 +16,7 @@ from moesaic.kernels import linear, linear_multi, ops
 from moesaic.modules.families import RopeLayout
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
-from moesaic.modules.rotary import Angles, rotary_angles
+from moesaic.modules.rotary import RotaryAngles
 
 __all__ = ["GqaAttention"]
 
@@ -30,22 +30,24 @@ class GqaAttention:
     Args:
         module: the stock attention module, its projections and norms replaced.
         rope_layout: see `families`.
-        num_pairs: pairs of a head that are rotated.
+        angles: of the model's rotary embedding.
     """
 
-    def __init__(self, module: nn.Module, rope_layout: RopeLayout, num_pairs: int) -> None:
+    def __init__(self, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
         self.module, self.layer_idx = module, module.layer_idx
         self.projections = [module.q_proj.packed, module.k_proj.packed, module.v_proj.packed]
         self.biases = [module.q_proj.bias, module.k_proj.bias, module.v_proj.bias]
-        self.output = module.o_proj
+        self.output, self.output_bias = module.o_proj.packed, module.o_proj.bias
         self.head_dim, self.scaling = module.head_dim, module.scaling
         self.rope_layout: RopeLayout = rope_layout
-        self.num_pairs = num_pairs
+        self.angles = angles
         self.sinks = getattr(module, "sinks", None)
-        self.norm, self.q_norm, self.k_norm = _head_norms(module)
+        self.norm, q_norm, k_norm = _head_norms(module)
+        self.q_norm, self.k_norm = (None, None) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
+        self.eps = 0.0 if q_norm is None else q_norm.eps
 
     @classmethod
-    def of(cls, module: nn.Module, rope_layout: RopeLayout, num_pairs: int) -> GqaAttention | None:
+    def of(cls, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> GqaAttention | None:
         """From a stock module whose weights are packed; None if it has parts that are not known here."""
         if any(name not in _CHILDREN for name, _ in module.named_children()):
             return None
@@ -57,17 +59,17 @@ class GqaAttention:
         norms = [child for name, child in module.named_children() if "norm" in name]
         if not all(isinstance(norm, RMSNorm) for norm in norms):
             return None
-        return cls(module, rope_layout, num_pairs)
+        return cls(module, rope_layout, angles)
 
     def __call__(
-        self, x: torch.Tensor, batch: int, angles: Any, mask: torch.Tensor | None, cache: Any | None
+        self, x: torch.Tensor, batch: int, positions: Any, mask: torch.Tensor | None, cache: Any | None
     ) -> torch.Tensor:
         """Attend.
 
         Args:
             x: float32 `[batch * num_tokens, hidden_size]`, normalised.
             batch: rows of the batch.
-            angles: the model's position embeddings.
+            positions: the model's position embeddings.
             mask: see `attention`.
             cache: where keys and values go and come from, or None.
 
@@ -75,7 +77,7 @@ class GqaAttention:
             float32 `[batch * num_tokens, hidden_size]`, in memory of its own.
         """
         query, key, value = (self._heads(part, batch) for part in linear_multi(x, self.projections, self.biases))
-        self._norm_and_rotate(query, key, angles)
+        self._norm_and_rotate(query, key, positions)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attended = ops.attention(
@@ -87,15 +89,15 @@ class GqaAttention:
             mask=mask,
             sinks=self.sinks,
         )
-        return linear(attended.view(x.shape[0], -1), self.output.packed, self.output.bias)
+        return linear(attended.view(x.shape[0], -1), self.output, self.output_bias)
 
     def _heads(self, projected: torch.Tensor, batch: int) -> torch.Tensor:
         """`[batch * tokens, heads * head_dim]` as `[batch, heads, tokens, head_dim]`, without a copy."""
         num_tokens = projected.shape[0] // batch
         return projected.view(batch, num_tokens, -1, self.head_dim).transpose(1, 2)
 
-    def _norm_and_rotate(self, query: torch.Tensor, key: torch.Tensor, angles: Angles) -> None:
-        cos, sin = rotary_angles(angles, self.num_pairs)
+    def _norm_and_rotate(self, query: torch.Tensor, key: torch.Tensor, positions: Any) -> None:
+        cos, sin = self.angles(positions)
         ops.norm_and_rotate_(
             query,
             key,
@@ -103,9 +105,9 @@ class GqaAttention:
             sin,
             layout=self.rope_layout,
             norm=self.norm,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
         )
 
 

@@ -1,9 +1,9 @@
 """Multi-head latent attention on the latent cache, absorbed: keys and values are never expanded in decode.
 
 Every MLA module of the model library has the same parts (`kv_a_proj_with_mqa`, `kv_a_layernorm`, `kv_b_proj` or its two
-halves), so one forward serves all of them (Liu et al., arXiv 2405.04434, section 2.1). With `W_uk` and `W_uv` the halves
-of `kv_b_proj`, the score of head h is `(W_uk_h^T q_h) . latent + q_rope_h . k_rope` and its output is `W_uv_h (sum of
-p * latent)`. The cache holds latents and rotary keys, as in transformers.
+halves), so one forward serves all of them (Liu et al., arXiv 2405.04434, section 2.1). With `W_uk` and `W_uv` the
+halves of `kv_b_proj`, the score of head h is `(W_uk_h^T q_h) . latent + q_rope_h . k_rope` and its output is
+`W_uv_h (sum of p * latent)`. The cache holds latents and rotary keys, as in transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moesaic.kernels.ops import rms_norm
 from moesaic.modules.families import RopeLayout
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
-from moesaic.modules.rotary import rotary_angles
+from moesaic.modules.rotary import RotaryAngles
 
 __all__ = ["SPLIT_KV_B", "MlaAttention"]
 
@@ -29,7 +29,8 @@ SPLIT_KV_B = "moesaic_kv_b"
 class MlaAttention:
     """Normalised hidden states in, output of the output projection out; like `GqaAttention`."""
 
-    def __init__(self, module: nn.Module, rope_layout: RopeLayout) -> None:
+    def __init__(self, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
+        self.angles = angles
         self.module, self.layer_idx = module, module.layer_idx
         self.rope_layout: RopeLayout = rope_layout
         self.num_heads, self.scaling = module.num_heads, module.scaling
@@ -38,14 +39,14 @@ class MlaAttention:
         self.split: tuple[PackedTensor, PackedTensor] | None = getattr(module, SPLIT_KV_B, None)
 
     @classmethod
-    def of(cls, module: nn.Module, rope_layout: RopeLayout) -> MlaAttention | None:
+    def of(cls, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> MlaAttention | None:
         """From a stock module whose weights are packed; None if it is no MLA."""
         names = ["kv_a_proj_with_mqa", "o_proj"]
         names += ["q_proj"] if getattr(module, "q_a_proj", None) is None else ["q_a_proj", "q_b_proj"]
         names += [] if hasattr(module, SPLIT_KV_B) else ["kv_b_proj"]
         if not all(isinstance(getattr(module, name, None), PackedLinear) for name in names):
             return None
-        return cls(module, rope_layout) if isinstance(module.kv_a_layernorm, RMSNorm) else None
+        return cls(module, rope_layout, angles) if isinstance(module.kv_a_layernorm, RMSNorm) else None
 
     def take_over(self) -> None:
         """Serve as the stock module's forward too, for layers that are not fused as a whole."""
@@ -66,14 +67,14 @@ class MlaAttention:
         return out.view(batch, -1, out.shape[-1]), None
 
     def __call__(
-        self, x: torch.Tensor, batch: int, angles: Any, mask: torch.Tensor | None, cache: Any | None
+        self, x: torch.Tensor, batch: int, positions: Any, mask: torch.Tensor | None, cache: Any | None
     ) -> torch.Tensor:
         """Attend.
 
         Args:
             x: float32 `[batch * num_tokens, hidden_size]`, normalised.
             batch: rows of the batch.
-            angles: the model's position embeddings.
+            positions: the model's position embeddings.
             mask: see `attention`.
             cache: where latents and rotary keys go and come from, or None.
 
@@ -82,7 +83,7 @@ class MlaAttention:
         """
         query, latent, k_rope = self._project(x, batch)
         q_rope = query[..., self.nope_dim :]
-        cos, sin = rotary_angles(angles, self.rope_dim // 2)
+        cos, sin = self.angles(positions)
         ops.norm_and_rotate_(q_rope, k_rope, cos, sin, layout=self.rope_layout)
         if cache is not None:
             latent, k_rope = cache.update(latent, k_rope, self.layer_idx)

@@ -15,6 +15,7 @@
 #include "formats/bf16.h"
 #include "formats/f16.h"
 #include "formats/f32.h"
+#include "formats/iq4_nl.h"
 #include "formats/q2_k.h"
 #include "formats/q3_k.h"
 #include "formats/q4_0.h"
@@ -39,4 +40,5 @@
     X(Q3_K)                        \
     X(Q4_K)                        \
     X(Q5_K)                        \
-    X(Q6_K)
+    X(Q6_K)                        \
+    X(IQ4_NL)

@@ -58,7 +58,9 @@ def load_model(model: str, backend: str, gguf: str | None = None) -> tuple[Any, 
     if backend == "moesaic":
         from moesaic import AutoModelForCausalLM, AutoTokenizer
 
-        return AutoModelForCausalLM.from_pretrained(model, gguf=gguf, progress=False), AutoTokenizer.from_pretrained(model)
+        return AutoModelForCausalLM.from_pretrained(model, gguf=gguf, progress=False), AutoTokenizer.from_pretrained(
+            model
+        )
     import transformers
 
     stock = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -140,7 +142,10 @@ def evaluate(
 
 
 def _print_result(result: Accuracy, seconds: float) -> None:
-    print(f"{result.task:12} {result.language}  {result.percent:6.1f}%  of {result.num_items:4}  {seconds:6.1f} s", flush=True)
+    print(
+        f"{result.task:12} {result.language}  {result.percent:6.1f}%  of {result.num_items:4}  {seconds:6.1f} s",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -24,11 +24,12 @@ _BLOCK = 32
 
 def fake_quantize(weight: Tensor) -> Tensor:
     """Weights [.., K] on a 4-bit grid with scale and minimum per 32 along K; gradients pass straight through."""
-    blocks = weight.unflatten(-1, (-1, _BLOCK))
+    blocks = torch.unflatten(weight, -1, (-1, _BLOCK))
     low = blocks.amin(-1, keepdim=True).clamp(max=0)
     scale = ((blocks.amax(-1, keepdim=True) - low) / 15).clamp(min=1e-12)
     rounded = ((blocks - low) / scale).round().clamp(0, 15) * scale + low
-    return weight + (rounded.flatten(-2) - weight).detach()
+    result: Tensor = weight + (rounded.flatten(-2) - weight).detach()
+    return result
 
 
 def _cast(weights: list[Tensor], quantize: bool) -> list[Tensor]:
@@ -47,12 +48,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _attention_inputs(
     x: Tensor, cos: Tensor, sin: Tensor, norms: list[Tensor], weights: list[Tensor], nope: int, rope: int, value: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x [T, H] -> q, k [T, heads, nope + rope] and v of the same shape, padded with zeros."""
+    """From x [T, H] to q, k [T, heads, nope + rope] and v of the same shape, padded with zeros."""
     q_a, q_b, kv_a, kv_b = weights
     h = _norm(x, norms[0])
-    q = F.linear(_norm(F.linear(h, q_a), norms[1]), q_b).unflatten(-1, (-1, nope + rope))
-    latent, k_rope = F.linear(h, kv_a).split([kv_a.shape[0] - rope, rope], dim=-1)
-    kv = F.linear(_norm(latent, norms[2]), kv_b).unflatten(-1, (-1, nope + value))
+    q = torch.unflatten(F.linear(_norm(F.linear(h, q_a), norms[1]), q_b), -1, (-1, nope + rope))
+    latent, k_rope = torch.split(F.linear(h, kv_a), [kv_a.shape[0] - rope, rope], dim=-1)
+    kv = torch.unflatten(F.linear(_norm(latent, norms[2]), kv_b), -1, (-1, nope + value))
     k_rope = _rotate(k_rope, cos, sin)[:, None].expand(-1, kv.shape[1], -1)
     q = torch.cat([q[..., :nope], _rotate(q[..., nope:], cos[:, None], sin[:, None])], dim=-1)
     k = torch.cat([kv[..., :nope], k_rope], dim=-1)
@@ -74,23 +75,24 @@ def _dense_mlp(x: Tensor, norm: Tensor, weights: list[Tensor]) -> Tensor:
 def _route(h: Tensor, router: Tensor, bias: Tensor, top_k: int, groups: int, topk_group: int, scaling: float) -> Tensor:
     """Combine weights [T, num_experts], zero where an expert was not chosen."""
     scores = F.linear(h.float(), router.float()).sigmoid()
-    choice = (scores + bias).unflatten(-1, (groups, -1))
+    choice = torch.unflatten(scores + bias, -1, (groups, -1))
     group_scores = choice.topk(2, dim=-1).values.sum(-1)
     kept = group_scores >= group_scores.topk(topk_group, dim=-1).values[:, -1:]
     choice = choice.masked_fill(~kept[..., None], float("-inf")).flatten(-2)
     chosen = choice >= choice.topk(top_k, dim=-1).values[:, -1:]
     weights = scores * chosen
-    return weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
+    result: Tensor = weights / (weights.sum(-1, keepdim=True) + 1e-20) * scaling
+    return result
 
 
 def _moe(
     x: Tensor, valid: Tensor, norm: Tensor, router: Tensor, bias: Tensor, weights: list[Tensor], route: tuple[Any, ...]
 ) -> tuple[Tensor, Tensor]:
-    """x [T, H] -> x plus experts, and the number of valid tokens that chose each expert."""
+    """Add the experts to x [T, H], and count the valid tokens that chose each expert."""
     gate_up, down, shared_gate, shared_up, shared_down = weights
     h = _norm(x, norm)
     combine = _route(h, router, bias, *route)
-    gate, up = F.linear(h, gate_up.flatten(0, 1)).unflatten(-1, (gate_up.shape[0], 2, -1)).unbind(-2)
+    gate, up = torch.unflatten(F.linear(h, gate_up.flatten(0, 1)), -1, (gate_up.shape[0], 2, -1)).unbind(-2)
     inner = F.silu(gate) * up * combine[..., None].to(h.dtype)
     out = inner.flatten(-2) @ down.transpose(1, 2).flatten(0, 1)
     load = ((combine > 0) & valid[:, None]).sum(0).float()
@@ -118,13 +120,20 @@ class FastForward:
         config: Any = model.config
         self.config = config
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.route = (config.num_experts_per_tok, config.n_group, config.topk_group, float(config.routed_scaling_factor))
+        self.route = (
+            config.num_experts_per_tok,
+            config.n_group,
+            config.topk_group,
+            float(config.routed_scaling_factor),
+        )
         wrap: Callable[[Any], Any] = (lambda f: torch.compile(f, dynamic=False)) if compile_pieces else (lambda f: f)
-        self._cast, self._attention_inputs, self._attention_output = map(wrap, (_cast, _attention_inputs, _attention_output))
+        self._cast, self._attention_inputs, self._attention_output = map(
+            wrap, (_cast, _attention_inputs, _attention_output)
+        )
         self._dense_mlp, self._moe = map(wrap, (_dense_mlp, _moe))
 
     def __call__(self, ids: Tensor, quantize: bool) -> Hidden:
-        """ids int64 [num_rows, length] -> hidden states of the flattened tokens."""
+        """Ids int64 [num_rows, length] -> hidden states of the flattened tokens."""
         rows, length = ids.shape
         position = torch.arange(length, device=ids.device, dtype=torch.float32)
         theta = self.config.rope_parameters["rope_theta"]
@@ -141,7 +150,9 @@ class FastForward:
             if not hasattr(mlp, "experts"):
                 x = self._dense_mlp(x, norm, self._matrices(_gated_weights(mlp), quantize))
                 continue
-            weights = self._matrices([mlp.experts.gate_up_proj, mlp.experts.down_proj, *_gated_weights(mlp.shared_experts)], quantize)
+            weights = self._matrices(
+                [mlp.experts.gate_up_proj, mlp.experts.down_proj, *_gated_weights(mlp.shared_experts)], quantize
+            )
             x, load = self._moe(x, valid, norm, mlp.gate.weight, mlp.gate.e_score_correction_bias, weights, self.route)
             loads.append(load)
         return Hidden(_norm(x, self.model.model.norm.weight), torch.stack(loads))

@@ -12,7 +12,18 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal, TypeVar
 
-__all__ = ["LANGUAGES", "Accept", "Item", "Language", "Turn", "accept_split", "draw_until", "is_held_out", "pick", "vary"]
+__all__ = [
+    "LANGUAGES",
+    "Accept",
+    "Item",
+    "Language",
+    "Turn",
+    "accept_split",
+    "draw_until",
+    "is_held_out",
+    "pick",
+    "vary",
+]
 
 Language = Literal["en", "zh"]
 LANGUAGES: tuple[Language, ...] = ("en", "zh")

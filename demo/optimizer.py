@@ -8,7 +8,6 @@ iteration; the step is scaled so that its root mean square is 0.2 of the learnin
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,8 @@ def _orthogonalize(stack: Tensor) -> Tensor:
     for _ in range(_NS_STEPS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+    result: Tensor = (x.mT if tall else x).float()
+    return result
 
 
 def _matrices_of(name: str, parameter: Tensor) -> Tensor:
@@ -61,9 +61,7 @@ class Optimizer:
                 rows, cols = _matrices_of(name, parameter).shape[-2:]
                 groups[(rows, cols)].append((name, parameter))
         self._groups = list(groups.values())
-        self._momentum = [
-            torch.cat([torch.zeros_like(_matrices_of(n, p)) for n, p in group]) for group in self._groups
-        ]
+        self._momentum = [torch.cat([torch.zeros_like(_matrices_of(n, p)) for n, p in group]) for group in self._groups]
         self._adam = torch.optim.Adam(rest, lr=adam_lr, betas=_ADAM_BETAS, eps=1e-10, fused=rest[0].is_cuda)
         self._adam_lr = adam_lr
         self._rest = rest
@@ -88,13 +86,3 @@ class Optimizer:
             adam_group["lr"] = self._adam_lr * scale
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs."""
-        return {"momentum": self._momentum, "adam": self._adam.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        for own, saved in zip(self._momentum, state["momentum"], strict=True):
-            own.copy_(saved)
-        self._adam.load_state_dict(state["adam"])

@@ -24,7 +24,14 @@ _SHORT_LENGTH, _LONG_LENGTH = 256, 8192
 
 
 @torch.no_grad()
-def _correct(forward: FastForward, encoded: list[tuple[list[int], list[bool]]], num_rows: int, length: int, device: torch.device, quantize: bool) -> int:
+def _correct(
+    forward: FastForward,
+    encoded: list[tuple[list[int], list[bool]]],
+    num_rows: int,
+    length: int,
+    device: torch.device,
+    quantize: bool,
+) -> int:
     correct = 0
     for start in range(0, len(encoded), num_rows):
         group = encoded[start : start + num_rows]
@@ -56,5 +63,7 @@ def quick_evaluate(
             first_only = [Item(i.task, i.language, i.key, i.turn) for i in items]
             encoded = encode_items(tokenizer, first_only)
             length = _LONG_LENGTH if is_long else _SHORT_LENGTH
-            report[f"{task}/{language}"] = round(100 * _correct(forward, encoded, num_tokens // length, length, device, quantize) / count, 1)
+            report[f"{task}/{language}"] = round(
+                100 * _correct(forward, encoded, num_tokens // length, length, device, quantize) / count, 1
+            )
     return report

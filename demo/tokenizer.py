@@ -23,7 +23,17 @@ from demo.lexicon import EN_NAMES, EN_NOUNS, EN_VERBS, ZH_NAMES, ZH_NOUNS, ZH_VE
 from demo.model_config import CONTEXT_LENGTH, VOCAB_SIZE
 from demo.tasks import TASKS
 
-__all__ = ["ASSISTANT", "CHAT_TEMPLATE", "END", "GGUF_PRE_TOKENIZER", "PAD", "SPECIAL_TOKENS", "SYSTEM", "USER", "train_tokenizer"]
+__all__ = [
+    "ASSISTANT",
+    "CHAT_TEMPLATE",
+    "END",
+    "GGUF_PRE_TOKENIZER",
+    "PAD",
+    "SPECIAL_TOKENS",
+    "SYSTEM",
+    "USER",
+    "train_tokenizer",
+]
 
 PAD, END, SYSTEM, USER, ASSISTANT = "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"
 SPECIAL_TOKENS = (PAD, END, SYSTEM, USER, ASSISTANT)  # their ids are 0 to 4

@@ -1,12 +1,12 @@
 """Train the demo from scratch, on one GPU in minutes.
 
     python -m demo.train --out DIR                       # the shipped model
-    python -m demo.train --out DIR --steps 20 --cpu      # smoke test
+    python -m demo.train --out DIR --steps 2 --batch-tokens 8192 --cpu --eval-items 1   # to try the code
 
 Each step takes a batch of short conversations and, in turn, one of medium or long rows. The rate follows
 warmup-stable-decay. The router's correction biases follow the load of the experts (auxiliary-loss-free balancing, Wang
 et al. 2024, arXiv:2408.15664). From a third of the run on, half of the batches see weights rounded to 4 bits.
-Writes DIR/model.safetensors (bf16, the stock model's names), DIR/log.jsonl and DIR/state (to resume with --resume).
+Writes DIR/model.safetensors (BF16, the stock model's names) and DIR/log.jsonl.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ from demo.model_config import demo_config
 from demo.optimizer import Optimizer
 from demo.quick_eval import quick_evaluate
 
+__all__ = ["DEFAULT_TOKENIZER", "Trainer", "build_model"]
+
 DEFAULT_TOKENIZER = Path(__file__).parent.parent / "src" / "moesaic" / "demo" / "tokenizer"
 _CYCLE = ("medium", "long")  # the second batch of each step, in turn
 _SECOND_WEIGHT = 0.4  # its share of the loss
 _BIAS_RATE = 0.002
 _QUANTIZE_FROM = 0.35
+_WEIGHT_DECAY = 0.02
 
 
 def build_model(seed: int, device: torch.device) -> nn.Module:
@@ -53,7 +56,8 @@ def build_model(seed: int, device: torch.device) -> nn.Module:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.zero_()
-    return model.to(device)
+    result: nn.Module = model.to(device)
+    return result
 
 
 def rate(step: int, steps: int) -> float:
@@ -95,81 +99,113 @@ def save_weights(model: nn.Module, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def train(arguments: argparse.Namespace) -> None:
-    """Run the training that the command line asks for."""
-    streams = {
-        name: BatchStream(bucket, arguments.batch_tokens, arguments.tokenizer, arguments.seed * 100 + int(arguments.resume))
-        for name, bucket in BUCKETS.items()
-    }
-    device = torch.device("cpu" if arguments.cpu else "cuda")
-    torch.set_float32_matmul_precision("high")
-    model = build_model(arguments.seed, device)
-    forward = FastForward(model, compile_pieces=not arguments.cpu)
-    optimizer = Optimizer(model, arguments.lr, arguments.adam_lr, weight_decay=0.02)
-    first = 0
-    state_file = arguments.out / "state" / "state.pt"
-    if arguments.resume:
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    step = first
-    with (arguments.out / "log.jsonl").open("a") as log:
-        while step < arguments.steps and time.monotonic() - start < arguments.max_seconds:
-            progress = step / arguments.steps
-            losses, loads = {}, []
-            for name, weight in (("short", 1 - _SECOND_WEIGHT), (_CYCLE[step % len(_CYCLE)], _SECOND_WEIGHT)):
-                quantize = progress >= _QUANTIZE_FROM and (step // 2 + (name != "short")) % 2 == 0
-                loss, load = batch_loss(forward, streams[name].next(), device, quantize)
-                (loss * weight).backward()
-                losses[name] = loss.detach()
-                loads.append(load)
-            scale = rate(step, arguments.steps)
-            optimizer.step(scale)
-            balance(model, sum(loads), _BIAS_RATE * min(1.0, 2 * scale))
-            step += 1
-            if step % arguments.log_every == 0 or step == first + 1:
-                total = sum(loads)
-                record = {
-                    "step": step,
-                    "seconds": round(time.monotonic() - start, 1),
+class Trainer:
+    """One training run.
+
+    Args:
+        tokenizer: folder of the tokenizer.
+        out: folder for weights and log.
+        device: where to train; pieces of the forward pass are compiled on a GPU.
+        steps: length of the run.
+        batch_tokens: tokens per batch; a step takes two batches.
+        muon_lr, adam_lr: peak learning rates.
+        seed: seed of the weights and the data.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Path,
+        out: Path,
+        device: torch.device,
+        *,
+        steps: int,
+        batch_tokens: int,
+        muon_lr: float,
+        adam_lr: float,
+        seed: int,
+    ) -> None:
+        # The workers are forked, which must happen before this process touches the GPU.
+        self._streams = {name: BatchStream(bucket, batch_tokens, tokenizer, seed) for name, bucket in BUCKETS.items()}
+        self._device, self._steps, self._batch_tokens, self._tokenizer = device, steps, batch_tokens, tokenizer
+        torch.set_float32_matmul_precision("high")
+        self.model = build_model(seed, device)
+        self.forward = FastForward(self.model, compile_pieces=device.type == "cuda")
+        self._optimizer = Optimizer(self.model, muon_lr, adam_lr, _WEIGHT_DECAY)
+        self._out = out
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, log_every: int) -> None:
+        """Train to the end and write the weights."""
+        start = time.monotonic()
+        for step in range(self._steps):
+            losses, loads = self.step(step)
+            if step == 0 or (step + 1) % log_every == 0:
+                self._log(
+                    step=step + 1,
+                    seconds=round(time.monotonic() - start, 1),
                     **{name: round(loss.item(), 4) for name, loss in losses.items()},
-                    "max_load": round((total.amax(1) / total.mean(1)).max().item(), 2),
-                }
-                print(json.dumps(record), flush=True)
-                log.write(json.dumps(record) + "\n")
-            if step % arguments.eval_every == 0 and step < arguments.steps:
-                report = quick_evaluate(forward, arguments.tokenizer, device, arguments.batch_tokens, 256, quantize=False)
-                print(json.dumps({"step": step, "eval": report}), flush=True)
-                log.write(json.dumps({"step": step, "eval": report}) + "\n")
-        save_weights(model, arguments.out)
-        state_file.parent.mkdir(exist_ok=True)
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, state_file)
+                    max_load=round((loads.amax(1) / loads.mean(1)).max().item(), 2),
+                )
+        save_weights(self.model, self._out)
+
+    def step(self, step: int) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step; returns the losses by bucket and the loads [num_moe_layers, num_experts]."""
+        losses: dict[str, Tensor] = {}
+        loads = []
+        second = _CYCLE[step % len(_CYCLE)]
+        for name, weight in (("short", 1 - _SECOND_WEIGHT), (second, _SECOND_WEIGHT)):
+            quantize = step >= _QUANTIZE_FROM * self._steps and (step // 2 + (name != "short")) % 2 == 0
+            loss, load = batch_loss(self.forward, self._streams[name].next(), self._device, quantize)
+            torch.autograd.backward(loss * weight)
+            losses[name] = loss.detach()
+            loads.append(load)
+        scale = rate(step, self._steps)
+        self._optimizer.step(scale)
+        total = torch.stack(loads).sum(0)
+        balance(self.model, total, _BIAS_RATE * min(1.0, 2 * scale))
+        return losses, total
+
+    def evaluate(self, num_items: int) -> None:
+        """Log the accuracies on held-out questions, with BF16 weights and with weights rounded to 4 bits."""
         for quantize in (False, True):
-            report = quick_evaluate(forward, arguments.tokenizer, device, arguments.batch_tokens, arguments.eval_items, quantize)
-            print(json.dumps({"step": step, "quantized": quantize, "eval": report}), flush=True)
-            log.write(json.dumps({"step": step, "quantized": quantize, "eval": report}) + "\n")
+            report = quick_evaluate(
+                self.forward, self._tokenizer, self._device, self._batch_tokens, num_items, quantize
+            )
+            self._log(quantized=quantize, eval=report)
+
+    def _log(self, **record: object) -> None:
+        line = json.dumps(record)
+        print(line, flush=True)
+        with (self._out / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
 
 
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights, log and state")
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and log")
     parser.add_argument("--tokenizer", type=Path, default=DEFAULT_TOKENIZER, help="folder of the tokenizer")
     parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="stop and save after this long")
-    parser.add_argument("--resume", action="store_true", help="go on from DIR/state")
     parser.add_argument("--batch-tokens", type=int, default=65536, help="tokens per batch; a step takes two batches")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate of Muon")
     parser.add_argument("--adam-lr", type=float, default=3e-3, help="peak learning rate of Adam")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=100)
-    parser.add_argument("--eval-every", type=int, default=1_000_000)
-    parser.add_argument("--eval-items", type=int, default=256, help="items per task and language at the end")
-    parser.add_argument("--cpu", action="store_true", help="run eagerly on the CPU (for tests)")
-    train(parser.parse_args())
+    parser.add_argument("--eval-items", type=int, default=256, help="held-out questions per task and language")
+    parser.add_argument("--cpu", action="store_true", help="run eagerly on the CPU (to try the code)")
+    arguments = parser.parse_args()
+    trainer = Trainer(
+        arguments.tokenizer,
+        arguments.out,
+        torch.device("cpu" if arguments.cpu else "cuda"),
+        steps=arguments.steps,
+        batch_tokens=arguments.batch_tokens,
+        muon_lr=arguments.lr,
+        adam_lr=arguments.adam_lr,
+        seed=arguments.seed,
+    )
+    trainer.run(arguments.log_every)
+    trainer.evaluate(arguments.eval_items)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,12 @@ _MAX_LENGTH = 14
 _OCCURRENCES: dict[Language, tuple[str, ...]] = {
     "en": (
         "How many times does {w} appear in: {x}", "Count {w} in this list: {x}", "How often does {w} occur? {x}",
-        "Count how many times {w} appears: {x}", "How many {w} are there: {x}", "How many {w} in {x}?", "Count {w}: {x}",
+        "Count how many times {w} appears: {x}", "How many {w} are there: {x}", "How many {w} in {x}?",
+        "Count {w}: {x}",
     ),
     "zh": (
-        "“{w}”出现了几次：{x}", "数一数{w}有几个：{x}", "下面有多少个{w}？{x}", "请数出{w}的个数：{x}", "{w}出现多少次？{x}", "{x}里有几个{w}？",
+        "“{w}”出现了几次：{x}", "数一数{w}有几个：{x}", "下面有多少个{w}？{x}", "请数出{w}的个数：{x}",
+        "{w}出现多少次？{x}", "{x}里有几个{w}？",
     ),
 }  # fmt: skip
 _LENGTH: dict[Language, tuple[str, ...]] = {

@@ -10,15 +10,20 @@ from demo.lexicon import EN_NOUNS, ZH_NOUNS
 __all__ = ["ANSWER_SEPARATOR", "reversing", "sorting"]
 
 ANSWER_SEPARATOR: dict[Language, str] = {"en": ", ", "zh": "，"}
-_PROMPT_SEPARATORS: dict[Language, tuple[str, ...]] = {"en": (", ", ", ", " ", ","), "zh": ("，", "，", "、", ", ", " ")}
+_PROMPT_SEPARATORS: dict[Language, tuple[str, ...]] = {
+    "en": (", ", ", ", " ", ","),
+    "zh": ("，", "，", "、", ", ", " "),
+}
 
 _ASCENDING: dict[Language, tuple[str, ...]] = {
     "en": (
         "Sort these numbers: {x}", "Sort the numbers {x}.", "sort {x}", "Sort in ascending order: {x}",
-        "Please sort from smallest to largest: {x}", "Put these numbers in order: {x}", "Order from low to high: {x}", "Sort: {x}", "Can you sort {x}?",
+        "Please sort from smallest to largest: {x}", "Put these numbers in order: {x}", "Order from low to high: {x}",
+        "Sort: {x}", "Can you sort {x}?",
     ),
     "zh": (
-        "把这些数从小到大排序：{x}", "请从小到大排列：{x}", "排序：{x}", "把{x}排序。", "请把{x}从小到大排列。", "将下列数字按升序排列：{x}", "给这些数字排序：{x}",
+        "把这些数从小到大排序：{x}", "请从小到大排列：{x}", "排序：{x}", "把{x}排序。", "请把{x}从小到大排列。",
+        "将下列数字按升序排列：{x}", "给这些数字排序：{x}",
     ),
 }  # fmt: skip
 _DESCENDING: dict[Language, tuple[str, ...]] = {
@@ -30,7 +35,8 @@ _DESCENDING: dict[Language, tuple[str, ...]] = {
 }  # fmt: skip
 _REVERSE_LIST: dict[Language, tuple[str, ...]] = {
     "en": (
-        "Reverse the order of these words: {x}", "Reverse this list: {x}", "Reverse: {x}", "Reverse {x}", "Write this list backwards: {x}",
+        "Reverse the order of these words: {x}", "Reverse this list: {x}", "Reverse: {x}", "Reverse {x}",
+        "Write this list backwards: {x}",
         "Please reverse {x}.",
     ),
     "zh": ("把这些词倒过来：{x}", "请把列表反过来：{x}", "倒序排列：{x}", "反转：{x}", "倒着写：{x}"),
@@ -40,7 +46,13 @@ _REVERSE_LETTERS: dict[Language, tuple[str, ...]] = {
     "zh": ("把这些字倒过来写：{x}", "反转这串字：{x}", "倒着写：{x}", "请把“{x}”倒过来。"),
 }
 _REVERSE_DIGITS: dict[Language, tuple[str, ...]] = {
-    "en": ("Reverse the digits of {x}.", "Reverse {x}", "Reverse: {x}", "Reverse the number {x}", "Write {x} backwards."),
+    "en": (
+        "Reverse the digits of {x}.",
+        "Reverse {x}",
+        "Reverse: {x}",
+        "Reverse the number {x}",
+        "Write {x} backwards.",
+    ),
     "zh": ("把数字{x}倒过来。", "反转{x}", "倒着写{x}", "把{x}的数字反过来写。"),
 }
 

@@ -7,6 +7,7 @@ exactly over the whole context.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import Random
 
 from demo.items import Accept, Item, Language, Turn, draw_until, pick, vary
@@ -31,7 +32,8 @@ _LIST_QUESTION: dict[Language, tuple[str, ...]] = {
         "What is the value of {k}?", "Look up {k}.", "What does the list say for {k}?", "Find {k} in the list.",
         "Which value belongs to {k}?", "What is {k}?", "{k}?",
     ),
-    "zh": ("{k}的值是多少？", "请查找{k}。", "列表中{k}对应什么？", "{k}是多少？", "在列表里找{k}。", "{k}？", "查一下{k}。"),
+    "zh": ("{k}的值是多少？", "请查找{k}。", "列表中{k}对应什么？", "{k}是多少？", "在列表里找{k}。", "{k}？",
+        "查一下{k}。"),
 }  # fmt: skip
 _LIST_ANSWER: dict[Language, str] = {"en": "{k}: {v}", "zh": "{k}：{v}"}
 
@@ -41,7 +43,12 @@ _FACT_TAIL: dict[Language, tuple[str, ...]] = {
     "zh": ("请记住。", "不要忘记。", "", "{v}就是密码。"),
 }
 _FACT_QUESTION: dict[Language, tuple[str, ...]] = {
-    "en": ("What is the passkey?", "What is the passkey mentioned above?", "Tell me the passkey.", "what was the passkey?"),
+    "en": (
+        "What is the passkey?",
+        "What is the passkey mentioned above?",
+        "Tell me the passkey.",
+        "what was the passkey?",
+    ),
     "zh": ("密码是多少？", "上面提到的密码是什么？", "请告诉我密码。", "密码是什么？"),
 }
 _NAMED_FACT: dict[Language, str] = {"en": "The code of the {k} is {v}.", "zh": "{k}的代码是{v}。"}
@@ -55,7 +62,8 @@ _STOCK_NOISE: dict[Language, tuple[str, ...]] = {
         "The grass is green.", "The sky is blue.", "The sun is yellow.", "Here we go.", "There and back again.",
         "It was a quiet day.", "Nothing happened.", "The end is not near.",
     ),
-    "zh": ("草是绿的。", "天是蓝的。", "太阳是黄的。", "我们走吧。", "来来回回。", "这是安静的一天。", "什么也没有发生。", "还没有结束。"),
+    "zh": ("草是绿的。", "天是蓝的。", "太阳是黄的。", "我们走吧。", "来来回回。", "这是安静的一天。",
+        "什么也没有发生。", "还没有结束。"),
 }  # fmt: skip
 
 
@@ -106,18 +114,22 @@ def lookup(rng: Random, language: Language, accept: Accept, size: int) -> Item:
     def value() -> str:
         return pick(rng, nouns) if word_values else _number(rng, 1, 5)
 
-    asked = [draw_until(lambda k=k: ((v := f"lookup:{k}={value()}"), v), accept)[0] for k in keys[:_MAX_FOLLOW_UPS]]
-    entries = [(k, text.partition("=")[2]) for k, text in zip(keys, asked, strict=False)]
-    entries += [(k, value()) for k in keys[_MAX_FOLLOW_UPS:]]
+    def asked_entry(key: str) -> tuple[str, tuple[str, str]]:
+        drawn = value()
+        return f"lookup:{key}={drawn}", (key, drawn)
+
+    asked = [draw_until(partial(asked_entry, key), accept) for key in keys[:_MAX_FOLLOW_UPS]]
+    entries = [entry for _, entry in asked] + [(key, value()) for key in keys[_MAX_FOLLOW_UPS:]]
     facts = entries[:_MAX_FOLLOW_UPS]
     rng.shuffle(entries)
     entry = pick(rng, _LIST_ENTRY[language])
     context = (pick(rng, _LIST_HEAD[language]) + "".join(entry.format(k=k, v=v) for k, v in entries)).strip() + "\n"
     turns = [
-        Turn(vary(rng, pick(rng, _LIST_QUESTION[language])).format(k=k), _LIST_ANSWER[language].format(k=k, v=v)) for k, v in facts
+        Turn(vary(rng, pick(rng, _LIST_QUESTION[language])).format(k=k), _LIST_ANSWER[language].format(k=k, v=v))
+        for k, v in facts
     ]
     first = Turn(context + turns[0].prompt, turns[0].answer)
-    return Item("lookup", language, asked[0], first, tuple(turns[1:]))
+    return Item("lookup", language, asked[0][0], first, tuple(turns[1:]))
 
 
 def passkey(rng: Random, language: Language, accept: Accept, size: int) -> Item:

@@ -122,6 +122,7 @@ def test_ctrl_c_in_prefill_stops_at_once(terminal: Terminal) -> None:
     time.sleep(0.5)  # until the handler is in place
     terminal.interrupt()
     assert "interrupted]" in terminal.expect(PROMPT)
+    assert len(messages(terminal.ask("next"))) == 1  # the question was taken back
 
 
 def test_ctrl_c_at_the_prompt_clears_the_line(terminal: Terminal) -> None:

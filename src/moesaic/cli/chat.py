@@ -75,7 +75,10 @@ class _Chat:
             self._messages.pop()
             print(f"moesaic: {error}", file=sys.stderr)
             return
-        self._messages.append({"role": "assistant", "content": answer.text})
+        if answer.finish_reason == "interrupted" and not answer.generated_tokens:
+            self._messages.pop()  # taken back before anything was said
+        else:
+            self._messages.append({"role": "assistant", "content": answer.text})
         print(flush=True)
         print(rates(answer), file=sys.stderr)
 

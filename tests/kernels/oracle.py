@@ -14,7 +14,7 @@ from moesaic.quant import FORMATS, WeightFormat
 HALF_OFFSETS = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_NL": (0,),
+    "IQ4_NL": (0,), "MXFP4": (),
 }  # fmt: skip
 
 
@@ -33,6 +33,8 @@ def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.nda
         scales[rng.random(scales.shape) < 0.05] = 0
         scales[rng.random(scales.shape) < 0.05] = np.float16(3e-6)
         blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    if fmt.name == "MXFP4":
+        blocks[..., 0] = rng.integers(112, 124, (rows, num_blocks))  # exponents of scales from 2^-16 to 2^-5
     return blocks.reshape(rows, -1)
 
 

@@ -17,8 +17,14 @@ from moesaic.quant import WRITABLE_FORMATS, dequantize, get_format, quantize
 # Waveforms" (1984): 29.83 dB. Blocks that choose their own scale must do better.
 UNIFORM_MSE = {4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.00349, 64: 0.00104}
 
-LEVELS = {"Q2_K": 4, "Q3_K": 8, "Q4_0": 16, "Q4_1": 16, "Q4_K": 16, "Q5_0": 32, "Q5_1": 32, "Q5_K": 32, "Q6_K": 64}
-REFERENCE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]  # gguf.quants has quantisers for these
+LEVELS = {
+    "Q2_K": 4,
+    "Q3_K": 8,
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K", "IQ4_NL"), 16),
+    **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), 32),
+    "Q6_K": 64,
+}
+REFERENCE = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "MXFP4"]  # gguf.quants has quantisers for these
 SAMPLES = {"gaussian": gaussian, "heavy_tailed": heavy_tailed}
 
 
@@ -42,7 +48,7 @@ def test_no_worse_than_the_quantisers_of_gguf(name: str, sample: str) -> None:
     x = SAMPLES[sample]()
     ggml_type = gguf.GGMLQuantizationType[name]
     reference = normalised_rmse(gguf.quants.dequantize(gguf.quants.quantize(x, ggml_type), ggml_type), x)
-    searched = {"Q4_0": 0.98, "Q5_0": 0.98, "Q4_1": 0.91, "Q5_1": 0.91}  # Q8_0 is not searched
+    searched = {"Q4_0": 0.98, "Q5_0": 0.98, "Q4_1": 0.91, "Q5_1": 0.91, "MXFP4": 0.98}  # Q8_0 is not searched
     assert error(x, name) < searched.get(name, 1.0) * reference
 
 
@@ -110,7 +116,11 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
         _native.set_num_threads(before)
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_nonlinear_levels_beat_linear_ones_on_a_bell_curve() -> None:
+    assert error(gaussian(), "IQ4_NL") < 0.92 * error(gaussian(), "Q4_0")
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
 def test_importance_lowers_the_error_that_it_weighs(name: str) -> None:
     x, fmt = gaussian(), get_format(name)
     importance = np.exp(2 * np.random.default_rng(9).standard_normal(x.shape[1])).astype(np.float32)

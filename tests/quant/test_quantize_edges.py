@@ -25,7 +25,8 @@ def test_zeros_stay_zeros(fmt: WeightFormat) -> None:
 @pytest.mark.parametrize("value", [1.0, -1.0, 0.02, -3e-3])
 def test_constants_stay_constant(fmt: WeightFormat, value: float) -> None:
     values = round_trip(np.full((2, COLS), value, np.float32), fmt)
-    np.testing.assert_allclose(values, value, rtol=1e-2)  # scales of -3e-3 are subnormal float16
+    # Scales of -3e-3 are subnormal float16; MXFP4 has the significands 1 and 1.5 only.
+    np.testing.assert_allclose(values, value, rtol=0.2 if fmt.name == "MXFP4" else 1e-2)
     assert len(np.unique(values)) == 1
 
 

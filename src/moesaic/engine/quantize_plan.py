@@ -64,6 +64,8 @@ _FILE_TYPES: Mapping[str, gguf.LlamaFileType] = MappingProxyType(
         "Q4_K": gguf.LlamaFileType.MOSTLY_Q4_K_S,
         "Q5_K": gguf.LlamaFileType.MOSTLY_Q5_K_S,
         "Q6_K": gguf.LlamaFileType.MOSTLY_Q6_K,
+        "IQ4_NL": gguf.LlamaFileType.MOSTLY_IQ4_NL,
+        "MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
     }
 )
 

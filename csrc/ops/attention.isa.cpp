@@ -217,6 +217,21 @@ void softmax_row(const AttentionArgs& a, const AttentionTask& task, int64_t r, i
     update_softmax(scores, num_keys, result.max[r], result.sum[r], result.acc + r * w.value_width, w.value_width);
 }
 
+// Does the mask let any row of the task see any of these keys? Only a boolean mask can rule that out.
+bool any_visible(const AttentionArgs& a, const AttentionTask& task, int64_t key, int64_t num_keys) {
+    if (a.mask_type != MaskType::kBool) return true;
+    const uint8_t* mask = static_cast<const uint8_t*>(a.mask) + task.batch * a.mask_stride.batch + key;
+    for (int64_t r = 0; r < task.num_rows; ++r) {
+        const int64_t token = (task.row_begin + r) / a.group;
+        const int64_t head = task.kv_head * a.group + (task.row_begin + r) % a.group;
+        const uint8_t* row = mask + head * a.mask_stride.head + token * a.mask_stride.token;
+        uint8_t seen = 0;
+        for (int64_t i = 0; i < num_keys; ++i) seen |= row[i];
+        if (seen != 0) return true;
+    }
+    return false;
+}
+
 template <class Load>
 void partial_of(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result) {
     const Workspace w = make_workspace(a, scratch);
@@ -229,6 +244,7 @@ void partial_of(const AttentionArgs& a, const AttentionTask& task, float* scratc
     for (int64_t key = task.key_begin; key < task.key_end; key += kAttentionKeyBlock) {
         const int64_t left = task.key_end - key;
         const int64_t num_keys = left < kAttentionKeyBlock ? left : kAttentionKeyBlock;
+        if (!any_visible(a, task, key, num_keys)) continue;
         pack_keys<Load>(a, task, key, num_keys, w);
         compute_scores(task, num_keys, w);
         for (int64_t r = 0; r < task.num_rows; ++r) softmax_row(a, task, r, key, num_keys, w, result);

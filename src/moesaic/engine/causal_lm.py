@@ -98,6 +98,6 @@ def _take_over_layers(model: PreTrainedModel, plan: Plan) -> SharedState | None:
         name = f"{decoder_name}.layers.{index}"
         if not any(module.startswith(f"{name}.") for module in stock):
             DecoderLayerForward.take_over(layer, family, model.config, shared, name)
-        elif f"{name}.self_attn" not in stock:
-            take_over_mla(layer.self_attn, family, model.config, shared)
+        elif hasattr(layer, "self_attn") and f"{name}.self_attn" not in stock:
+            take_over_mla(layer, family, model.config, shared)
     return shared

@@ -29,19 +29,23 @@ class _Buffers:
     Keys and values may differ in heads, dim and dtype, never in batch or positions.
     """
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
-        """Make room for `capacity` positions shaped and typed as these states `[batch, heads, any, dim]`."""
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, capacity: int, dtype: torch.dtype | None) -> None:
+        """Make room for `capacity` positions shaped (without a dtype: and typed) as these `[batch, heads, _, dim]`."""
         self.start = 0
         self.end = 0
-        self._tensors = tuple(x.new_empty((x.shape[0], x.shape[1], capacity, x.shape[3])) for x in (keys, values))
+        self.tensors = self._empty(keys, capacity, dtype), self._empty(values, capacity, dtype)
+
+    @staticmethod
+    def _empty(like: torch.Tensor, capacity: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return like.new_empty((like.shape[0], like.shape[1], capacity, like.shape[3]), dtype=dtype)
 
     @property
     def capacity(self) -> int:
-        return self._tensors[0].shape[2]
+        return self.tensors[0].shape[2]
 
     def view(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of these positions, without a copy."""
-        keys, values = self._tensors
+        keys, values = self.tensors
         return keys.narrow(2, start, end - start), values.narrow(2, start, end - start)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -69,13 +73,11 @@ class _Buffers:
     def _replace(self, transform: Any, capacity: int) -> None:
         """Copy the positions in use, transformed along the batch, to the front of new buffers."""
         length = self.end - self.start
-        replaced = []
-        for old in self._tensors:
-            source = transform(old[:, :, self.start : self.end])
-            new = old.new_empty((source.shape[0], source.shape[1], capacity, source.shape[3]))
-            new[:, :, :length].copy_(source)
-            replaced.append(new)
-        self._tensors = tuple(replaced)
+        keys, values = (transform(old[:, :, self.start : self.end]) for old in self.tensors)
+        new_keys, new_values = self._empty(keys, capacity), self._empty(values, capacity)
+        new_keys[:, :, :length].copy_(keys)
+        new_values[:, :, :length].copy_(values)
+        self.tensors = new_keys, new_values
         self.start, self.end = 0, length
 
 
@@ -83,6 +85,7 @@ class _BufferedLayer:
     """What full and sliding layers share: the buffers behind `keys` and `values`."""
 
     _buffers: _Buffers | None = None
+    storage_dtype: torch.dtype | None = None
     is_initialized: bool
 
     @property
@@ -115,7 +118,7 @@ class _BufferedLayer:
         """Allocate the buffers for states like these (`[batch, heads, num_new, dim]`, float)."""
         self.dtype, self.device = key_states.dtype, key_states.device
         capacity = max(INITIAL_CAPACITY, 2 * key_states.shape[2])
-        self._buffers = _Buffers(key_states, value_states, capacity)
+        self._buffers = _Buffers(key_states, value_states, capacity, self.storage_dtype)
         self.is_initialized = True
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -152,6 +155,35 @@ class GrowingLayer(_BufferedLayer, DynamicLayer):
         buffers.reserve(key_states.shape[2])
         buffers.append(key_states, value_states)
         return buffers.view(0, buffers.end)
+
+    def reserve(
+        self, like: torch.Tensor, num_heads: int, key_dim: int, value_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Room for a kernel that writes new states itself; `advance` makes them part of the cache.
+
+        Args:
+            like: hidden states `[batch, num_new, ...]`, for the batch, the number of new positions and the dtype.
+            num_heads: of keys and values.
+            key_dim: of a key.
+            value_dim: of a value.
+
+        Returns:
+            Keys and values with room `[batch, num_heads, capacity, dim]`, and the number of positions in use.
+        """
+        batch, num_new = like.shape[:2]
+        if self._buffers is None:
+            self.lazy_initialization(
+                like.new_empty(batch, num_heads, num_new, key_dim), like.new_empty(batch, num_heads, num_new, value_dim)
+            )
+        buffers = self._buffers
+        assert buffers is not None
+        buffers.reserve(num_new)
+        return *buffers.tensors, buffers.end
+
+    def advance(self, num_new: int) -> None:
+        """Count the positions that have been written behind the last into what `reserve` gave."""
+        assert self._buffers is not None
+        self._buffers.end += num_new
 
     def get_seq_length(self) -> int:
         """Number of positions stored."""
@@ -217,17 +249,22 @@ class GrowingCache(DynamicCache):
 
     Args:
         config: the model's configuration, which says which layers slide and which are linear attention.
+        dtype: what states are stored as (float32, bfloat16 or float16); None stores them as they come.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__(config=config)
-        self.layers = [_growing(layer) for layer in self.layers]
+        self.layers = [_growing(layer, dtype) for layer in self.layers]
 
 
-def _growing(layer: Any) -> Any:
+def _growing(layer: Any, dtype: torch.dtype | None) -> Any:
+    growing: GrowingLayer | GrowingSlidingLayer
     # Exact types: subclasses (hybrid, indexed layers) carry further state that a growing layer would lose.
     if type(layer) is DynamicLayer:
-        return GrowingLayer()
-    if type(layer) is DynamicSlidingWindowLayer:
-        return GrowingSlidingLayer(layer.sliding_window)
-    return layer
+        growing = GrowingLayer()
+    elif type(layer) is DynamicSlidingWindowLayer:
+        growing = GrowingSlidingLayer(layer.sliding_window)
+    else:
+        return layer
+    growing.storage_dtype = dtype
+    return growing

@@ -7,7 +7,7 @@ from moesaic.modules.attention import ATTENTION_NAME, keep_stock_attention, regi
 from moesaic.modules.decoder import DecoderLayerForward, SharedState, take_over_mla
 from moesaic.modules.embedding import PackedEmbedding
 from moesaic.modules.experts import RoutedExperts, activation_of
-from moesaic.modules.families import FAMILIES, Family, Routing
+from moesaic.modules.families import FAMILIES, Family
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.mla import SPLIT_KV_B
 from moesaic.modules.norm import RMSNorm
@@ -24,7 +24,6 @@ __all__ = [
     "RMSNorm",
     "RotaryAngles",
     "RoutedExperts",
-    "Routing",
     "SharedState",
     "activation_of",
     "keep_stock_attention",

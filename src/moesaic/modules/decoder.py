@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.kernels.ops import add_scaled_, rms_norm
+from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.modules.families import Family
+from moesaic.modules.feed_forward import feed_forward_block
 from moesaic.modules.gqa import GqaAttention
 from moesaic.modules.mla import MlaAttention
-from moesaic.modules.moe_block import DenseMlp, MoeBlock, feed_forward_of
-from moesaic.modules.norm import RMSNorm
 from moesaic.modules.rotary import RotaryAngles
 
 __all__ = ["DecoderLayerForward", "SharedState", "take_over_mla"]
@@ -54,14 +53,11 @@ class DecoderLayerForward:
         self,
         layer: nn.Module,
         attention: GqaAttention | MlaAttention,
-        feed_forward: MoeBlock | DenseMlp,
+        feed_forward: FeedForwardBlock,
         shared: SharedState,
     ) -> None:
         self.stock_forward = layer.forward
         self.attention, self.feed_forward = attention, feed_forward
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
-        self.norm_weights, self.norm_eps = (first.weight, second.weight), (first.eps, second.eps)
-        self.residual_scale = float(getattr(layer, "residual_multiplier", 1.0))
         self.shared = shared
         # What transformers records (attentions, router logits), and what people hook: blocks and their parts.
         block = getattr(layer, next(key for key in _MLP_NAMES if hasattr(layer, key)))
@@ -84,14 +80,14 @@ class DecoderLayerForward:
         block_name = next((key for key in _MLP_NAMES if hasattr(layer, key)), None)
         if block_name is None or not hasattr(layer, "self_attn"):
             return False
-        feed_forward = feed_forward_of(getattr(layer, block_name), family, config, f"{name}.{block_name}")
-        attention = take_over_mla(layer.self_attn, family, config, shared) or GqaAttention.of(
-            layer.self_attn, family.rope_layout(config), shared.angles
-        )
+        scale = float(getattr(layer, "residual_multiplier", 1.0))
+        block, norm = getattr(layer, block_name), layer.post_attention_layernorm
+        feed_forward = feed_forward_block(block, norm, family, config, scale, f"{name}.{block_name}")
         if not family.fuse_layers or any(key not in _CHILDREN for key, _ in layer.named_children()):
             return False
-        if not isinstance(layer.input_layernorm, RMSNorm) or not isinstance(layer.post_attention_layernorm, RMSNorm):
-            return False
+        attention = take_over_mla(layer, family, config, shared) or GqaAttention.of(
+            layer.self_attn, layer.input_layernorm, family.rope_layout(config), shared.angles, scale
+        )
         if attention is None or feed_forward is None:
             return False
         layer.forward = cls(layer, attention, feed_forward, shared)
@@ -119,19 +115,8 @@ class DecoderLayerForward:
                 **kwargs,
             )
             return stock
-        batch, num_tokens, width = hidden_states.shape
-        x = hidden_states.reshape(batch * num_tokens, width)
-        (first_weight, weight), (first_eps, eps) = self.norm_weights, self.norm_eps
-        normed = rms_norm(x, first_weight, first_eps)
-        attended = self.attention(normed, batch, position_embeddings, attention_mask, past_key_values)
-        # The layer's input belongs to somebody else, so the sum is made in memory of our own.
-        if self.residual_scale == 1.0:
-            residual, normed = attended, rms_norm(x, weight, eps, residual=attended)
-        else:
-            residual = x.clone()
-            normed = rms_norm(attended, weight, eps, residual=residual, residual_scale=self.residual_scale)
-        add_scaled_(residual, self.feed_forward(normed), self.residual_scale)
-        return residual.view(batch, num_tokens, width)
+        attended = self.attention(hidden_states, position_embeddings, attention_mask, past_key_values)
+        return self.feed_forward(attended)
 
     def _observed(self) -> bool:
         """Somebody hooks a module inside the layer, or wants another attention implementation."""
@@ -143,11 +128,11 @@ class DecoderLayerForward:
         return False
 
 
-def take_over_mla(module: nn.Module, family: Family, config: Any, shared: SharedState) -> MlaAttention | None:
-    """Replace the forward of a loaded stock attention module if it is a latent one."""
-    if not hasattr(module, "kv_a_proj_with_mqa"):
+def take_over_mla(layer: nn.Module, family: Family, config: Any, shared: SharedState) -> MlaAttention | None:
+    """Replace the forward of a layer's attention if it is a latent one."""
+    if not hasattr(layer.self_attn, "kv_a_proj_with_mqa"):
         return None
-    mla = MlaAttention.of(module, family.rope_layout(config), shared.angles)
+    mla = MlaAttention.of(layer.self_attn, layer.input_layernorm, family.rope_layout(config), shared.angles)
     if mla is not None:
         mla.take_over()
     return mla

@@ -1,7 +1,7 @@
 """What the structure of a stock model does not tell about an architecture: the order of rotary pairs, and routing.
 
-A model type that is listed here runs on fused forwards (`router`, `moe_block`, `mla`, `decoder`). Any other model type
-runs on the forwards of the model library, with packed weights, which is slower and needs no entry. Everything that a
+A model type that is listed here runs on fused forwards (`router`, `feed_forward`, `gqa`, `mla`, `decoder`). Any other
+model type runs on the forwards of the model library, with packed weights, which is slower and needs no entry. What a
 module's attributes tell (norms of queries and keys, biases, sinks, shared experts, scaling) is read from them.
 """
 
@@ -13,34 +13,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-__all__ = ["FAMILIES", "Family", "Routing"]
+from moesaic.kernels.blocks import RouteOptions
+
+__all__ = ["FAMILIES", "Family", "RopeLayout"]
 
 RopeLayout = Literal["half", "interleaved", "interleaved_to_half"]
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """How router logits become experts and weights, in the terms of `kernels.ops.route`.
-
-    Attributes:
-        score: of an expert.
-        normalize: weights of a token sum to 1 (before `scale`).
-        sum_offset: added to the sum that normalises.
-        sum_minimum: the least sum that normalises.
-        scale: factor of the weights, last.
-        group_score: of a group of experts, if only the best groups are eligible.
-        num_groups: groups of experts.
-        topk_groups: groups that are eligible.
-    """
-
-    score: Literal["softmax", "sigmoid", "softmax_of_chosen"]
-    normalize: bool = False
-    sum_offset: float = 0.0
-    sum_minimum: float = 0.0
-    scale: float = 1.0
-    group_score: Literal["none", "sum_of_two", "maximum"] = "none"
-    num_groups: int = 1
-    topk_groups: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +25,31 @@ class Family:
     """One or more model types.
 
     Attributes:
-        routing: makes the routing from a stock router and its configuration.
+        routing: how logits become experts and weights (without the selection bias), given a stock router and the
+            configuration.
         rope_layout: where the pairs of a rotated head lie, before and after, given the configuration.
         fuse_layers: whether a decoder layer is norm, attention, residual, norm, MLP, residual and nothing else.
     """
 
-    routing: Callable[[nn.Module, Any], Routing]
+    routing: Callable[[nn.Module, Any], RouteOptions]
     rope_layout: Callable[[Any], RopeLayout] = lambda config: "half"
     fuse_layers: bool = True
 
 
-def _softmax(router: nn.Module, config: Any) -> Routing:
+def _softmax(router: nn.Module, config: Any) -> RouteOptions:
     # Routers that always renormalise (Mixtral, Hunyuan) have no such switch.
-    return Routing("softmax", normalize=getattr(router, "norm_topk_prob", True))
+    return RouteOptions(router.top_k, "softmax", normalize=getattr(router, "norm_topk_prob", True))
 
 
-def _softmax_of_chosen(router: nn.Module, config: Any) -> Routing:
-    return Routing("softmax_of_chosen")
+def _softmax_of_chosen(router: nn.Module, config: Any) -> RouteOptions:
+    return RouteOptions(router.top_k, "softmax_of_chosen")
 
 
-def _deepseek_v2(router: nn.Module, config: Any) -> Routing:
+def _deepseek_v2(router: nn.Module, config: Any) -> RouteOptions:
     if router.topk_method != "group_limited_greedy":
-        return Routing("softmax", scale=router.routed_scaling_factor)
-    return Routing(
+        return RouteOptions(router.top_k, "softmax", scale=router.routed_scaling_factor)
+    return RouteOptions(
+        router.top_k,
         "softmax",
         scale=router.routed_scaling_factor,
         group_score="maximum",
@@ -79,8 +58,9 @@ def _deepseek_v2(router: nn.Module, config: Any) -> Routing:
     )
 
 
-def _deepseek_v3(router: nn.Module, config: Any) -> Routing:
-    return Routing(
+def _deepseek_v3(router: nn.Module, config: Any) -> RouteOptions:
+    return RouteOptions(
+        router.top_k,
         "sigmoid",
         normalize=router.norm_topk_prob,
         sum_offset=1e-20,
@@ -91,12 +71,12 @@ def _deepseek_v3(router: nn.Module, config: Any) -> Routing:
     )
 
 
-def _minimax_m2(router: nn.Module, config: Any) -> Routing:
-    return Routing("sigmoid", normalize=True)
+def _minimax_m2(router: nn.Module, config: Any) -> RouteOptions:
+    return RouteOptions(router.top_k, "sigmoid", normalize=True)
 
 
-def _ernie(router: nn.Module, config: Any) -> Routing:
-    return Routing("softmax", normalize=True, sum_minimum=router.norm_min)
+def _ernie(router: nn.Module, config: Any) -> RouteOptions:
+    return RouteOptions(router.top_k, "softmax", normalize=True, sum_minimum=router.norm_min)
 
 
 FAMILIES: dict[str, Family] = {

@@ -1,18 +1,20 @@
-"""Grouped-query attention of a decoder layer as a few native calls.
+"""Grouped-query attention of a decoder layer, with the norm in front of it and the residual around it.
 
 It covers the pre-norm families of `families`: projections with or without bias, norms of queries and keys per head or
-over all heads, before or after the rotation, partial rotation, sinks and windows. It does not know the cache's class:
-anything with the `update` of transformers works.
+over all heads, before or after the rotation, partial rotation, sinks and windows. On a growing cache all of it is one
+native call; any other cache with the `update` of transformers works too, in a handful of calls.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from moesaic.kernels import linear, linear_multi, ops
+from moesaic.kernels.blocks import AttentionBlock, Linear, Norm
+from moesaic.kvcache import GrowingCache, GrowingLayer
 from moesaic.modules.families import RopeLayout
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
@@ -20,34 +22,52 @@ from moesaic.modules.rotary import RotaryAngles
 
 __all__ = ["GqaAttention"]
 
-HeadNorm = Literal["none", "per_head", "per_head_after_rope", "all_heads"]
 _CHILDREN = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm", "query_layernorm", "key_layernorm"})
 
 
 class GqaAttention:
-    """Normalised hidden states in, output of the output projection out.
+    """`x + residual_scale * attention(norm(x))`.
 
     Args:
         module: the stock attention module, its projections and norms replaced.
+        norm: of its input.
         rope_layout: see `families`.
         angles: of the model's rotary embedding.
+        residual_scale: factor of what is added to x.
     """
 
-    def __init__(self, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
-        self.module, self.layer_idx = module, module.layer_idx
-        self.projections = [module.q_proj.packed, module.k_proj.packed, module.v_proj.packed]
-        self.biases = [module.q_proj.bias, module.k_proj.bias, module.v_proj.bias]
-        self.output, self.output_bias = module.o_proj.packed, module.o_proj.bias
-        self.head_dim, self.scaling = module.head_dim, module.scaling
-        self.rope_layout: RopeLayout = rope_layout
-        self.angles = angles
+    def __init__(
+        self, module: nn.Module, norm: RMSNorm, rope_layout: RopeLayout, angles: RotaryAngles, residual_scale: float
+    ) -> None:
+        self.module, self.layer_idx, self.angles = module, module.layer_idx, angles
+        self.projections = [Linear(p.packed, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)]
+        self.output = Linear(module.o_proj.packed, module.o_proj.bias)
+        self.norm, self.residual_scale = Norm(norm.weight, norm.eps), residual_scale
+        self.head_dim, self.scaling, self.rope_layout = module.head_dim, module.scaling, rope_layout
         self.sinks = getattr(module, "sinks", None)
-        self.norm, q_norm, k_norm = _head_norms(module)
-        self.q_norm, self.k_norm = (None, None) if q_norm is None or k_norm is None else (q_norm.weight, k_norm.weight)
-        self.eps = 0.0 if q_norm is None else q_norm.eps
+        self.head_norm, self.q_norm, self.k_norm = _head_norms(module)
+        q, k, v = self.projections
+        self.block = AttentionBlock(
+            norm=self.norm,
+            q=q,
+            k=k,
+            v=v,
+            o=self.output,
+            head_dim=self.head_dim,
+            num_pairs=angles.num_pairs,
+            scale=self.scaling,
+            rope_layout=rope_layout,
+            head_norm=self.head_norm,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            sinks=self.sinks,
+            residual_scale=residual_scale,
+        )
 
     @classmethod
-    def of(cls, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> GqaAttention | None:
+    def of(
+        cls, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles, residual_scale: float
+    ) -> GqaAttention | None:
         """From a stock module whose weights are packed; None if it has parts that are not known here."""
         if any(name not in _CHILDREN for name, _ in module.named_children()):
             return None
@@ -56,28 +76,51 @@ class GqaAttention:
             return None
         if getattr(module.config, "clip_qkv", None) is not None:
             return None
-        norms = [child for name, child in module.named_children() if "norm" in name]
+        norms = [norm, *(child for name, child in module.named_children() if "norm" in name)]
         if not all(isinstance(norm, RMSNorm) for norm in norms):
             return None
-        return cls(module, rope_layout, angles)
+        return cls(module, norm, rope_layout, angles, residual_scale)
 
-    def __call__(
-        self, x: torch.Tensor, batch: int, positions: Any, mask: torch.Tensor | None, cache: Any | None
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
         """Attend.
 
         Args:
-            x: float32 `[batch * num_tokens, hidden_size]`, normalised.
-            batch: rows of the batch.
+            x: float32 `[batch, num_tokens, hidden_size]`.
             positions: the model's position embeddings.
             mask: see `attention`.
             cache: where keys and values go and come from, or None.
 
         Returns:
-            float32 `[batch * num_tokens, hidden_size]`, in memory of its own.
+            float32 `[batch, num_tokens, hidden_size]`, in memory of its own.
         """
-        query, key, value = (self._heads(part, batch) for part in linear_multi(x, self.projections, self.biases))
-        self._norm_and_rotate(query, key, positions)
+        cos, sin = self.angles(positions)
+        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
+        if not isinstance(layer, GrowingLayer):
+            return self._through_update(x, cos, sin, mask, cache)
+        keys, values, num_past = layer.reserve(x, self.block.kv_heads, self.head_dim, self.head_dim)
+        out = self.block(x.contiguous(), cos, sin, keys, values, num_past, mask)
+        layer.advance(x.shape[1])
+        return out
+
+    def _through_update(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None, cache: Any | None
+    ) -> torch.Tensor:
+        """The same with a cache of another kind, or none."""
+        normed = ops.rms_norm(x, self.norm.weight, self.norm.eps).view(-1, x.shape[-1])
+        weights, biases = [p.weight for p in self.projections], [p.bias for p in self.projections]
+        projected = linear_multi(normed, weights, biases)
+        query, key, value = (part.view(*x.shape[:2], -1, self.head_dim).transpose(1, 2) for part in projected)
+        ops.norm_and_rotate_(
+            query,
+            key,
+            cos,
+            sin,
+            layout=self.rope_layout,
+            norm=self.head_norm,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+        )
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         attended = ops.attention(
@@ -89,32 +132,17 @@ class GqaAttention:
             mask=mask,
             sinks=self.sinks,
         )
-        return linear(attended.view(x.shape[0], -1), self.output, self.output_bias)
-
-    def _heads(self, projected: torch.Tensor, batch: int) -> torch.Tensor:
-        """`[batch * tokens, heads * head_dim]` as `[batch, heads, tokens, head_dim]`, without a copy."""
-        num_tokens = projected.shape[0] // batch
-        return projected.view(batch, num_tokens, -1, self.head_dim).transpose(1, 2)
-
-    def _norm_and_rotate(self, query: torch.Tensor, key: torch.Tensor, positions: Any) -> None:
-        cos, sin = self.angles(positions)
-        ops.norm_and_rotate_(
-            query,
-            key,
-            cos,
-            sin,
-            layout=self.rope_layout,
-            norm=self.norm,
-            q_norm=self.q_norm,
-            k_norm=self.k_norm,
-            eps=self.eps,
-        )
+        out = linear(attended.view(len(normed), -1), self.output.weight, self.output.bias).view(x.shape)
+        return ops.add_scaled_(x.clone(), out, self.residual_scale)
 
 
-def _head_norms(module: nn.Module) -> tuple[HeadNorm, RMSNorm | None, RMSNorm | None]:
+def _head_norms(module: nn.Module) -> tuple[str, Norm | None, Norm | None]:
+    """Which norm queries and keys get, and its weights."""
     if hasattr(module, "query_layernorm"):
-        return "per_head_after_rope", module.query_layernorm, module.key_layernorm
-    if not hasattr(module, "q_norm"):
+        kind, q_norm, k_norm = "per_head_after_rope", module.query_layernorm, module.key_layernorm
+    elif hasattr(module, "q_norm"):
+        per_head = module.q_norm.weight.shape[0] == module.head_dim
+        kind, q_norm, k_norm = ("per_head" if per_head else "all_heads"), module.q_norm, module.k_norm
+    else:
         return "none", None, None
-    per_head = module.q_norm.weight.shape[0] == module.head_dim
-    return ("per_head" if per_head else "all_heads"), module.q_norm, module.k_norm
+    return kind, Norm(q_norm.weight, q_norm.eps), Norm(k_norm.weight, k_norm.eps)

@@ -27,9 +27,17 @@ SPLIT_KV_B = "moesaic_kv_b"
 
 
 class MlaAttention:
-    """Normalised hidden states in, output of the output projection out; like `GqaAttention`."""
+    """`x + attention(norm(x))`, like `GqaAttention`; without norm and residual it is the forward of the stock module.
 
-    def __init__(self, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
+    Args:
+        module: the stock attention module, its projections and norms replaced.
+        norm: of its input.
+        rope_layout: see `families`.
+        angles: of the model's rotary embedding.
+    """
+
+    def __init__(self, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
+        self.norm = norm
         self.angles = angles
         self.module, self.layer_idx = module, module.layer_idx
         self.rope_layout: RopeLayout = rope_layout
@@ -39,14 +47,16 @@ class MlaAttention:
         self.split: tuple[PackedTensor, PackedTensor] | None = getattr(module, SPLIT_KV_B, None)
 
     @classmethod
-    def of(cls, module: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> MlaAttention | None:
+    def of(
+        cls, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles
+    ) -> MlaAttention | None:
         """From a stock module whose weights are packed; None if it is no MLA."""
         names = ["kv_a_proj_with_mqa", "o_proj"]
         names += ["q_proj"] if getattr(module, "q_a_proj", None) is None else ["q_a_proj", "q_b_proj"]
         names += [] if hasattr(module, SPLIT_KV_B) else ["kv_b_proj"]
         if not all(isinstance(getattr(module, name, None), PackedLinear) for name in names):
             return None
-        return cls(module, rope_layout, angles) if isinstance(module.kv_a_layernorm, RMSNorm) else None
+        return cls(module, norm, rope_layout, angles) if isinstance(module.kv_a_layernorm, RMSNorm) else None
 
     def take_over(self) -> None:
         """Serve as the stock module's forward too, for layers that are not fused as a whole."""
@@ -63,13 +73,19 @@ class MlaAttention:
         """The interface of attention modules in transformers; there are no attention weights to return."""
         batch, _, width = hidden_states.shape
         flat = hidden_states.reshape(-1, width)
-        out = self(flat, batch, position_embeddings, attention_mask, past_key_values)
+        out = self.attend(flat, batch, position_embeddings, attention_mask, past_key_values)
         return out.view(batch, -1, out.shape[-1]), None
 
-    def __call__(
+    def __call__(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
+        """Attend; arguments as those of `GqaAttention`."""
+        normed = self.norm(x).view(-1, x.shape[-1])
+        out = self.attend(normed, x.shape[0], positions, mask, cache).view(x.shape)
+        return ops.add_scaled_(out, x)
+
+    def attend(
         self, x: torch.Tensor, batch: int, positions: Any, mask: torch.Tensor | None, cache: Any | None
     ) -> torch.Tensor:
-        """Attend.
+        """Attend, without norm and residual.
 
         Args:
             x: float32 `[batch * num_tokens, hidden_size]`, normalised.

@@ -6,11 +6,13 @@ logits keep working. It does not know which architecture it serves; `families` s
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from torch import nn
 
 from moesaic.kernels import PackedTensor, linear, ops
-from moesaic.modules.families import Routing
+from moesaic.kernels.blocks import RouteOptions
 from moesaic.quant import get_format
 
 __all__ = ["RouterForward"]
@@ -22,39 +24,28 @@ class RouterForward:
     Args:
         weight: packed in a float format `[num_experts, hidden_size]`.
         logit_bias: float32 `[num_experts]`, added to the logits, or None.
-        choice_bias: float32 `[num_experts]`, added to the scores for the choice only, or None.
-        top_k: experts per token.
-        routing: how logits become weights.
+        options: how logits become experts and weights.
     """
 
-    def __init__(
-        self,
-        weight: PackedTensor,
-        logit_bias: torch.Tensor | None,
-        choice_bias: torch.Tensor | None,
-        top_k: int,
-        routing: Routing,
-    ) -> None:
-        self.weight, self.logit_bias, self.choice_bias = weight, logit_bias, choice_bias
-        self.top_k, self.routing = top_k, routing
+    def __init__(self, weight: PackedTensor, logit_bias: torch.Tensor | None, options: RouteOptions) -> None:
+        self.weight, self.logit_bias, self.options = weight, logit_bias, options
 
     @classmethod
-    def take_over(cls, router: nn.Module, block: nn.Module, routing: Routing) -> RouterForward:
+    def take_over(cls, router: nn.Module, block: nn.Module, options: RouteOptions) -> RouterForward:
         """Replace the forward of a loaded stock router; its weight moves into a packed float32 matrix.
 
         Args:
             router: the stock router.
             block: the MoE block that it belongs to, which may own the correction bias.
-            routing: see `families`.
+            options: see `families`; the selection bias is added here.
         """
         owner = router if getattr(router, "weight", None) is not None else router.wg
         values = owner.weight.detach().float().contiguous()
         weight = PackedTensor.empty(get_format("F32"), *values.shape)
         weight.pack_(0, values.numpy().view("uint8"))
         owner.weight = None  # one copy
-        forward = cls(
-            weight, _float_or_none(getattr(owner, "bias", None)), _choice_bias(router, block), router.top_k, routing
-        )
+        options = replace(options, bias=_choice_bias(router, block))
+        forward = cls(weight, _float_or_none(getattr(owner, "bias", None)), options)
         router.forward = forward
         return forward
 
@@ -72,25 +63,9 @@ class RouterForward:
         """
         flat = hidden_states.reshape(-1, self.weight.cols)
         logits = linear(flat, self.weight, self.logit_bias)
-        weights, index = self.choose(logits)
+        options = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        weights, index = ops.route(logits, **options)
         return logits, weights, index
-
-    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights and experts `[num_tokens, top_k]` from float32 logits `[num_tokens, num_experts]`."""
-        routing = self.routing
-        return ops.route(
-            logits,
-            self.top_k,
-            score=routing.score,
-            bias=self.choice_bias,
-            group_score=routing.group_score,
-            num_groups=routing.num_groups,
-            topk_groups=routing.topk_groups,
-            normalize=routing.normalize,
-            sum_offset=routing.sum_offset,
-            sum_minimum=routing.sum_minimum,
-            scale=routing.scale,
-        )
 
 
 def _choice_bias(router: nn.Module, block: nn.Module) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ import gguf
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
+from moesaic.errors import UnsupportedModelError
 from moesaic.models.gguf_metadata import GgufMetadata
 from moesaic.models.tensor_ref import MlaRefs, TensorRef, Transform
 from moesaic.weights import TensorInfo
@@ -85,7 +86,12 @@ def split_head_order(num_heads: int, head_dim: int) -> np.ndarray:
 
     llama.cpp's llama architecture rotates pairs (0, 1), (2, 3), ...; transformers rotates (0, d/2), (1, d/2 + 1), ...
     The converter therefore interleaves the two halves of each head's rows; this is the inverse, int64 `[rows]`.
+
+    Raises:
+        UnsupportedModelError: `head_dim` is odd, so that there are no pairs.
     """
+    if head_dim % 2:
+        raise UnsupportedModelError(f"heads of {head_dim} values cannot be rotated in pairs: expected an even number.")
     stored = np.arange(num_heads * head_dim, dtype=np.int64).reshape(num_heads, head_dim // 2, 2)
     return stored.transpose(0, 2, 1).reshape(-1)
 

@@ -87,14 +87,16 @@ class Qwen3Next(Family):
 
     def special_refs(self, model: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> dict[str, TensorRef]:
         """The fused projection of the linear layers, from its two sorted parts."""
-        order = np.argsort(_sorted_rows(model.config))
         refs: dict[str, TensorRef] = {}
-        for layer in range(model.config.num_hidden_layers):
-            parts = [tensors.get(f"blk.{layer}.{name}.weight") for name in ("attn_qkv", "attn_gate")]
-            found = [whole(info) for info in parts if info is not None]
-            if len(found) == 2:
-                joined = JoinedRef.of(found, (len(order), model.config.hidden_size))
-                refs[f"model.layers.{layer}.linear_attn.in_proj_qkvz.weight"] = joined.select(order)
+        for name, wanted in model.state_dict().items():
+            if not name.endswith(".linear_attn.in_proj_qkvz.weight"):
+                continue
+            block = f"blk.{name.split('.')[2]}"
+            parts = [tensors.get(f"{block}.{part}.weight") for part in ("attn_qkv", "attn_gate")]
+            found = [whole(info) for info in parts if info is not None and len(info.shape) == 2]
+            if len(found) == 2 and sum(ref.shape[0] for ref in found) == wanted.shape[0]:
+                order = np.argsort(_sorted_rows(model.config))
+                refs[name] = JoinedRef.of(found, tuple(wanted.shape)).select(order)
         return refs
 
     def special_outputs(

@@ -58,7 +58,8 @@ def record(command: list[str], lines: list[str], columns: int, seconds: float) -
 def on_screen(printed: str) -> str:
     """What is left to see: a carriage return without a line feed overwrites its line (progress bars)."""
     text = re.sub(r"\x1b\[\?[0-9;]*[a-z]", "", printed).replace("\r\n", "\n")
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")).rstrip()
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join(lines).rstrip().removesuffix(PROMPT.strip()).rstrip()
 
 
 def main() -> None:
@@ -77,6 +78,7 @@ def main() -> None:
     arguments.image.parent.mkdir(parents=True, exist_ok=True)
     # No font from a foreign server: the reader's own monospace font will do.
     svg = re.sub(r"@font-face \{.*?\}\n", "", console.export_svg(title="moesaic"), flags=re.DOTALL)
+    svg = svg.replace("Fira Code, monospace", "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace")
     arguments.image.write_text(svg, encoding="utf-8")
 
 

@@ -1,4 +1,5 @@
-// The two halves of a pre-norm decoder layer, each as one call: attention block and feed-forward block.
+// The two halves of a pre-norm decoder layer, each as one call: attention block (grouped-query or latent) and
+// feed-forward block.
 //
 // They put together what kernels/ and ops/ compute and add no arithmetic of their own; what they save is the way back
 // to the caller between the steps. They know pointers and shapes, no model. All activations are float32.
@@ -7,6 +8,7 @@
 #include <cstdint>
 
 #include "formats/registry.h"
+#include "kernels/linear.h"
 #include "moe.h"
 #include "ops/attention.h"
 #include "ops/rotary.h"
@@ -41,6 +43,22 @@ struct AttentionBlock {
     float residual_scale;
 };
 
+// The same for multi-head latent attention on the latent cache, with kv_b absorbed (arXiv 2405.04434): the cache's keys
+// are latents, its values rotated keys, of one head each.
+struct LatentAttentionBlock {
+    NormWeight norm;
+    PackedMatrix q_a;  // format null: queries are projected by q_b alone
+    NormWeight q_a_norm;
+    PackedMatrix q_b, kv_a, o;
+    NormWeight kv_a_norm;
+    HeadMatrices k_b, v_b;  // per head: [nope, latent] if k_b_transposed, else [latent, nope]; and [value, latent]
+    bool k_b_transposed;
+    std::int64_t num_heads, nope_dim, rope_dim, latent_dim, value_dim;
+    RopeLayout rope_layout;
+    float scale;
+    float residual_scale;
+};
+
 // Room for keys and values [batch, num_kv_heads, capacity, head_dim] by strides, of which the first num_past tokens are
 // there; the call appends its own behind them.
 struct KeyValueCache {
@@ -66,6 +84,7 @@ struct AttentionBlockCall {
 };
 
 void attention_block(const AttentionBlock& block, const AttentionBlockCall& call);
+void latent_attention_block(const LatentAttentionBlock& block, const AttentionBlockCall& call);
 
 // x += residual_scale * (experts(norm(x)) + shared experts(norm(x)) [* sigmoid(gate)]).
 struct FeedForwardBlock {

@@ -33,50 +33,110 @@ Strides3 strides_of(const nb::tuple& t) {
     return {nb::cast<std::int64_t>(t[0]), nb::cast<std::int64_t>(t[1]), nb::cast<std::int64_t>(t[2])};
 }
 
+// __call__ of both kinds of attention.
+template <class Block, void (*kForward)(const Block&, const AttentionBlockCall&)>
+void bind_call(nb::class_<Block>& block) {
+    block.def(
+        "__call__",
+        [](const Block& self, Address x_ptr, std::int64_t batch, std::int64_t num_tokens, Address cos_ptr,
+           Address sin_ptr, const nb::tuple& angle_strides, Address keys_ptr, const nb::tuple& key_strides,
+           Address values_ptr, const nb::tuple& value_strides, int cache_type, std::int64_t num_past, int mask_type,
+           Address mask_ptr, const nb::tuple& mask_strides, Address out_ptr) {
+            AttentionBlockCall call{};
+            call.x = as_pointer<const float>(x_ptr);
+            call.batch = batch;
+            call.num_tokens = num_tokens;
+            call.cos = as_pointer<const float>(cos_ptr);
+            call.sin = as_pointer<const float>(sin_ptr);
+            call.angle_stride = strides_of(angle_strides);
+            call.cache = {as_pointer<void>(keys_ptr),         strides_of(key_strides),
+                          as_pointer<void>(values_ptr),       strides_of(value_strides),
+                          static_cast<CacheType>(cache_type), num_past};
+            call.mask_type = static_cast<MaskType>(mask_type);
+            call.mask = as_pointer<const void>(mask_ptr);
+            call.mask_stride = strides_of(mask_strides);
+            call.out = as_pointer<float>(out_ptr);
+            nb::gil_scoped_release release;
+            kForward(self, call);
+        },
+        "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "keys_ptr"_a,
+        "key_strides"_a, "values_ptr"_a, "value_strides"_a, "cache_type"_a, "num_past"_a, "mask_type"_a, "mask_ptr"_a,
+        "mask_strides"_a, "out_ptr"_a,
+        "out = x + residual_scale * attention of x; appends to the cache behind its num_past tokens.");
+}
+
+// (format, weights_ptr, rows, cols, matrix_bytes, row_step, first_row, num_rows), one such matrix per head.
+using HeadsTuple =
+    std::tuple<int, Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+
+HeadMatrices heads_of(const HeadsTuple& t, std::int64_t num_heads) {
+    const auto& [format, weights, rows, cols, matrix_bytes, row_step, first_row, num_rows] = t;
+    check_matrix(format_info(format), rows, cols);
+    return {&format_info(format),
+            rows,
+            cols,
+            as_pointer<const std::uint8_t>(weights),
+            matrix_bytes,
+            row_step,
+            num_heads,
+            first_row,
+            num_rows};
+}
+
 void bind_attention_block(nb::module_& m) {
-    nb::class_<AttentionBlock>(m, "AttentionBlock", "Norm, projections, rotary embedding, attention and residual.")
-        .def(
-            "__init__",
-            [](AttentionBlock* self, const NormTuple& norm, const MatrixTuple& q, const MatrixTuple& k,
-               const MatrixTuple& v, const MatrixTuple& o, std::int64_t num_heads, std::int64_t num_kv_heads,
-               std::int64_t head_dim, int head_norm, const NormTuple& q_norm, const NormTuple& k_norm, int rope_layout,
-               std::int64_t num_pairs, float scale, Address sinks_ptr, float residual_scale) {
-                new (self) AttentionBlock{norm_of(norm),   matrix_of(q),    matrix_of(k),
-                                          matrix_of(v),    matrix_of(o),    num_heads,
-                                          num_kv_heads,    head_dim,        static_cast<HeadNorm>(head_norm),
-                                          norm_of(q_norm), norm_of(k_norm), static_cast<RopeLayout>(rope_layout),
-                                          num_pairs,       scale,           as_pointer<const float>(sinks_ptr),
-                                          residual_scale};
-            },
-            "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "head_norm"_a,
-            "q_norm"_a, "k_norm"_a, "rope_layout"_a, "num_pairs"_a, "scale"_a, "sinks_ptr"_a, "residual_scale"_a)
-        .def(
-            "__call__",
-            [](const AttentionBlock& self, Address x_ptr, std::int64_t batch, std::int64_t num_tokens, Address cos_ptr,
-               Address sin_ptr, const nb::tuple& angle_strides, Address keys_ptr, const nb::tuple& key_strides,
-               Address values_ptr, const nb::tuple& value_strides, int cache_type, std::int64_t num_past, int mask_type,
-               Address mask_ptr, const nb::tuple& mask_strides, Address out_ptr) {
-                AttentionBlockCall call{};
-                call.x = as_pointer<const float>(x_ptr);
-                call.batch = batch;
-                call.num_tokens = num_tokens;
-                call.cos = as_pointer<const float>(cos_ptr);
-                call.sin = as_pointer<const float>(sin_ptr);
-                call.angle_stride = strides_of(angle_strides);
-                call.cache = {as_pointer<void>(keys_ptr),         strides_of(key_strides),
-                              as_pointer<void>(values_ptr),       strides_of(value_strides),
-                              static_cast<CacheType>(cache_type), num_past};
-                call.mask_type = static_cast<MaskType>(mask_type);
-                call.mask = as_pointer<const void>(mask_ptr);
-                call.mask_stride = strides_of(mask_strides);
-                call.out = as_pointer<float>(out_ptr);
-                nb::gil_scoped_release release;
-                attention_block(self, call);
-            },
-            "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "keys_ptr"_a,
-            "key_strides"_a, "values_ptr"_a, "value_strides"_a, "cache_type"_a, "num_past"_a, "mask_type"_a,
-            "mask_ptr"_a, "mask_strides"_a, "out_ptr"_a,
-            "out = x + residual_scale * attention of x; appends to the cache behind its num_past tokens.");
+    nb::class_<AttentionBlock> block(m, "AttentionBlock",
+                                     "Norm, projections, rotary embedding, attention and residual.");
+    block.def(
+        "__init__",
+        [](AttentionBlock* self, const NormTuple& norm, const MatrixTuple& q, const MatrixTuple& k,
+           const MatrixTuple& v, const MatrixTuple& o, std::int64_t num_heads, std::int64_t num_kv_heads,
+           std::int64_t head_dim, int head_norm, const NormTuple& q_norm, const NormTuple& k_norm, int rope_layout,
+           std::int64_t num_pairs, float scale, Address sinks_ptr, float residual_scale) {
+            new (self) AttentionBlock{norm_of(norm),   matrix_of(q),    matrix_of(k),
+                                      matrix_of(v),    matrix_of(o),    num_heads,
+                                      num_kv_heads,    head_dim,        static_cast<HeadNorm>(head_norm),
+                                      norm_of(q_norm), norm_of(k_norm), static_cast<RopeLayout>(rope_layout),
+                                      num_pairs,       scale,           as_pointer<const float>(sinks_ptr),
+                                      residual_scale};
+        },
+        "norm"_a, "q"_a, "k"_a, "v"_a, "o"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "head_norm"_a, "q_norm"_a,
+        "k_norm"_a, "rope_layout"_a, "num_pairs"_a, "scale"_a, "sinks_ptr"_a, "residual_scale"_a);
+    bind_call<AttentionBlock, attention_block>(block);
+}
+
+void bind_latent_attention_block(nb::module_& m) {
+    nb::class_<LatentAttentionBlock> block(m, "LatentAttentionBlock", "Multi-head latent attention, absorbed.");
+    block.def(
+        "__init__",
+        [](LatentAttentionBlock* self, const NormTuple& norm, const MatrixTuple& q_a, const NormTuple& q_a_norm,
+           const MatrixTuple& q_b, const MatrixTuple& kv_a, const NormTuple& kv_a_norm, const MatrixTuple& o,
+           const HeadsTuple& k_b, bool k_b_transposed, const HeadsTuple& v_b, std::int64_t num_heads,
+           std::int64_t nope_dim, std::int64_t rope_dim, std::int64_t latent_dim, std::int64_t value_dim,
+           int rope_layout, float scale, float residual_scale) {
+            auto* b = new (self) LatentAttentionBlock{};
+            b->norm = norm_of(norm);
+            b->q_a = matrix_of(q_a);
+            b->q_a_norm = norm_of(q_a_norm);
+            b->q_b = matrix_of(q_b);
+            b->kv_a = matrix_of(kv_a);
+            b->kv_a_norm = norm_of(kv_a_norm);
+            b->o = matrix_of(o);
+            b->k_b = heads_of(k_b, num_heads);
+            b->k_b_transposed = k_b_transposed;
+            b->v_b = heads_of(v_b, num_heads);
+            b->num_heads = num_heads;
+            b->nope_dim = nope_dim;
+            b->rope_dim = rope_dim;
+            b->latent_dim = latent_dim;
+            b->value_dim = value_dim;
+            b->rope_layout = static_cast<RopeLayout>(rope_layout);
+            b->scale = scale;
+            b->residual_scale = residual_scale;
+        },
+        "norm"_a, "q_a"_a, "q_a_norm"_a, "q_b"_a, "kv_a"_a, "kv_a_norm"_a, "o"_a, "k_b"_a, "k_b_transposed"_a, "v_b"_a,
+        "num_heads"_a, "nope_dim"_a, "rope_dim"_a, "latent_dim"_a, "value_dim"_a, "rope_layout"_a, "scale"_a,
+        "residual_scale"_a);
+    bind_call<LatentAttentionBlock, latent_attention_block>(block);
 }
 
 void bind_feed_forward_block(nb::module_& m) {
@@ -117,6 +177,7 @@ void bind_feed_forward_block(nb::module_& m) {
 
 void bind_blocks(nb::module_& m) {
     bind_attention_block(m);
+    bind_latent_attention_block(m);
     bind_feed_forward_block(m);
 }
 

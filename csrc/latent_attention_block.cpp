@@ -1,0 +1,84 @@
+#include "block_steps.h"
+
+namespace moesaic {
+
+namespace {
+
+std::int64_t query_width(const LatentAttentionBlock& b) { return b.num_heads * (b.nope_dim + b.rope_dim); }
+
+// q [tokens, heads * (nope + rope)] and compressed [tokens, latent + rope] from the normalised input.
+void project(const LatentAttentionBlock& b, const float* normed, std::int64_t num_tokens, Buffers& buffers, float* q,
+             float* compressed) {
+    const bool low_rank = b.q_a.format != nullptr;
+    float* first = low_rank ? buffers.take(padded(num_tokens * b.q_a.rows)) : q;
+    const LinearJob jobs[] = {job_of(low_rank ? b.q_a : b.q_b, first), job_of(b.kv_a, compressed)};
+    linear(jobs, {normed, b.kv_a.cols}, num_tokens);
+    if (!low_rank) return;
+    float* rank = buffers.take(padded(num_tokens * b.q_a.rows));
+    normalize(b.q_a_norm, first, b.q_a.rows, num_tokens, b.q_a.rows, rank);
+    const LinearJob second = job_of(b.q_b, q);
+    linear({&second, 1}, {rank, b.q_b.cols}, num_tokens);
+}
+
+void rotate(const LatentAttentionBlock& b, const AttentionBlockCall& c, float* q, float* compressed) {
+    const std::int64_t head = b.nope_dim + b.rope_dim, row = b.latent_dim + b.rope_dim;
+    RotaryArgs a = rotary_of(c, b.rope_layout, b.rope_dim / 2);
+    a.q = {q + b.nope_dim, projected(c, b.num_heads, head), b.num_heads, b.rope_dim, nullptr};
+    a.k = {compressed + b.latent_dim, projected(c, 1, row), 1, b.rope_dim, nullptr};
+    norm_and_rotate(a);
+}
+
+// mixed [tokens, heads, latent] = softmax over the cache of latents.
+void attend(const LatentAttentionBlock& b, const AttentionBlockCall& c, const float* q, const float* q_latent,
+            float* mixed) {
+    AttentionArgs a = attention_of(c, b.scale);
+    const Strides3 latents = projected(c, b.num_heads, b.latent_dim);
+    const Strides3 heads = projected(c, b.num_heads, b.nope_dim + b.rope_dim);
+    a.parts[0] = {q_latent, latents, c.cache.keys, c.cache.key_stride, b.latent_dim};
+    a.parts[1] = {q + b.nope_dim, heads, c.cache.values, c.cache.value_stride, b.rope_dim};
+    a.num_parts = 2;
+    a.v = c.cache.keys;
+    a.v_stride = c.cache.key_stride;
+    a.value_dim = b.latent_dim;
+    a.out = mixed;
+    a.out_stride = latents;
+    a.num_kv_heads = 1;
+    a.group = b.num_heads;
+    attention(a);
+}
+
+}  // namespace
+
+void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+    const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
+    const std::int64_t latents = b.num_heads * b.latent_dim, values = b.num_heads * b.value_dim;
+    Buffers buffers(num_tokens *
+                        (2 * hidden + query_width(b) + row + b.latent_dim + 2 * latents + values + 2 * b.q_a.rows) +
+                    10 * 16);
+    float* normed = buffers.take(padded(num_tokens * hidden));
+    float* q = buffers.take(padded(num_tokens * query_width(b)));
+    float* compressed = buffers.take(padded(num_tokens * row));
+    float* latent = buffers.take(padded(num_tokens * b.latent_dim));
+    float* q_latent = buffers.take(padded(num_tokens * latents));
+    float* mixed = buffers.take(padded(num_tokens * latents));
+    float* attended = buffers.take(padded(num_tokens * values));
+    float* output = buffers.take(padded(num_tokens * hidden));
+
+    normalize(b.norm, c.x, hidden, num_tokens, hidden, normed);
+    project(b, normed, num_tokens, buffers, q, compressed);
+    normalize(b.kv_a_norm, compressed, row, num_tokens, b.latent_dim, latent);
+    rotate(b, c, q, compressed);
+    append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
+    append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
+
+    const std::int64_t head = b.nope_dim + b.rope_dim;
+    const auto absorb = b.k_b_transposed ? linear_transposed_heads : linear_heads;
+    absorb(b.k_b, {q, b.num_heads * head, head}, {q_latent, latents, b.latent_dim}, num_tokens);
+    attend(b, c, q, q_latent, mixed);
+    linear_heads(b.v_b, {mixed, latents, b.latent_dim}, {attended, values, b.value_dim}, num_tokens);
+    const LinearJob last = job_of(b.o, output);
+    linear({&last, 1}, {attended, values}, num_tokens);
+    add_scaled(c.x, output, b.residual_scale, num_tokens, hidden, c.out);
+}
+
+}  // namespace moesaic

@@ -4,6 +4,7 @@
 #   make test        install what is needed and run the tests
 #   make check       formatting, lint, types
 #   make native      rebuild the extension incrementally
+#   make stubs       types of the extension's functions, from the extension itself
 #   make bench       measure this machine: kernels, decode, prefill
 #   make eval-demo   accuracies of the demo model, per task and language
 VENV        ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
@@ -14,7 +15,7 @@ MODEL       ?= demo
 SITE         = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('platlib'))")
 CPP          = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h')
 
-.PHONY: dev native check format test demo bench eval-demo
+.PHONY: dev native stubs check format test demo bench eval-demo
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
@@ -34,6 +35,9 @@ native:
 	else \
 		$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . -Cbuild-dir=$(BUILD) && touch $(BUILD)/.editable; \
 	fi
+
+stubs: native
+	$(PYTHON) -m nanobind.stubgen -q -m moesaic._native -o src/moesaic/_native.pyi
 
 check: dev
 	$(PYTHON) -m ruff check .

@@ -7,8 +7,25 @@ import torch
 
 from moesaic import _native
 from moesaic.errors import KernelError
-from moesaic.kernels import Activation, PackedExperts, PackedTensor, linear, moe_forward, ops
-from moesaic.kernels.blocks import AttentionBlock, FeedForwardBlock, Linear, Norm, RouteOptions
+from moesaic.kernels import (
+    Activation,
+    PackedExperts,
+    PackedTensor,
+    linear,
+    linear_heads,
+    linear_transposed_heads,
+    moe_forward,
+    ops,
+)
+from moesaic.kernels.blocks import (
+    AttentionBlock,
+    FeedForwardBlock,
+    HeadLinears,
+    LatentAttentionBlock,
+    Linear,
+    Norm,
+    RouteOptions,
+)
 from moesaic.quant import get_format, quantize
 
 HIDDEN, HEADS, KV_HEADS, DIM, PAIRS = 64, 6, 2, 32, 12
@@ -116,6 +133,87 @@ def test_attention_block_with_a_mask_and_shared_angles():
     expected = separate_steps(parts, x, *both, expected_keys, expected_values, 10, mask, **options)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
     assert torch.equal(keys, expected_keys)
+
+
+NOPE, ROPE, LATENT, VALUE, RANK = 32, 16, 64, 40, 32
+
+
+def latent_parts(low_rank, split):
+    parts = {
+        "norm": Norm(torch.randn(HIDDEN), 1e-5),
+        "q_b": Linear(packed(HEADS * (NOPE + ROPE), RANK if low_rank else HIDDEN)),
+        "kv_a": Linear(packed(LATENT + ROPE, HIDDEN), torch.randn(LATENT + ROPE)),
+        "kv_a_norm": Norm(torch.randn(LATENT), 1e-6),
+        "o": Linear(packed(HIDDEN, HEADS * VALUE, name="F32")),
+    }
+    if low_rank:
+        parts["q_a"], parts["q_a_norm"] = Linear(packed(RANK, HIDDEN)), Norm(torch.randn(RANK), 1e-6)
+    if split:
+        parts["k_b"] = HeadLinears(packed(LATENT, NOPE, HEADS), slice(None))
+        parts["v_b"] = HeadLinears(packed(VALUE, LATENT, HEADS), slice(None))
+    else:
+        kv_b = packed(HEADS * (NOPE + VALUE), LATENT)
+        parts["k_b"], parts["v_b"] = HeadLinears(kv_b, slice(0, NOPE)), HeadLinears(kv_b, slice(NOPE, NOPE + VALUE))
+    return parts
+
+
+def separate_latent_steps(parts, split, x, cos, sin, latents, rotary_keys, num_past, mask, scale):
+    """The latent attention block step by step; appends to the cache."""
+    batch, num_tokens, _ = x.shape
+    normed = ops.rms_norm(x.reshape(-1, HIDDEN), parts["norm"].weight, parts["norm"].eps)
+    if "q_a" in parts:
+        rank = linear(normed, parts["q_a"].weight)
+        query = linear(ops.rms_norm(rank, parts["q_a_norm"].weight, parts["q_a_norm"].eps), parts["q_b"].weight)
+    else:
+        query = linear(normed, parts["q_b"].weight)
+    query = query.view(batch, num_tokens, HEADS, NOPE + ROPE).transpose(1, 2)
+    compressed = linear(normed, parts["kv_a"].weight, parts["kv_a"].bias)
+    latent = ops.rms_norm(compressed[:, :LATENT], parts["kv_a_norm"].weight, parts["kv_a_norm"].eps)
+    k_rope = compressed[:, LATENT:].contiguous().view(batch, 1, num_tokens, ROPE)
+    q_rope = query[..., NOPE:]
+    ops.norm_and_rotate_(q_rope, k_rope, cos, sin, layout="interleaved_to_half")
+    end = num_past + num_tokens
+    latents[:, 0, num_past:end], rotary_keys[:, :, num_past:end] = latent.view(batch, num_tokens, LATENT), k_rope
+    rows = query[..., :NOPE].transpose(1, 2).flatten(0, 1)
+    k_b, v_b = parts["k_b"], parts["v_b"]
+    q_latent = linear_heads(rows, k_b.weight) if split else linear_transposed_heads(rows, k_b.weight, k_b.rows)
+    mixed = ops.mla_attention(
+        q_latent.view(batch, num_tokens, HEADS, LATENT).transpose(1, 2),
+        q_rope,
+        latents[:, 0, :end],
+        rotary_keys[:, 0, :end],
+        scale=scale,
+        causal_offset=num_past if mask is None else None,
+        mask=mask,
+    )
+    attended = linear_heads(mixed.transpose(1, 2).flatten(0, 1), v_b.weight, v_b.rows)
+    return x + linear(attended.view(batch * num_tokens, -1), parts["o"].weight).view(x.shape)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+@pytest.mark.parametrize("low_rank", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latent_attention_block(num_tokens, low_rank, split, dtype):
+    parts = latent_parts(low_rank, split)
+    block = LatentAttentionBlock(
+        **parts,
+        num_heads=HEADS,
+        nope_dim=NOPE,
+        rope_dim=ROPE,
+        scale=0.1,
+        k_b_transposed=not split,
+        rope_layout="interleaved_to_half",
+    )
+    latents, rotary_keys = torch.randn(2, 1, 30, LATENT).to(dtype), torch.randn(2, 1, 30, ROPE).to(dtype)
+    expected_latents, expected_keys = latents.clone(), rotary_keys.clone()
+    x, angles = torch.randn(2, num_tokens, HIDDEN), torch.rand(2, num_tokens, ROPE // 2)
+    cos, sin = angles.cos(), angles.sin()
+    for mask in (None, torch.rand(2, 1, num_tokens, 10 + num_tokens) < 0.7):
+        actual = block(x, cos, sin, latents, rotary_keys, 10, mask)
+        expected = separate_latent_steps(parts, split, x, cos, sin, expected_latents, expected_keys, 10, mask, 0.1)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(latents, expected_latents) and torch.equal(rotary_keys, expected_keys)
 
 
 def experts(num_experts, intermediate=96):

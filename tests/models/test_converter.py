@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.models.helpers import write_gguf
-from tests.tiny_models import FAMILIES, fill_with_pattern, make_tiny_model
+from tests.tiny_models import ALL_FAMILIES, fill_with_pattern, make_tiny_model
 
 from moesaic.weights import open_checkpoint
 
@@ -26,7 +26,7 @@ RECORD: dict[str, Any] = json.loads((Path(__file__).parent / "converter_output.j
 DIFFERENT = {"ernie4_5-moe.expert_shared_feed_forward_length"}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_export_equals_the_converter(family: str, tmp_path: Path) -> None:
     fill_with_pattern(make_tiny_model(family)).save_pretrained(tmp_path)
     ours = open_checkpoint(write_gguf(tmp_path / "model.gguf", tmp_path))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.models.helpers import logits, stock_from
-from tests.tiny_models import FAMILIES, tiny_config, tiny_inputs
+from tests.tiny_models import ALL_FAMILIES, tiny_config, tiny_inputs
 
 from moesaic.models import build_meta_model, build_weight_map, config_for, synthetic_checkpoint
 from moesaic.quant.formats import WeightFormat, get_format
@@ -21,7 +21,7 @@ def q4_k_where_it_fits(name: str, shape: tuple[int, ...]) -> WeightFormat:
     return get_format("Q4_K" if shape[-1] % 256 == 0 and not name.endswith("gate.weight") else "F32")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_every_family_runs(family: str) -> None:
     model = build_meta_model(tiny_config(family))
     checkpoint = synthetic_checkpoint(model, q4_k_where_it_fits)

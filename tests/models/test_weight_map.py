@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models.helpers import logits, stock_from, write_gguf
-from tests.tiny_models import FAMILIES, save_tiny, tiny_inputs
+from tests.tiny_models import ALL_FAMILIES, save_tiny, tiny_inputs
 
 from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.models import build_meta_model, build_weight_map, config_for, expert_modules
@@ -18,7 +18,7 @@ from moesaic.quant.formats import get_format
 from moesaic.weights import open_checkpoint
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_safetensors_feed_every_parameter(family: str, tmp_path: Path) -> None:
     stock = save_tiny(tmp_path, family)
     checkpoint = open_checkpoint(tmp_path)
@@ -31,7 +31,7 @@ def test_safetensors_feed_every_parameter(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(ours, tiny_inputs()), logits(stock, tiny_inputs()))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_gguf_feeds_every_parameter(family: str, tmp_path: Path) -> None:
     stock = save_tiny(tmp_path, family)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", tmp_path))
@@ -45,7 +45,7 @@ def test_gguf_feeds_every_parameter(family: str, tmp_path: Path) -> None:
     assert (logits(ours, tiny_inputs()) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_config_survives_gguf(family: str, tmp_path: Path) -> None:
     stock = save_tiny(tmp_path, family)
     checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", tmp_path))

@@ -16,6 +16,7 @@
 #include "formats/f16.h"
 #include "formats/f32.h"
 #include "formats/iq4_nl.h"
+#include "formats/iq4_xs.h"
 #include "formats/mxfp4.h"
 #include "formats/q2_k.h"
 #include "formats/q3_k.h"
@@ -43,4 +44,5 @@
     X(Q5_K)                        \
     X(Q6_K)                        \
     X(IQ4_NL)                      \
+    X(IQ4_XS)                      \
     X(MXFP4)

@@ -30,7 +30,5 @@ void quantize_q6_k(const float* x, const float* importance, std::int64_t cols, s
 void quantize_iq4_nl(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out);
 void quantize_iq4_xs(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out);
 void quantize_mxfp4(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out);
-void quantize_tq1_0(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out);
-void quantize_tq2_0(const float* x, const float* importance, std::int64_t cols, std::uint8_t* out);
 
 }  // namespace moesaic::quantize

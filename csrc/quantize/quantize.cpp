@@ -39,8 +39,6 @@ constexpr Row kRows[] = {
     {20, kLargestHalf, quantize_iq4_nl},
     {23, kLargestHalf, quantize_iq4_xs},
     {30, kLargestBfloat16, quantize_bf16},
-    {34, kLargestHalf, quantize_tq1_0},
-    {35, kLargestHalf, quantize_tq2_0},
     {39, kLargestHalf, quantize_mxfp4},
 };
 

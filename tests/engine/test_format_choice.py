@@ -48,6 +48,7 @@ def test_choice_by_role(role: str, shape: tuple[int, ...], projection: str, want
         ("experts", 288, "Q4_K", "Q5_0"),
         ("mlp", 288, "Q5_K", "Q5_1"),
         ("mlp", 288, "Q6_K", "Q8_0"),
+        ("mlp", 288, "IQ4_XS", "IQ4_NL"),
         ("embedding", 288, "Q4_K", "Q8_0"),
         ("attention", 128, "Q4_K", "Q8_0"),  # MLA's k_b
         ("mlp", 100, "Q4_K", "F16"),

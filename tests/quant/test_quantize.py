@@ -20,7 +20,7 @@ UNIFORM_MSE = {4: 0.1188, 8: 0.03744, 16: 0.01154, 32: 0.00349, 64: 0.00104}
 LEVELS = {
     "Q2_K": 4,
     "Q3_K": 8,
-    **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K", "IQ4_NL"), 16),
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q4_K", "IQ4_NL", "IQ4_XS"), 16),
     **dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), 32),
     "Q6_K": 64,
 }
@@ -118,9 +118,10 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
 
 def test_nonlinear_levels_beat_linear_ones_on_a_bell_curve() -> None:
     assert error(gaussian(), "IQ4_NL") < 0.92 * error(gaussian(), "Q4_0")
+    assert error(gaussian(), "IQ4_XS") < 0.93 * error(gaussian(), "Q4_0")
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
 def test_importance_lowers_the_error_that_it_weighs(name: str) -> None:
     x, fmt = gaussian(), get_format(name)
     importance = np.exp(2 * np.random.default_rng(9).standard_normal(x.shape[1])).astype(np.float32)

@@ -21,7 +21,7 @@ _PRECISE_ROLES = frozenset({"embedding", "lm_head"})
 _LEAST_PRECISE = "Q6_K"
 # Nearest format with blocks of 32 and no fewer bits, for rows that super-blocks of 256 do not divide.
 _SMALLER_BLOCKS: Mapping[str, str] = MappingProxyType(
-    {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+    {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 )
 _SMALL_BLOCKS_OF_ATTENTION = "Q8_0"  # such rows are per-head halves of MLA's kv_b: small, and every score passes them
 _NO_BLOCKS = "F16"

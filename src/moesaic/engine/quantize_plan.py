@@ -65,6 +65,7 @@ _FILE_TYPES: Mapping[str, gguf.LlamaFileType] = MappingProxyType(
         "Q5_K": gguf.LlamaFileType.MOSTLY_Q5_K_S,
         "Q6_K": gguf.LlamaFileType.MOSTLY_Q6_K,
         "IQ4_NL": gguf.LlamaFileType.MOSTLY_IQ4_NL,
+        "IQ4_XS": gguf.LlamaFileType.MOSTLY_IQ4_XS,
         "MXFP4": gguf.LlamaFileType.MOSTLY_MXFP4_MOE,
     }
 )

@@ -2,8 +2,8 @@
 
     python -m tests.models.record_converter PATH/TO/llama.cpp dots1 [more families]
 
-Needs a checkout of llama.cpp (its `conversion` and `gguf-py` packages are imported, nothing is built). Families that are
-not named keep their record. Run it in a process of its own: it puts llama.cpp's gguf package before the installed one.
+Needs a checkout of llama.cpp (its `conversion` and `gguf-py` packages are imported, nothing is built). Families that
+are not named keep their record. Run it in a process of its own: llama.cpp's gguf package goes before the installed one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gguf
@@ -15,7 +16,7 @@ from tests.tiny_models import ALL_FAMILIES, save_tiny, tiny_inputs
 from moesaic.errors import CheckpointError, UnsupportedModelError
 from moesaic.models import build_meta_model, build_weight_map, config_for, expert_modules
 from moesaic.quant.formats import get_format
-from moesaic.weights import open_checkpoint
+from moesaic.weights import GgufWriter, open_checkpoint
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
@@ -126,8 +127,6 @@ def test_fused_gguf_tensors(tmp_path: Path) -> None:
             floats[f"blk.{layer}.attn_qkv.{suffix}"] = np.concatenate(parts)
         parts = [floats.pop(f"blk.{layer}.ffn_{which}_exps.weight") for which in ("gate", "up")]
         floats[f"blk.{layer}.ffn_gate_up_exps.weight"] = np.concatenate(parts, axis=1)
-    from moesaic.weights import GgufWriter
-
     with GgufWriter(tmp_path / "fused.gguf", "qwen2moe") as writer:
         writer.add_metadata({key: value for key, value in plain.metadata.items() if key.startswith("qwen2moe.")})
         for name, values in floats.items():
@@ -135,9 +134,7 @@ def test_fused_gguf_tensors(tmp_path: Path) -> None:
         for name, values in floats.items():
             writer.write(name, values.view(np.uint8))
     checkpoint = open_checkpoint(tmp_path / "fused.gguf")
-    config = config_for(checkpoint) if plain.close() is None else None
-    assert config is not None
-    config.qkv_bias = True
+    config = config_for(checkpoint)
     weight_map = build_weight_map(build_meta_model(config), checkpoint)
     assert weight_map.missing == () and weight_map.unused == ()
     assert torch.equal(logits(stock_from(checkpoint, weight_map, config), tiny_inputs()), logits(stock, tiny_inputs()))
@@ -153,6 +150,34 @@ def test_extra_layers_are_reported_as_unused(tmp_path: Path) -> None:
     weight_map = build_weight_map(build_meta_model(config_for(checkpoint)), checkpoint)
     assert weight_map.missing == ()
     assert weight_map.unused == ("model.layers.3.eh_proj.weight",)
+
+
+def test_gguf_counts_extra_layers(tmp_path: Path) -> None:
+    """GLM-4.5's files count their multi-token prediction layer as a block; its end tokens are several."""
+    stock = save_tiny(tmp_path, "glm4_moe")
+    plain = open_checkpoint(write_gguf(tmp_path / "plain.gguf", tmp_path))
+    extra = {
+        "glm4moe.block_count": 4,
+        "glm4moe.nextn_predict_layers": 1,
+        "tokenizer.ggml.bos_token_id": 3,
+        "tokenizer.ggml.eos_token_id": 5,
+        "tokenizer.ggml.eot_token_id": 6,
+        "tokenizer.ggml.eom_token_id": 5,
+    }
+    with GgufWriter(tmp_path / "mtp.gguf", "glm4moe") as writer:
+        writer.add_metadata({key: plain.metadata[key] for key in plain.metadata if key.startswith("glm4moe.")} | extra)
+        for name, info in plain.tensors.items():
+            writer.declare(name, info.format, info.shape)
+        writer.declare("blk.3.nextn.eh_proj.weight", get_format("F32"), (256, 512))
+        for name in plain.tensors:
+            writer.write(name, plain.raw(name))
+        writer.write("blk.3.nextn.eh_proj.weight", np.zeros((256, 2048), np.uint8))
+    checkpoint = open_checkpoint(tmp_path / "mtp.gguf")
+    config = config_for(checkpoint)
+    assert (config.num_hidden_layers, config.bos_token_id, config.eos_token_id) == (3, 3, [5, 6])
+    weight_map = build_weight_map(build_meta_model(config), checkpoint)
+    assert weight_map.missing == () and weight_map.unused == ("blk.3.nextn.eh_proj.weight",)
+    assert torch.equal(logits(stock_from(checkpoint, weight_map, config), tiny_inputs()), logits(stock, tiny_inputs()))
 
 
 @pytest.mark.parametrize("lost", ["model.norm.weight", "model.layers.1.mlp.gate.e_score_correction_bias"])
@@ -222,8 +247,6 @@ def test_expert_refs_are_rows_times_k(tmp_path: Path) -> None:
 
 
 def test_unknown_architectures_are_refused_by_name(tmp_path: Path) -> None:
-    import json
-
     save_tiny(tmp_path, "olmoe")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))

@@ -107,13 +107,22 @@ class GgufMetadata:
             raise self._error(f"{self.architecture}.{key}", f"is {_short(value)}: expected a boolean for each layer")
         return [bool(item) for item in value[: self.num_layers]]
 
-    def special_tokens(self) -> dict[str, int | None]:
-        """Ids of the begin, end and padding token; None where the file names none."""
-        ids: dict[str, int | None] = {}
-        for field, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-            value = self._checkpoint.metadata.get(f"tokenizer.ggml.{key}_token_id")
-            ids[field] = value if type(value) is int and 0 <= value < self.vocab_size else None
-        return ids
+    def special_tokens(self) -> dict[str, int | list[int] | None]:
+        """Ids of the begin, padding and end tokens; None where the file names none.
+
+        Ends of a turn and of a message end an answer too, so there may be several end tokens.
+        """
+        ends = [number for key in ("eos", "eot", "eom") if (number := self._token_id(key)) is not None]
+        ends = list(dict.fromkeys(ends))
+        return {
+            "bos_token_id": self._token_id("bos"),
+            "pad_token_id": self._token_id("padding"),
+            "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+        }
+
+    def _token_id(self, key: str) -> int | None:
+        value = self._checkpoint.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        return value if type(value) is int and 0 <= value < self.vocab_size else None
 
     def unsupported(self, key: str, found: object, expected: str) -> UnsupportedModelError:
         """The error for a value that is well formed but asks for something that we cannot do."""

@@ -30,5 +30,5 @@ class Qwen2Moe(Family):
         sparse = set(metadata.layers_with("ffn_gate_inp.weight"))
         return super().config_fields(metadata) | {
             "mlp_only_layers": [layer for layer in range(metadata.num_layers) if layer not in sparse],
-            "qkv_bias": metadata.has_tensor("blk.0.attn_q.bias"),
+            "qkv_bias": metadata.has_tensor("blk.0.attn_q.bias") or metadata.has_tensor("blk.0.attn_qkv.bias"),
         }

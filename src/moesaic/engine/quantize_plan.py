@@ -231,9 +231,9 @@ class _Chooser:
             notes.append(f"{_some(tensors)}: already {name}, so errors add up: quantise the original where you can.")
         if self._unknown:
             notes.append(f"{_some(self._unknown)}: copied as they are, because the model has no such parameters.")
-        for rule in () if self._rules is None else self._rules.rules:
-            if rule not in self._used:
-                notes.append(f"{self._rules.source}:{rule.line}: no tensor matches this rule ({rule}).")
+        if self._rules is not None:
+            unused = (rule for rule in self._rules.rules if rule not in self._used)
+            notes += [f"{self._rules.source}:{rule.line}: no tensor matches this rule ({rule})." for rule in unused]
         return notes
 
 

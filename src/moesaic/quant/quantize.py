@@ -104,7 +104,7 @@ def _checked_importance(importance: np.ndarray, cols: int, name: str) -> np.ndar
     if not np.isfinite(mean) or weights.min(initial=0.0) < 0 or mean == 0:
         raise QuantizationError(f"{name}: importance must be finite, at least 0 and not all 0.")
     scaled = weights / np.float32(mean)  # only ratios matter, and squares of large weights must not overflow
-    return np.maximum(scaled, np.float32(1e-6))
+    return scaled.clip(min=np.float32(1e-6))
 
 
 def _unrepresentable(row: np.ndarray, index: int, fmt: WeightFormat, name: str) -> QuantizationError:

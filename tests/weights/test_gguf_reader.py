@@ -14,7 +14,7 @@ from tests.weights.gguf_bytes import Tensor, gguf
 from moesaic.errors import CheckpointError, ModelNotFoundError, UnsupportedFormatError
 from moesaic.weights import Checkpoint, open_checkpoint
 
-F32, Q4_0, Q4_K, IQ1_S = 0, 2, 12, 19
+F32, Q4_0, Q4_K = 0, 2, 12
 
 
 def write(tmp_path: Path, content: bytes, name: str = "model.gguf") -> Path:
@@ -161,10 +161,10 @@ def test_defects(defect: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value), "the message names the file"
 
 
-@pytest.mark.parametrize("kind", [IQ1_S, 39, 999])
-def test_formats_that_cannot_be_read_are_named(kind: int, tmp_path: Path) -> None:
-    path = write(tmp_path, gguf(tensors=[Tensor("blk.0.x", (256,), kind, 0)], data=bytes(512)))
-    with pytest.raises(UnsupportedFormatError, match=rf"model\.gguf.*blk\.0\.x.*{kind}"):
+@pytest.mark.parametrize(("kind", "name"), [(24, "I8"), (28, "F64"), (31, "unknown type"), (999, "unknown type")])
+def test_formats_that_cannot_be_read_are_named(kind: int, name: str, tmp_path: Path) -> None:
+    path = write(tmp_path, gguf(tensors=[Tensor("blk.0.x", (256,), kind, 0)], data=bytes(2048)))
+    with pytest.raises(UnsupportedFormatError, match=rf"model\.gguf.*blk\.0\.x.*{name}.*{kind}"):
         open_checkpoint(path)
 
 

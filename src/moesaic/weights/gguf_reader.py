@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
+import gguf
 import numpy as np
 
 from moesaic.errors import CheckpointError, UnsupportedFormatError
@@ -169,7 +170,9 @@ def _tensor_info(path: Path, tensor: GgufTensor) -> TensorInfo:
     try:
         weight_format = format_from_ggml(tensor.ggml_type)
     except UnsupportedFormatError as error:
-        raise UnsupportedFormatError(f"{path}: '{tensor.name}': {error}") from error
+        known = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+        name = known.get(tensor.ggml_type, "of an unknown type")
+        raise UnsupportedFormatError(f"{path}: '{tensor.name}' is {name}: {error}") from error
     cols = tensor.dims[0]
     if cols % weight_format.block_size:
         raise CheckpointError(

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 
 from moesaic.errors import CheckpointError, UnsupportedFormatError
-from moesaic.quant.formats import get_format
+from moesaic.quant.formats import format_from_safetensors_dtype
 from moesaic.weights.checkpoint import TensorInfo, find_tensor
 from moesaic.weights.mapped_file import MappedFile
 
@@ -29,7 +29,6 @@ SINGLE = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_JSON_BYTES = 1 << 26
 MAX_DIMS = 8
-_FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 
 
 def holds_safetensors(folder: Path) -> bool:
@@ -193,11 +192,11 @@ def _stored_tensor(file: MappedFile, start: int, name: str, entry: object) -> _S
     if not isinstance(entry, dict):
         raise CheckpointError(file.path, f"is described by {type(entry).__name__}: expected an object.", name)
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _FLOATS:
-        raise UnsupportedFormatError(
-            f"{file.path}: '{name}' has the dtype {reprlib.repr(dtype)}: this version reads {', '.join(_FLOATS)}; "
-            "use a BF16 checkpoint or a GGUF of this model."
-        )
+    try:
+        weight_format = format_from_safetensors_dtype(dtype if isinstance(dtype, str) else reprlib.repr(dtype))
+    except UnsupportedFormatError as error:
+        advice = "use a BF16 checkpoint or a GGUF of this model"
+        raise UnsupportedFormatError(f"{file.path}: '{name}': {error} ({advice})") from error
     if not _is_size_list(shape, MAX_DIMS) or not _is_size_list(offsets, 2) or len(offsets) != 2:
         raise CheckpointError(
             file.path,
@@ -209,7 +208,6 @@ def _stored_tensor(file: MappedFile, start: int, name: str, entry: object) -> _S
         raise CheckpointError(
             file.path, f"lies at {offsets} of a data section of {file.size - start} bytes: the file is truncated.", name
         )
-    weight_format = get_format(_FLOATS[dtype])
     nbytes = math.prod(shape) * weight_format.block_bytes
     if nbytes != end - begin or nbytes == 0:
         raise CheckpointError(

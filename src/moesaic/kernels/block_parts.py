@@ -64,7 +64,9 @@ class HeadLinears:
     weight: PackedTensor
     rows: slice
 
-    def arguments(self, name: str, heads: int, num_rows: int, cols: int) -> tuple[int, ...]:
+    def arguments(
+        self, name: str, heads: int, num_rows: int, cols: int
+    ) -> tuple[int, int, int, int, int, int, int, int]:
         """What the extension has to know of them; KernelError unless each head has `num_rows` rows of `cols`."""
         w, (first, end, step) = self.weight, self.rows.indices(self.weight.rows)
         stacked = w.num_matrices > 1 or heads == 1

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from moesaic.kernels import PackedTensor, linear, linear_heads, linear_multi, linear_transposed_heads, ops
+from moesaic.kernels.blocks import HeadLinears, LatentAttentionBlock, Linear, Norm
 from moesaic.kernels.ops import rms_norm
+from moesaic.kvcache import GrowingCache, GrowingLayer
 from moesaic.modules.families import RopeLayout
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
@@ -45,6 +47,34 @@ class MlaAttention:
         self.nope_dim, self.rope_dim = module.qk_nope_head_dim, module.qk_rope_head_dim
         self.latent_dim, self.value_dim = module.kv_lora_rank, module.v_head_dim
         self.split: tuple[PackedTensor, PackedTensor] | None = getattr(module, SPLIT_KV_B, None)
+        self.block = self._block(norm) if isinstance(norm, RMSNorm) else None
+
+    def _block(self, norm: RMSNorm) -> LatentAttentionBlock:
+        """All of it as one native call, for the absorbed form."""
+        module, low_rank = self.module, getattr(self.module, "q_a_proj", None) is not None
+        value_rows = slice(self.nope_dim, self.nope_dim + self.value_dim)
+        if self.split is None:
+            kv_b = module.kv_b_proj.packed
+            k_b, v_b = HeadLinears(kv_b, slice(0, self.nope_dim)), HeadLinears(kv_b, value_rows)
+        else:
+            k_b, v_b = (HeadLinears(part, slice(None)) for part in self.split)
+        return LatentAttentionBlock(
+            norm=Norm(norm.weight, norm.eps),
+            q_a=_linear(module.q_a_proj) if low_rank else None,
+            q_a_norm=_norm(module.q_a_layernorm) if low_rank else None,
+            q_b=_linear(module.q_b_proj if low_rank else module.q_proj),
+            kv_a=_linear(module.kv_a_proj_with_mqa),
+            kv_a_norm=_norm(module.kv_a_layernorm),
+            k_b=k_b,
+            v_b=v_b,
+            o=_linear(module.o_proj),
+            num_heads=self.num_heads,
+            nope_dim=self.nope_dim,
+            rope_dim=self.rope_dim,
+            scale=self.scaling,
+            k_b_transposed=self.split is None,
+            rope_layout=self.rope_layout,
+        )
 
     @classmethod
     def of(
@@ -78,6 +108,12 @@ class MlaAttention:
 
     def __call__(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
         """Attend; arguments as those of `GqaAttention`."""
+        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
+        if self.block is not None and isinstance(layer, GrowingLayer) and not self._expanding_pays(x.shape[1]):
+            latents, rotary_keys, num_past = layer.reserve(x, 1, self.latent_dim, self.rope_dim)
+            out = self.block(x.contiguous(), *self.angles(positions), latents, rotary_keys, num_past, mask)
+            layer.advance(x.shape[1])
+            return out
         normed = self.norm(x).view(-1, x.shape[-1])
         out = self.attend(normed, x.shape[0], positions, mask, cache).view(x.shape)
         return ops.add_scaled_(out, x)
@@ -191,3 +227,11 @@ class MlaAttention:
         else:
             values = linear_heads(rows, self.split[1])
         return values.view(mixed.shape[0], mixed.shape[2], self.num_heads, -1)
+
+
+def _linear(projection: PackedLinear) -> Linear:
+    return Linear(projection.packed, projection.bias)
+
+
+def _norm(norm: RMSNorm) -> Norm:
+    return Norm(norm.weight, norm.eps)

@@ -38,7 +38,7 @@ class MlaAttention:
         angles: of the model's rotary embedding.
     """
 
-    def __init__(self, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
+    def __init__(self, module: Any, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
         self.norm = norm
         self.angles = angles
         self.module, self.layer_idx = module, module.layer_idx

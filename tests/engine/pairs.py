@@ -7,11 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from tests.tiny_models import save_tiny
 from transformers import PreTrainedModel
 
 from moesaic.engine.loader import load, prepare
 from moesaic.placement import Rules
-from tests.tiny_models import save_tiny
 
 __all__ = ["checkpoint_of", "load_tiny", "pair", "relative_error"]
 

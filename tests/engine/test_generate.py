@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.engine.pairs import pair
+from tests.tiny_models import FAMILIES, tiny_inputs
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCriteriaList
 
 from moesaic.kvcache import GrowingCache
-from tests.engine.pairs import pair
-from tests.tiny_models import FAMILIES, tiny_inputs
 
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 

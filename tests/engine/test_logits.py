@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.engine.pairs import pair, relative_error
+from tests.tiny_models import FAMILIES, tiny_inputs
 from transformers import DynamicCache
 
 from moesaic.kvcache import GrowingCache
-from tests.engine.pairs import pair, relative_error
-from tests.tiny_models import FAMILIES, tiny_inputs
 
 TOLERANCE = 1e-4
 """Largest difference of any logit divided by the largest logit (the issue's bound); float32 sums in another order."""

@@ -12,9 +12,12 @@ import pytest
 import torch
 from tests.cli.test_chat import PROMPT, Terminal
 from tests.cli.test_main import moesaic_command
+from tests.tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moesaic.cli.main import main
+from moesaic.engine import presets
+from moesaic.engine.presets import PRESETS, Preset
 from moesaic.placement import Hardware, hardware
 from moesaic.placement.hardware import NumaNode
 
@@ -177,3 +180,21 @@ def test_bench_of_a_model(what: str, tiny_folder: Path, capsys: pytest.CaptureFi
         assert result["bandwidth_share"] == pytest.approx(expected / result["read_bandwidth"])
     else:
         assert result["gigabytes_per_second"] is None
+
+
+def test_bench_of_random_weights_extrapolates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tiny_config("deepseek_v3", num_hidden_layers=6).to_dict()
+    fields = {key: small[key] for key in PRESETS["deepseek-v3"].values}
+    monkeypatch.setattr(presets, "PRESETS", {"tiny": Preset("for this test", "deepseek_v3", fields)})
+    bench = ["bench", "decode", "--synthetic", "tiny", "--format", "Q8_0", "--tokens", "4", "--repeat", "1"]
+    assert main([*bench, "--layers", "2", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["num_layers"], result["total_layers"], result["weight_format"]) == (2, 6, "Q8_0")
+    slower = 1 - result["layer_share"] + 3 * result["layer_share"]
+    assert result["extrapolated_tokens_per_second"] == pytest.approx(result["tokens_per_second"] / slower)
+    assert main([*bench, "--prompt-tokens", "600"]) == 1
+    assert "context is 512" in capsys.readouterr().err
+    assert main([*bench, "--layers", "1"]) == 0
+    assert "extrapolated (not measured) to all 6 layers" in capsys.readouterr().out

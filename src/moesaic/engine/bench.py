@@ -217,7 +217,10 @@ class _Bench:
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
         prompt = torch.randint(vocab_size, (1, self._prompt_tokens), generator=self._random)
-        config = GenerationConfig(max_new_tokens=self._new_tokens, do_sample=False, pad_token_id=0)
+        # No token has this number, so no run ends early.
+        config = GenerationConfig(
+            max_new_tokens=self._new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
+        )
         clock = _Clock(mark)
         with torch.no_grad():
             self._model.generate(

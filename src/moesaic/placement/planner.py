@@ -153,13 +153,14 @@ class _Planner:
         mla = self._weight_map.mla(name) if self._roles[name] == "attention" else None
         if mla is not None:
             yield from (_Stack("k_b", mla.k_b, packed), _Stack("v_b", mla.v_b, packed))
-        # A router is small, and its choice flips on the smallest error: it stays float32.
-        packed = packed and self._roles[name] != "router" and type(module).__name__ in _PACKED_CLASSES
+        packed = packed and (self._roles[name] == "router" or type(module).__name__ in _PACKED_CLASSES)
         for key, _ in _own_tensors(module):
             yield _Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and key == "weight")
 
     def _format(self, rule: Rule, name: str, stack: _Stack) -> WeightFormat:
         """The format in which a matrix is held."""
+        if self._roles[name] == "router":
+            return get_format("F32")  # small, and its choice flips on the smallest error
         stored = {ref.format.name for ref in stack.refs}
         wanted = rule.format_of(stack.projection if stack.key != "weight" else _projection(name))
         if wanted == KEEP:

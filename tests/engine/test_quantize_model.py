@@ -125,6 +125,8 @@ rules:
     format: Q8_0
   - match: {role: shared_experts}
     format: Q8_0
+  - match: {role: [norm, router]}
+    format: Q8_0
 """,
         "mine.yaml",
     )
@@ -134,7 +136,10 @@ rules:
     assert formats["blk.0.ffn_gate_exps.weight"] == "Q4_K"
     assert formats["blk.2.attn_q.weight"] == "Q8_0"
     assert formats["blk.2.attn_q_norm.weight"] == "F32"
-    assert result.notes[-1] == "mine.yaml:7: no tensor matches this rule (role: shared_experts)."
+    assert result.notes[-2:] == (
+        "mine.yaml:7: no tensor matches this rule (role: shared_experts).",
+        "mine.yaml:9: changes nothing (role: norm | router): norms, routers and vectors stay F32.",
+    )
     assert "no tokenizer" in result.notes[0]
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from moesaic.placement.rules import DEFAULT_RULE, KEEP, Rule
 from moesaic.quant import WeightFormat, get_format
 
-__all__ = ["FormatChoice", "choose_format"]
+__all__ = ["FormatChoice", "choose_format", "may_be_quantized"]
 
 _F32_ROLES = frozenset({"norm", "router"})
 _PRECISE_ROLES = frozenset({"embedding", "lm_head"})
@@ -41,6 +41,15 @@ class FormatChoice:
     note: str | None = None
 
 
+def may_be_quantized(role: str, projection: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is worth quantising: norms, routers, vectors, single rows and short convolutions are not.
+
+    Args: as for `choose_format`.
+    """
+    is_matrix = len(shape) >= 2 and shape[-2] > 1 and shape[-1] >= _SHORTEST_ROW and not projection.endswith("bias")
+    return is_matrix and role not in _F32_ROLES
+
+
 def choose_format(
     role: str, projection: str, shape: tuple[int, ...], source: WeightFormat, wanted: WeightFormat, rule: Rule
 ) -> FormatChoice:
@@ -54,7 +63,7 @@ def choose_format(
         wanted: format asked for the whole file.
         rule: the first rule that matches the module, or `DEFAULT_RULE`.
     """
-    if role in _F32_ROLES or not _is_matrix(projection, shape):
+    if not may_be_quantized(role, projection, shape):
         return FormatChoice(get_format("F32"))
     if rule is not DEFAULT_RULE:
         by_rule = rule.format_of(projection)
@@ -63,11 +72,6 @@ def choose_format(
     if role in _PRECISE_ROLES and wanted.bits_per_weight < least.bits_per_weight:
         wanted = least
     return _fit(wanted, role, shape[-1])
-
-
-def _is_matrix(projection: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is worth quantising: vectors, single rows and convolutions over a few steps are not."""
-    return len(shape) >= 2 and shape[-2] > 1 and shape[-1] >= _SHORTEST_ROW and not projection.endswith("bias")
 
 
 def _fit(wanted: WeightFormat, role: str, cols: int) -> FormatChoice:

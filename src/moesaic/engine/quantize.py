@@ -76,16 +76,14 @@ def quantize_checkpoint(
         progress: called with bytes of the checkpoint that have been read, see `engine.packing.Progress`.
 
     Raises:
-        UnsupportedFormatError: `fmt` cannot be written.
+        UnsupportedFormatError: `fmt`, or a format that a rule asks for, cannot be written.
         ConfigError: the output is part of the checkpoint, its folder does not exist or has too little room.
         CheckpointError: the checkpoint lacks tensors of the model, or holds weights that the format cannot.
         UnsupportedModelError: the architecture, or its form in GGUF, is not known.
         OSError: the file system refuses a write.
     """
-    if fmt not in WRITABLE_FORMATS:
-        names = ", ".join(candidate.name for candidate in WRITABLE_FORMATS)
-        raise UnsupportedFormatError(f"{fmt.name} can be read but not written: choose one of {names}.")
     plan = make_quantize_plan(checkpoint, fmt, rules)
+    _check_formats(plan)
     _check_output(output, checkpoint, plan)
     with (
         LoadProgress(progress, plan.source_nbytes, "Quantising") as report,
@@ -136,6 +134,17 @@ def _blocks(
         matrix = "" if part.index is None else f"matrix {part.index}, "
         file = checkpoint.tensors[part.sources[0]].file
         raise CheckpointError(file, f"{matrix}{error}", tensor=part.name) from error
+
+
+def _check_formats(plan: QuantizePlan) -> None:
+    """Refuse formats that have no quantiser, unless a tensor only keeps what it has."""
+    for tensor in plan.tensors:
+        kept = all(part.format == tensor.format and not _is_computed(part) for part in tensor.parts)
+        if tensor.format not in WRITABLE_FORMATS and not kept:
+            names = ", ".join(candidate.name for candidate in WRITABLE_FORMATS)
+            raise UnsupportedFormatError(
+                f"{tensor.name}: {tensor.format.name} can be read but not written: choose one of {names}."
+            )
 
 
 def _check_output(output: Path, checkpoint: Checkpoint, plan: QuantizePlan) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 from transformers import PreTrainedModel
 
-from moesaic.engine.format_choice import choose_format
+from moesaic.engine.format_choice import choose_format, may_be_quantized
 from moesaic.errors import CheckpointError, TokenizerError
 from moesaic.models import (
     TensorRef,
@@ -204,6 +204,7 @@ class _Chooser:
         self._fmt, self._rules = fmt, rules
         self._roles = module_roles(model)
         self._classes = {name: type(module).__name__ for name, module in model.named_modules()}
+        self._matched: set[Rule] = set()
         self._used: set[Rule] = set()
         self._fallbacks: dict[str, list[str]] = defaultdict(list)
         self._unknown: list[str] = []
@@ -217,8 +218,11 @@ class _Chooser:
         module, _, projection = output.parameter.rpartition(".")
         role = self._roles[module]
         rule = DEFAULT_RULE if self._rules is None else self._rules.find(module, role, self._classes[module])
-        self._used.add(rule)
-        choice = choose_format(role, _projection(module, projection), output.shape, source, self._fmt, rule)
+        self._matched.add(rule)
+        projection = _projection(module, projection)
+        if may_be_quantized(role, projection, output.shape):
+            self._used.add(rule)
+        choice = choose_format(role, projection, output.shape, source, self._fmt, rule)
         if choice.note is not None:
             self._fallbacks[choice.note].append(output.name)
         if source.is_quantized and choice.format != source:
@@ -232,8 +236,12 @@ class _Chooser:
         if self._unknown:
             notes.append(f"{_some(self._unknown)}: copied as they are, because the model has no such parameters.")
         if self._rules is not None:
-            unused = (rule for rule in self._rules.rules if rule not in self._used)
-            notes += [f"{self._rules.source}:{rule.line}: no tensor matches this rule ({rule})." for rule in unused]
+            for rule in self._rules.rules:
+                where = f"{self._rules.source}:{rule.line}"
+                if rule not in self._matched:
+                    notes.append(f"{where}: no tensor matches this rule ({rule}).")
+                elif rule not in self._used:
+                    notes.append(f"{where}: changes nothing ({rule}): norms, routers and vectors stay F32.")
         return notes
 
 

@@ -1,6 +1,6 @@
 // Which instruction set runs, and how an op that is written once is found for it.
 //
-// An op that is compiled once per instruction set has three parts (kernels/memory_probe.* is the shortest example):
+// An op that is compiled once per instruction set has three parts (ops/norm.* is a short example):
 //
 //   1. foo.h        struct FooKernels { void (*row)(const float* x, float* y, int n); };   // plain function pointers
 //                   MOESAIC_DECLARE_KERNELS(FooKernels, foo_kernels)

@@ -67,10 +67,34 @@ void gather_queries(const AttentionArgs& a, const AttentionTask& task, const Wor
     }
 }
 
+// Dimensions [0, dim / 32 * 32) of sixteen bfloat16 keys become columns: pairs of values are moved as if they were
+// floats and split afterwards, which halves the shuffles. Returns how many dimensions are done.
+int64_t transpose_bf16_pairs(const uint16_t* from, int64_t stride, int64_t num_keys, int64_t dim, float* to) {
+    int64_t i = 0;
+    for (; i + 32 <= dim; i += 32) {
+        vf pairs[16];
+        for (int k = 0; k < 16; ++k) {
+            pairs[k] = k < num_keys ? load(reinterpret_cast<const float*>(from + k * stride + i)) : set1(0.0f);
+        }
+        transpose(pairs);
+        for (int k = 0; k < 16; ++k) {
+            uint16_t column[32];
+            __builtin_memcpy(column, &pairs[k], sizeof(column));
+            vf even, odd;
+            load_bf16_pairs(column, even, odd);
+            store(to + (i + 2 * k) * 16, even);
+            store(to + (i + 2 * k + 1) * 16, odd);
+        }
+    }
+    return i;
+}
+
 // Sixteen keys (missing ones are zero) become columns: to[i] holds value i of each of them.
 template <class Load>
 void transpose_keys(const typename Load::Element* from, int64_t stride, int64_t num_keys, int64_t dim, float* to) {
-    for (int64_t i = 0; i < dim; i += 16) {
+    int64_t i = 0;
+    if constexpr (Load::kIsBF16) i = transpose_bf16_pairs(from, stride, num_keys, dim, to);
+    for (; i < dim; i += 16) {
         vf tile[16];
         const int width = dim - i < 16 ? static_cast<int>(dim - i) : 16;
         for (int k = 0; k < 16; ++k) {

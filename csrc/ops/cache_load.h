@@ -2,6 +2,7 @@
 
 struct LoadF32 {
     using Element = float;
+    static constexpr bool kIsBF16 = false;
     static vf full(const float* p) { return load(p); }
     static vf partial(const float* p, int n) { return load_n(p, n); }
 };
@@ -13,6 +14,7 @@ MOESAIC_INLINE void copy_first(const uint16_t* p, int n, uint16_t (&to)[16]) {
 
 struct LoadBF16 {
     using Element = uint16_t;
+    static constexpr bool kIsBF16 = true;
     static vf full(const uint16_t* p) { return load_bf16(p); }
     static vf partial(const uint16_t* p, int n) {
         uint16_t first[16];
@@ -23,6 +25,7 @@ struct LoadBF16 {
 
 struct LoadF16 {
     using Element = uint16_t;
+    static constexpr bool kIsBF16 = false;
     static vf full(const uint16_t* p) { return load_f16(p); }
     static vf partial(const uint16_t* p, int n) {
         uint16_t first[16];

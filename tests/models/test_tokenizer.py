@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -110,13 +111,44 @@ def test_byte_level_tokenizers_lose_nothing(text: str, tmp_path: Path) -> None:
     assert rebuilt.decode(rebuilt(text)["input_ids"]) == text
 
 
+SPLITS: dict[str, tuple[str, list[str]]] = {
+    "gpt-2": ("It's  12345 days\n\nx", ["It", "'s", " ", " 12345", " days", "\n", "\n", "x"]),
+    "llama-bpe": ("I'LL pay 12345!\n\n  x", ["I", "'LL", " pay", " ", "123", "45", "!\n\n", " ", " x"]),
+    "qwen2": ("I'LL pay 12345!\n\n  x", ["I", "'LL", " pay", " ", *"12345", "!\n\n", " ", " x"]),
+    "gpt-4o": ("HelloWorld'S can't 1234 a/b\n", ["Hello", "World'S", " can't", " ", "123", "4", " a", "/b", "\n"]),
+    "tekken": ("HelloWorld 1234", ["Hello", "World", " ", *"1234"]),
+    "deepseek-v3": ("ab12345你好！ (x)", ["ab", "123", "45", "你好", "！", " (", "x", ")"]),
+    "kimi-k2": ("Hello你好world 1234", ["Hello", "你好", "world", " ", "123", "4"]),
+    "refact": ("a 12", ["a", " ", "1", "2"]),
+    "bailingmoe": ("It's 12\n\nx", ["It", "'s", " ", "1", "2", "\n\n", "x"]),
+}
+
+
+@pytest.mark.parametrize("pre_name", SPLITS)
+def test_texts_split_as_published(pre_name: str) -> None:
+    """By hand from the models' published patterns, so that a slip in the table is seen."""
+    text, expected = SPLITS[pre_name]
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in PRE_TOKENIZERS[pre_name].patterns]
+    assert [piece for piece, _ in pre_tokenizers.Sequence(steps).pre_tokenize_str(text)] == expected
+
+
+def test_the_pattern_of_qwen_is_that_of_transformers() -> None:
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert PRE_TOKENIZERS["qwen2"].patterns == (PRETOKENIZE_REGEX,)
+
+
 def test_sentencepiece_against_its_library(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("\n".join(CORPUS))
+    rng = Random(0)
+    syllables = ["ba", "bar", "ra", "rab", "ab", "ar", "a", "in", "ing", "ring", "st", "str", "tra", "an", "and"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(400)]
+    lines = [" ".join(rng.choices(words, k=12)) for _ in range(300)]
+    (tmp_path / "corpus.txt").write_text("\n".join([*CORPUS, *lines]))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"),
         model_prefix=str(tmp_path / "spm"),
         model_type="bpe",
-        vocab_size=420,
+        vocab_size=900,
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
@@ -140,7 +172,7 @@ def test_sentencepiece_against_its_library(tmp_path: Path) -> None:
     }
     loaded = load_tokenizer(gguf_with(tmp_path / "m.gguf", metadata))
     assert loaded.inexact is not None and "special tokens" in loaded.inexact
-    for text in [*CORPUS[:4], "hello  world", "x", "🙂 smile"]:
+    for text in [*CORPUS[:4], *lines[:50], "".join(words), "hello  world", "x", "🙂 smile"]:
         ids = original.encode(text)
         assert loaded.tokenizer(text)["input_ids"] == [original.bos_id(), *ids], text
         assert loaded.tokenizer.decode(ids) == original.decode(ids)

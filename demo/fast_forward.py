@@ -32,8 +32,8 @@ def fake_quantize(weight: Tensor) -> Tensor:
     return result
 
 
-def _cast(weights: list[Tensor], quantize: bool) -> list[Tensor]:
-    return [(fake_quantize(w) if quantize else w).bfloat16() for w in weights]
+def _cast(weights: list[Tensor], quantize: bool, dtype: torch.dtype) -> list[Tensor]:
+    return [(fake_quantize(w) if quantize else w).to(dtype) for w in weights]
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -113,12 +113,13 @@ class FastForward:
     Args:
         model: a stock `DeepseekV3ForCausalLM` whose parameters are used and trained.
         compile_pieces: compile with torch.compile (on a GPU); plain eager otherwise.
+        dtype: of weights and activations in matrix products.
     """
 
-    def __init__(self, model: nn.Module, compile_pieces: bool) -> None:
+    def __init__(self, model: nn.Module, compile_pieces: bool, dtype: torch.dtype = torch.bfloat16) -> None:
         self.model: Any = model
         config: Any = model.config
-        self.config = config
+        self.config, self.dtype = config, dtype
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.route = (
             config.num_experts_per_tok,
@@ -141,7 +142,7 @@ class FastForward:
         angle = (position[:, None] * inverse).repeat(rows, 1)
         cos, sin = angle.cos(), angle.sin()
         valid = ids.flatten() != 0
-        x = F.embedding(ids.flatten(), self.model.model.embed_tokens.weight).bfloat16()
+        x = F.embedding(ids.flatten(), self.model.model.embed_tokens.weight).to(self.dtype)
         loads = []
         for layer in self.model.model.layers:
             x = self._attend(layer, x, cos, sin, rows, quantize)
@@ -159,10 +160,10 @@ class FastForward:
 
     def logits(self, states: Tensor) -> Tensor:
         """States [N, H] -> float32 logits [N, vocab]."""
-        return F.linear(states, self.model.lm_head.weight.bfloat16()).float()
+        return F.linear(states, self.model.lm_head.weight.to(self.dtype)).float()
 
     def _matrices(self, weights: list[Tensor], quantize: bool) -> list[Tensor]:
-        result: list[Tensor] = self._cast(weights, quantize)
+        result: list[Tensor] = self._cast(weights, quantize, self.dtype)
         return result
 
     def _attend(self, layer: Any, x: Tensor, cos: Tensor, sin: Tensor, rows: int, quantize: bool) -> Tensor:

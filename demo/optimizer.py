@@ -23,7 +23,7 @@ _ADAM_BETAS = (0.9, 0.98)
 def _orthogonalize(stack: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices to a stack [n, rows, cols], about."""
     a, b, c = _NS_COEFFICIENTS
-    x = stack.bfloat16()
+    x = stack.bfloat16() if stack.is_cuda else stack  # bf16 is enough, and fast where the chip has it
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -46,9 +46,9 @@ def _derived(ref: TensorRef, rows: Rows, then: Transform | None, keeps: bool) ->
     return {"shape": shape, "format": ref.format if keeps or not ref.format.is_quantized else get_format("F32")}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TensorRef:
-    """A piece of one checkpoint tensor, as a parameter wants it.
+    """A piece of one checkpoint tensor, as a parameter wants it; two references are equal if they are the same object.
 
     Attributes:
         name: the tensor's name in the checkpoint.
@@ -123,7 +123,7 @@ class TensorRef:
         return raw, shape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class JoinedRef(TensorRef):
     """A parameter that is made of several references.
 

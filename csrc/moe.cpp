@@ -9,6 +9,7 @@
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
 #include "thread_pool.h"
+#include "work_queue.h"
 
 namespace moesaic {
 
@@ -59,6 +60,28 @@ Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t 
     return a;
 }
 
+// Up to 32 rows of a matrix.
+struct Rows {
+    std::int64_t first, of_matrix, cols;
+    std::int64_t here() const { return std::min(kPair, of_matrix - first); }
+};
+
+// out[t][0..31] = those rows of an expert's matrix, which begin at `panels`, times the tokens, plus the bias. `next`:
+// what this thread will probably read afterwards.
+void multiply_rows(const ExpertMatrices& m, const MatmulKernels* kernels, const Rows& rows, std::int64_t expert,
+                   const std::uint8_t* panels, const void* const* tokens, std::int64_t num_tokens, float* out,
+                   const std::uint8_t* next) {
+    const int num_panels = static_cast<int>((rows.here() + 15) / 16);
+    kernels[m.format->index].matmul(panels, num_panels, rows.cols, tokens, num_tokens, out, next);
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+        float* y = out + t * kOutputStride;
+        std::fill(y + 16 * num_panels, y + kOutputStride, 0.0f);
+        if (m.bias == nullptr) continue;
+        const float* bias = m.bias + expert * rows.of_matrix + rows.first;
+        for (std::int64_t r = 0; r < rows.here(); ++r) y[r] += bias[r];
+    }
+}
+
 // One call in flight: what its work items share.
 class Forward {
   public:
@@ -72,10 +95,10 @@ class Forward {
         std::vector<const void*> tokens;
     };
 
-    void expand_item(std::int64_t active, std::int64_t pair, Buffers& buffers);
+    void expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers);
     void contract_item(std::int64_t pair, Buffers& buffers);
-    void project(const ExpertMatrices& m, std::int64_t rows, std::int64_t cols, std::int64_t expert, std::int64_t pair,
-                 const void* const* tokens, std::int64_t num_tokens, float* out) const;
+    const std::uint8_t* inner_address(const ExpertMatrices& m, std::int64_t item) const;
+    const std::uint8_t* down_address(std::int64_t active, std::int64_t pair) const;
     std::int64_t num_slots(std::int64_t active) const { return a_.first[active + 1] - a_.first[active]; }
 
     const Experts& e_;
@@ -84,7 +107,7 @@ class Forward {
     float* out_;
     const MatmulKernels* kernels_;
     PreparedTokens input_;                           // of gate and up
-    std::int64_t inner_stride_;                      // intermediate, padded to pairs
+    std::int64_t inner_pairs_;                       // of the intermediate rows
     AlignedArray<float> inner_;                      // input of down for every slot, in the form
     AlignedArray<ActivationGroup> inner_quantized_;  // that its format wants
 };
@@ -99,98 +122,100 @@ Forward::Forward(const Experts& experts, const Assignment& assignment, const flo
       input_(num_tokens, experts.hidden,
              experts.up.format->quantized || (experts.gate.format != nullptr && experts.gate.format->quantized),
              [&](std::int64_t t) { return x + t * x_stride; }),
-      inner_stride_((experts.intermediate + kPair - 1) / kPair * kPair) {
-    const auto size = static_cast<std::size_t>(inner_stride_) * a_.slots.size();
+      inner_pairs_((experts.intermediate + kPair - 1) / kPair) {
+    const auto size = static_cast<std::size_t>(inner_pairs_) * a_.slots.size();
     if (e_.down.format->quantized) {
-        inner_quantized_.reserve(size / kPair);
+        inner_quantized_.reserve(size);
     } else {
-        inner_.reserve(size);
+        inner_.reserve(size * kPair);
     }
 }
 
-// out[t][0..31] = rows [32 pair, 32 pair + 32) of one expert's matrix times the tokens, plus the bias.
-void Forward::project(const ExpertMatrices& m, std::int64_t rows, std::int64_t cols, std::int64_t expert,
-                      std::int64_t pair, const void* const* tokens, std::int64_t num_tokens, float* out) const {
-    const std::int64_t panel_bytes = m.format->panel_bytes(cols), first_row = pair * kPair;
-    const int rows_here = static_cast<int>(std::min(kPair, rows - first_row));
-    const int num_panels = (rows_here + 15) / 16;
-    const std::uint8_t* panels[kMaxPanels];
-    for (int p = 0; p < num_panels; ++p) {
-        panels[p] = m.weights + expert * m.matrix_bytes + (first_row / 16 + p) * panel_bytes;
-    }
-    kernels_[m.format->index].matmul(panels, num_panels, cols, tokens, num_tokens, out);
-    for (std::int64_t t = 0; t < num_tokens; ++t) {
-        float* y = out + t * kOutputStride;
-        std::fill(y + 16 * num_panels, y + kOutputStride, 0.0f);
-        if (m.bias == nullptr) continue;
-        const float* bias = m.bias + expert * rows + first_row;
-        for (int r = 0; r < rows_here; ++r) y[r] += bias[r];
-    }
+// Where the panels of an item of gate or up begin.
+const std::uint8_t* Forward::inner_address(const ExpertMatrices& m, std::int64_t item) const {
+    const std::int64_t expert = a_.experts[item / inner_pairs_], pair = item % inner_pairs_;
+    return m.weights + expert * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden);
+}
+
+const std::uint8_t* Forward::down_address(std::int64_t active, std::int64_t pair) const {
+    return e_.down.weights + a_.experts[active] * e_.down.matrix_bytes +
+           pair * kMaxPanels * e_.down.format->panel_bytes(e_.intermediate);
 }
 
 // 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
-void Forward::expand_item(std::int64_t active, std::int64_t pair, Buffers& buffers) {
+void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers) {
     const ActivationKernels& kernels = activation_kernels();
-    const std::int64_t count = num_slots(active), first = a_.first[active], expert = a_.experts[active];
+    const std::int64_t active = item / inner_pairs_, pair = item % inner_pairs_;
+    const std::int64_t count = num_slots(active), first = a_.first[active];
     buffers.tokens.resize(static_cast<std::size_t>(count));
-    auto tokens_for = [&](const FormatInfo& format) {
-        const void* const* all = input_.tokens(format.quantized);
+    auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
+        const void* const* all = input_.tokens(m.format->quantized);
         for (std::int64_t i = 0; i < count; ++i) buffers.tokens[i] = all[a_.slots[first + i].token];
-        return buffers.tokens.data();
+        const Rows rows{pair * kPair, e_.intermediate, e_.hidden};
+        multiply_rows(m, kernels_, rows, a_.experts[active], inner_address(m, item), buffers.tokens.data(), count, out,
+                      then);
     };
     float* up = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
     float* gate = nullptr;
     if (e_.gate.format != nullptr) {
         gate = buffers.gate.reserve(static_cast<std::size_t>(count * kPair));
-        project(e_.gate, e_.intermediate, e_.hidden, expert, pair, tokens_for(*e_.gate.format), count, gate);
+        project(e_.gate, gate, inner_address(e_.up, item));
     }
-    project(e_.up, e_.intermediate, e_.hidden, expert, pair, tokens_for(*e_.up.format), count, up);
+    project(e_.up, up, next);
     kernels.activate(e_.activation, gate, up, count * kPair, up);
     for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = (first + i) * inner_stride_ + pair * kPair;
+        const std::int64_t at = (first + i) * inner_pairs_ + pair;
         if (e_.down.format->quantized) {
-            kernels.quantize(up + i * kPair, 1, inner_quantized_.data() + at / kPair);
+            kernels.quantize(up + i * kPair, 1, inner_quantized_.data() + at);
         } else {
-            std::memcpy(inner_.data() + at, up + i * kPair, kPair * sizeof(float));
+            std::memcpy(inner_.data() + at * kPair, up + i * kPair, kPair * sizeof(float));
         }
     }
 }
 
 // 32 rows of the output: the weighted sum of down over all experts.
 void Forward::contract_item(std::int64_t pair, Buffers& buffers) {
-    const std::int64_t first_row = pair * kPair, rows_here = std::min(kPair, e_.hidden - first_row);
+    const auto num_active = static_cast<std::int64_t>(a_.experts.size());
+    const Rows rows{pair * kPair, e_.hidden, e_.intermediate};
     for (std::int64_t t = 0; t < num_tokens_; ++t) {
-        std::fill_n(out_ + t * e_.hidden + first_row, rows_here, 0.0f);
+        std::fill_n(out_ + t * e_.hidden + rows.first, rows.here(), 0.0f);
     }
-    for (std::int64_t active = 0; active < static_cast<std::int64_t>(a_.experts.size()); ++active) {
+    for (std::int64_t active = 0; active < num_active; ++active) {
         const std::int64_t count = num_slots(active), first = a_.first[active];
         buffers.tokens.resize(static_cast<std::size_t>(count));
         for (std::int64_t i = 0; i < count; ++i) {
-            const std::int64_t at = (first + i) * inner_stride_;
-            buffers.tokens[i] = e_.down.format->quantized
-                                    ? static_cast<const void*>(inner_quantized_.data() + at / kPair)
-                                    : inner_.data() + at;
+            const std::int64_t at = (first + i) * inner_pairs_;
+            buffers.tokens[i] = e_.down.format->quantized ? static_cast<const void*>(inner_quantized_.data() + at)
+                                                          : inner_.data() + at * kPair;
         }
         float* y = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
-        project(e_.down, e_.hidden, e_.intermediate, a_.experts[active], pair, buffers.tokens.data(), count, y);
+        const bool last = active + 1 == num_active;
+        multiply_rows(e_.down, kernels_, rows, a_.experts[active], down_address(active, pair), buffers.tokens.data(),
+                      count, y, last ? down_address(0, pair + 1) : down_address(active + 1, pair));
         for (std::int64_t i = 0; i < count; ++i) {
             const Slot& slot = a_.slots[first + i];
-            float* out = out_ + slot.token * e_.hidden + first_row;
-            for (std::int64_t r = 0; r < rows_here; ++r) out[r] += slot.weight * y[i * kPair + r];
+            float* out = out_ + slot.token * e_.hidden + rows.first;
+            for (std::int64_t r = 0; r < rows.here(); ++r) out[r] += slot.weight * y[i * kPair + r];
         }
     }
 }
 
 void Forward::run() {
-    const std::int64_t inner_pairs = inner_stride_ / kPair, outer_pairs = (e_.hidden + kPair - 1) / kPair;
-    Counter inner_items(static_cast<std::int64_t>(a_.experts.size()) * inner_pairs), outer_items(outer_pairs);
-    thread_pool().run([&](Team& team) {
+    const std::int64_t num_items = static_cast<std::int64_t>(a_.experts.size()) * inner_pairs_;
+    const std::int64_t outer_pairs = (e_.hidden + kPair - 1) / kPair;
+    const ExpertMatrices& read_first = e_.gate.format != nullptr ? e_.gate : e_.up;
+    ThreadPool& pool = thread_pool();
+    WorkQueue inner_items(num_items, pool.num_threads()), outer_items(outer_pairs, pool.num_threads());
+    pool.run([&](Team& team) {
         static thread_local Buffers buffers;
-        for (std::int64_t item, end; inner_items.next(item, end);) {
-            expand_item(item / inner_pairs, item % inner_pairs, buffers);
+        for (std::int64_t item; (item = inner_items.next(team.thread())) >= 0;) {
+            const std::uint8_t* next = item + 1 < num_items
+                                           ? inner_address(read_first, item + 1)
+                                           : down_address(0, team.thread() * outer_pairs / team.num_threads());
+            expand_item(item, next, buffers);
         }
         team.barrier();
-        for (std::int64_t item, end; outer_items.next(item, end);) contract_item(item, buffers);
+        for (std::int64_t item; (item = outer_items.next(team.thread())) >= 0;) contract_item(item, buffers);
     });
 }
 

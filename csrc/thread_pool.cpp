@@ -5,6 +5,8 @@
 
 #include <chrono>
 #include <exception>
+#include <map>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -175,39 +177,50 @@ void Team::barrier() {
 
 namespace {
 
-std::mutex pool_mutex;
-std::shared_ptr<ThreadPool> pool;
+// The pools that were ever asked for, by number of threads. None is destroyed, so that a reference to one stays good
+// while another thread changes the number; those not in use are asleep.
+struct Pools {
+    std::mutex mutex;
+    std::map<int, std::unique_ptr<ThreadPool>> by_size;
+    ThreadPool* current = nullptr;
 
-// A forked child has the memory of the pool but not its threads: forget it (leaking it once) and start afresh.
-void forget_pool_after_fork() {
-    new (&pool) std::shared_ptr<ThreadPool>();
-    new (&pool_mutex) std::mutex();
-}
-
-ThreadPool& pool_of_process() {
-    std::lock_guard lock(pool_mutex);
-    if (!pool) {
-        static const int registered = pthread_atfork(nullptr, nullptr, forget_pool_after_fork);
-        (void)registered;
-        pool = std::make_shared<ThreadPool>(num_usable_cores());
+    ThreadPool& use(int num_threads) {
+        auto& pool = by_size[num_threads];
+        if (!pool) pool = std::make_unique<ThreadPool>(num_threads);
+        return *(current = pool.get());
     }
-    return *pool;
+};
+
+// Never destroyed either: threads may still use it while the process ends.
+Pools* pools = nullptr;
+
+Pools& pools_of_process() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        pools = new Pools;
+        // A forked child has the memory of the pools but not their threads: it leaves them alone and starts afresh.
+        pthread_atfork(nullptr, nullptr, [] { pools = new Pools; });
+    });
+    return *pools;
 }
 
 }  // namespace
 
-ThreadPool& thread_pool() { return pool_of_process(); }
+ThreadPool& thread_pool() {
+    Pools& all = pools_of_process();
+    std::lock_guard lock(all.mutex);
+    return all.current != nullptr ? *all.current : all.use(num_usable_cores());
+}
 
-int num_threads() { return pool_of_process().num_threads(); }
+int num_threads() { return thread_pool().num_threads(); }
 
 void set_num_threads(int num_threads) {
     if (num_threads < 1 || num_threads > 1024) {
         throw std::invalid_argument("number of threads is " + std::to_string(num_threads) + ": expected 1 to 1024");
     }
-    if (pool_of_process().num_threads() == num_threads) return;
-    auto replacement = std::make_shared<ThreadPool>(num_threads);
-    std::lock_guard lock(pool_mutex);
-    pool.swap(replacement);
+    Pools& all = pools_of_process();
+    std::lock_guard lock(all.mutex);
+    all.use(num_threads);
 }
 
 }  // namespace moesaic

@@ -81,10 +81,10 @@ class ThreadPool {
     std::unique_ptr<State> state_;
 };
 
-// The pool of this process, made on first use with the usable cores.
+// The pool of this process, made on first use with the usable cores; the reference stays good for ever.
 ThreadPool& thread_pool();
 int num_threads();
-// Replace the pool; waits for a task in flight. Throws std::invalid_argument unless 1 <= num_threads <= 1024.
+// Use another number of threads from the next call on. Throws std::invalid_argument unless 1 <= num_threads <= 1024.
 void set_num_threads(int num_threads);
 
 }  // namespace moesaic

@@ -127,6 +127,7 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
 }
 
 MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace moesaic

@@ -177,6 +177,8 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
 }
 
 MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
+// into the second-level cache only
+MOESAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 }  // namespace
 }  // namespace moesaic

@@ -23,7 +23,8 @@ constexpr int kChains = T == 1 ? 8 : (T == 2 ? 4 : 2);
 
 // out[t][0..15] for T tokens and one panel, straight from the packed bytes.
 template <class F, int T>
-void direct_float(const uint8_t* panel, int64_t cols, const float* const* tokens, float* out) {
+void direct_float(const uint8_t* panel, const WeightStream& stream, int64_t cols, const float* const* tokens,
+                  float* out) {
     constexpr int kN = kChains<T>;
     vf sums[T][kN];
     for (int t = 0; t < T; ++t) {
@@ -31,6 +32,7 @@ void direct_float(const uint8_t* panel, int64_t cols, const float* const* tokens
     }
     int64_t k = 0;
     for (; k + kN <= cols; k += kN) {
+        prefetch_bytes<16 * kN * F::kBlockBytes>(WeightStream::ahead_of(stream, panel));
         MOESAIC_UNROLL
         for (int c = 0; c < kN; c += F::kStep, panel += 16 * F::kStep * F::kBlockBytes) {
             vf weights[F::kStep];
@@ -80,34 +82,44 @@ void multiply_float(const float (*weights)[16 * kFloatChunk], int num_cols, cons
     }
 }
 
+// multiply_float() for as many tokens as there are, at most T.
 template <int T, int P>
-void multiply_float_rest(const float (*weights)[16 * kFloatChunk], int num_cols, const float* const* tokens,
-                         int64_t num_tokens, int64_t first_col, float* out) {
-    if constexpr (T > 0) {
-        if (num_tokens == T) return multiply_float<T, P>(weights, num_cols, tokens, first_col, out);
-        multiply_float_rest<T - 1, P>(weights, num_cols, tokens, num_tokens, first_col, out);
+void multiply_float_up_to(const float (*weights)[16 * kFloatChunk], int num_cols, const float* const* tokens,
+                          int64_t num_tokens, int64_t first_col, float* out) {
+    if constexpr (T > 1) {
+        if (num_tokens < T) {
+            return multiply_float_up_to<T - 1, P>(weights, num_cols, tokens, num_tokens, first_col, out);
+        }
     }
+    multiply_float<T, P>(weights, num_cols, tokens, first_col, out);
 }
 
 template <int P>
 void multiply_float_all(const float (*weights)[16 * kFloatChunk], int num_cols, const float* const* tokens,
                         int64_t num_tokens, int64_t first_col, float* out) {
-    int64_t t = 0;
-    for (; t + kBlockTokens <= num_tokens; t += kBlockTokens) {
-        multiply_float<kBlockTokens, P>(weights, num_cols, tokens + t, first_col, out + t * kOutputStride);
+    for (int64_t t = 0; t < num_tokens;) {
+        const int64_t here = next_token_block(num_tokens - t);
+        multiply_float_up_to<kBlockTokens, P>(weights, num_cols, tokens + t, here, first_col, out + t * kOutputStride);
+        t += here;
     }
-    multiply_float_rest<kBlockTokens - 1, P>(weights, num_cols, tokens + t, num_tokens - t, first_col,
-                                             out + t * kOutputStride);
 }
 
 template <class F>
-void float_matmul_many(const uint8_t* const* panels, int num_panels, int64_t cols, const float* const* tokens,
-                       int64_t num_tokens, float* out) {
+void float_matmul_many(const uint8_t* panels, int num_panels, int64_t cols, const float* const* tokens,
+                       int64_t num_tokens, float* out, const uint8_t* next) {
+    constexpr int64_t kChunkBytes = int64_t{kFloatChunk} * 16 * F::kBlockBytes;
     alignas(64) float weights[kMaxPanels][16 * kFloatChunk];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
+    const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
     for (int64_t first = 0; first < cols; first += kFloatChunk) {
         const int here = static_cast<int>(cols - first < kFloatChunk ? cols - first : kFloatChunk);
-        for (int p = 0; p < num_panels; ++p) convert_cols<F>(panels[p], first, here, weights[p]);
+        const bool last = first + kFloatChunk >= cols;
+        for (int p = 0; p < num_panels; ++p) {
+            const uint8_t* panel = panels + p * panel_bytes;
+            convert_cols<F>(panel, first, here, weights[p]);
+            prefetch_chunk(last ? next + p * panel_bytes : panel + (first / kFloatChunk + 1) * kChunkBytes,
+                           kChunkBytes);
+        }
         if (num_panels == kBlockPanels) {
             multiply_float_all<kBlockPanels>(weights, here, tokens, num_tokens, first, out);
             continue;
@@ -120,23 +132,27 @@ void float_matmul_many(const uint8_t* const* panels, int num_panels, int64_t col
 
 // direct_float() for as many tokens as there are, at most T.
 template <class F, int T>
-void direct_float_up_to(const uint8_t* const* panels, int num_panels, int64_t cols, const float* const* tokens,
-                        int64_t num_tokens, float* out) {
+void direct_float_up_to(const uint8_t* panels, int num_panels, int64_t cols, const float* const* tokens,
+                        int64_t num_tokens, float* out, const uint8_t* next) {
     if constexpr (T > 1) {
         if (num_tokens < T) {
-            return direct_float_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out);
+            return direct_float_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out, next);
         }
     }
-    for (int p = 0; p < num_panels; ++p) direct_float<F, T>(panels[p], cols, tokens, out + 16 * p);
+    const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
+    const WeightStream stream{panels + num_panels * panel_bytes, next};
+    for (int p = 0; p < num_panels; ++p) {
+        direct_float<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
+    }
 }
 
 template <class F>
-void float_matmul(const uint8_t* const* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
-                  int64_t num_tokens, float* out) {
+void float_matmul(const uint8_t* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
+                  int64_t num_tokens, float* out, const uint8_t* next) {
     const auto* tokens = reinterpret_cast<const float* const*>(opaque_tokens);
     if (num_tokens > kDirectTokens) {
-        float_matmul_many<F>(panels, num_panels, cols, tokens, num_tokens, out);
+        float_matmul_many<F>(panels, num_panels, cols, tokens, num_tokens, out, next);
     } else {
-        direct_float_up_to<F, kDirectTokens>(panels, num_panels, cols, tokens, num_tokens, out);
+        direct_float_up_to<F, kDirectTokens>(panels, num_panels, cols, tokens, num_tokens, out, next);
     }
 }

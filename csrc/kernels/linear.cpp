@@ -9,6 +9,7 @@
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
 #include "thread_pool.h"
+#include "work_queue.h"
 
 namespace moesaic {
 
@@ -22,20 +23,24 @@ std::int64_t num_pairs(const LinearJob& job) {
     return (job.first_row % 16 + job.num_rows + kOutputStride - 1) / kOutputStride;
 }
 
-// One pair of panels of a job for all tokens.
+// Where a pair of panels of a job begins.
+const std::uint8_t* pair_address(const LinearJob& job, std::int64_t pair) {
+    return job.weights + (job.first_row / 16 + pair * kMaxPanels) * job.format->panel_bytes(job.cols);
+}
+
+// One pair of panels of a job for all tokens. `next`: what this thread will probably read afterwards.
 void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair, const void* const* tokens,
-                   std::int64_t num_tokens, AlignedArray<float>& sums) {
+                   std::int64_t num_tokens, AlignedArray<float>& sums, const std::uint8_t* next) {
     const std::int64_t top = job.first_row / 16 * 16 + pair * kOutputStride;  // row of the matrix
     const std::int64_t begin = std::max(top, job.first_row);
     const std::int64_t end = std::min(top + kOutputStride, job.first_row + job.num_rows);
-    const std::int64_t panel_bytes = job.format->panel_bytes(job.cols);
-    const std::uint8_t* panels[kMaxPanels];
+    const std::uint8_t* panels = pair_address(job, pair);
     const int num_panels = static_cast<int>((end - top + 15) / 16);
-    for (int p = 0; p < num_panels; ++p) panels[p] = job.weights + (top / 16 + p) * panel_bytes;
     for (std::int64_t first = 0; first < num_tokens; first += kTokensPerPass) {
         const std::int64_t here = std::min(kTokensPerPass, num_tokens - first);
         float* y = sums.reserve(static_cast<std::size_t>(here * kOutputStride));
-        kernels.matmul(panels, num_panels, job.cols, tokens + first, here, y);
+        const bool last = first + here == num_tokens;
+        kernels.matmul(panels, num_panels, job.cols, tokens + first, here, y, last ? next : panels);
         for (std::int64_t t = 0; t < here; ++t) {
             float* out = job.out + (first + t) * job.out_stride - job.first_row;
             const float* sum = y + t * kOutputStride - top;
@@ -81,15 +86,20 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
         return inputs.x + i / num_tokens * inputs.input_stride + i % num_tokens * inputs.token_stride;
     });
     const MatmulKernels* kernels = matmul_table().formats;
-    Counter items(first_item.back());
-    thread_pool().run([&](Team&) {
+    ThreadPool& pool = thread_pool();
+    WorkQueue items(first_item.back(), pool.num_threads());
+    pool.run([&](Team& team) {
         static thread_local AlignedArray<float> sums;
-        std::size_t j = 0;
-        for (std::int64_t item, end; items.next(item, end);) {
-            while (item >= first_item[j + 1]) ++j;  // a thread's items only grow
-            const LinearJob& job = jobs[j];
+        for (std::int64_t item; (item = items.next(team.thread())) >= 0;) {
+            const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
+            const LinearJob& job = jobs[static_cast<std::size_t>(after - first_item.begin() - 1)];
+            const std::int64_t pair = item - *(after - 1);
             const void* const* tokens = prepared.tokens(job.format->quantized) + job.input * num_tokens;
-            multiply_pair(job, kernels[job.format->index], item - first_item[j], tokens, num_tokens, sums);
+            // The item after this one: usually the next pair, else the first of the next job.
+            const bool last = item + 1 == *after;
+            const std::uint8_t* next =
+                last && after + 1 != first_item.end() ? pair_address((&job)[1], 0) : pair_address(job, pair + 1);
+            multiply_pair(job, kernels[job.format->index], pair, tokens, num_tokens, sums, next);
         }
     });
 }

@@ -13,10 +13,11 @@ constexpr int kMaxTransposedTokens = 4;
 constexpr int kTransposedCols = 256;
 
 struct MatmulKernels {
-    // out[t][16 p + r] = row r of panels[p] times token t. A token is `cols` floats for a float format, `cols / 32`
-    // ActivationGroups for a quantised one. Weights are read once for up to 4 tokens or once in all for more.
-    void (*matmul)(const std::uint8_t* const* panels, int num_panels, std::int64_t cols, const void* const* tokens,
-                   std::int64_t num_tokens, float* out);
+    // out[t][16 p + r] = row r of panel p times token t. A token is `cols` floats for a float format, `cols / 32`
+    // ActivationGroups for a quantised one. Panels lie one after the other from `panels` on; weights are read once
+    // whatever num_tokens. `next` is where the caller will read afterwards, fetched ahead of time.
+    void (*matmul)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const void* const* tokens,
+                   std::int64_t num_tokens, float* out, const std::uint8_t* next);
 
     // out[t][k] = sum over rows r of tokens[t][r] * W[r][first_col + k] for the rows of num_panels panels that lie
     // panel_bytes apart, k < num_cols <= kTransposedCols and num_tokens <= kMaxTransposedTokens. first_col and num_cols

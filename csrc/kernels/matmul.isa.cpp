@@ -10,7 +10,8 @@ namespace moesaic::MOESAIC_ISA_NAMESPACE {
 
 namespace {
 
-// clang-format off: the second uses constants of the first
+// clang-format off: each uses constants of those before
+#include "kernels/weight_stream.h"
 #include "kernels/quantized_matmul.h"
 #include "kernels/float_matmul.h"
 // clang-format on

@@ -28,14 +28,17 @@ MOESAIC_INLINE vf scaled_sum(const ActivationGroup& x, int h) {
 
 // out[t][0..15] for T tokens and one panel, straight from the packed bytes.
 template <class F, int T>
-void direct(const uint8_t* panel, int64_t num_blocks, const ActivationGroup* const* tokens, float* out) {
-    constexpr int kGroups = F::kBlock / 32, kQuads = 8 / kSubs<F>;
+void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks, const ActivationGroup* const* tokens,
+            float* out) {
+    constexpr int kGroups = F::kBlock / 32, kQuads = 8 / kSubs<F>, kGroupBytes = 16 * F::kBlockBytes / kGroups;
     vf sums[T];
     for (int t = 0; t < T; ++t) sums[t] = set1(0.0f);
     for (int64_t b = 0; b < num_blocks; ++b, panel += 16 * F::kBlockBytes) {
+        const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
         const typename F::Scales scales = F::load_scales(panel);
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
+            prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 vi dots[T];
@@ -98,6 +101,12 @@ struct ExpandedTraits {
     static constexpr bool kHasOffset = HasOffset, kFullRange = FullRange;
 };
 
+// How many of the tokens left to take next: as few blocks as possible, of nearly equal size.
+MOESAIC_INLINE int64_t next_token_block(int64_t left) {
+    const int64_t num_blocks = (left + kBlockTokens - 1) / kBlockTokens;
+    return (left + num_blocks - 1) / num_blocks;
+}
+
 // out[t][16 p + r] += expanded weights times T tokens, from group first_group of each token on.
 template <class F, int T, int P>
 void multiply(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t first_group,
@@ -149,38 +158,44 @@ void multiply(const Expanded* weights, int num_groups, const ActivationGroup* co
     }
 }
 
-// The last tokens, fewer than a block of them.
+// multiply() for as many tokens as there are, at most T.
 template <class F, int T, int P>
-void multiply_rest(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t num_tokens,
-                   int64_t first_group, float* out) {
-    if constexpr (T > 0) {
-        if (num_tokens == T) return multiply<F, T, P>(weights, num_groups, tokens, first_group, out);
-        multiply_rest<F, T - 1, P>(weights, num_groups, tokens, num_tokens, first_group, out);
+void multiply_up_to(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t num_tokens,
+                    int64_t first_group, float* out) {
+    if constexpr (T > 1) {
+        if (num_tokens < T) {
+            return multiply_up_to<F, T - 1, P>(weights, num_groups, tokens, num_tokens, first_group, out);
+        }
     }
+    multiply<F, T, P>(weights, num_groups, tokens, first_group, out);
 }
 
 template <class F, int P>
 void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t num_tokens,
                   int64_t first_group, float* out) {
-    int64_t t = 0;
-    for (; t + kBlockTokens <= num_tokens; t += kBlockTokens) {
-        multiply<F, kBlockTokens, P>(weights, num_groups, tokens + t, first_group, out + t * kOutputStride);
+    for (int64_t t = 0; t < num_tokens;) {
+        const int64_t here = next_token_block(num_tokens - t);
+        multiply_up_to<F, kBlockTokens, P>(weights, num_groups, tokens + t, here, first_group, out + t * kOutputStride);
+        t += here;
     }
-    multiply_rest<F, kBlockTokens - 1, P>(weights, num_groups, tokens + t, num_tokens - t, first_group,
-                                          out + t * kOutputStride);
 }
 
 template <class F>
-void matmul_expanded(const uint8_t* const* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
-                     int64_t num_tokens, float* out) {
+void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
+                     int64_t num_tokens, float* out, const uint8_t* next) {
     using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, F::kFullRange>;
+    constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     Expanded expanded[kMaxPanels];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
-    const int64_t total = cols / 32;
+    const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
     for (int64_t first = 0; first < total; first += kChunkGroups) {
         const int here = static_cast<int>(total - first < kChunkGroups ? total - first : kChunkGroups);
-        const int64_t offset = first * 32 / F::kBlock * 16 * F::kBlockBytes;
-        for (int p = 0; p < num_panels; ++p) expand<F>(panels[p] + offset, here, expanded[p]);
+        const uint8_t* tile = panels + first / kChunkGroups * kChunkBytes;
+        const bool last = first + kChunkGroups >= total;
+        for (int p = 0; p < num_panels; ++p, tile += panel_bytes) {
+            expand<F>(tile, here, expanded[p]);
+            prefetch_chunk(last ? next + p * panel_bytes : tile + kChunkBytes, kChunkBytes);
+        }
         if (num_panels == kBlockPanels) {
             multiply_all<Traits, kBlockPanels>(expanded, here, tokens, num_tokens, first, out);
             continue;
@@ -193,24 +208,26 @@ void matmul_expanded(const uint8_t* const* panels, int num_panels, int64_t cols,
 
 // direct() for as many tokens as there are, at most T.
 template <class F, int T>
-void direct_up_to(const uint8_t* const* panels, int num_panels, int64_t num_blocks,
-                  const ActivationGroup* const* tokens, int64_t num_tokens, float* out) {
+void direct_up_to(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
+                  int64_t num_tokens, float* out, const uint8_t* next) {
     if constexpr (T > 1) {
-        if (num_tokens < T) {
-            return direct_up_to<F, T - 1>(panels, num_panels, num_blocks, tokens, num_tokens, out);
-        }
+        if (num_tokens < T) return direct_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out, next);
     }
-    for (int p = 0; p < num_panels; ++p) direct<F, T>(panels[p], num_blocks, tokens, out + 16 * p);
+    const int64_t num_blocks = cols / F::kBlock, panel_bytes = num_blocks * 16 * F::kBlockBytes;
+    const WeightStream stream{panels + num_panels * panel_bytes, next};
+    for (int p = 0; p < num_panels; ++p) {
+        direct<F, T>(panels + p * panel_bytes, stream, num_blocks, tokens, out + 16 * p);
+    }
 }
 
 template <class F>
-void quantized_matmul(const uint8_t* const* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
-                      int64_t num_tokens, float* out) {
+void quantized_matmul(const uint8_t* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
+                      int64_t num_tokens, float* out, const uint8_t* next) {
     const auto* tokens = reinterpret_cast<const ActivationGroup* const*>(opaque_tokens);
     if (num_tokens > kDirectTokens) {
-        matmul_expanded<F>(panels, num_panels, cols, tokens, num_tokens, out);
+        matmul_expanded<F>(panels, num_panels, cols, tokens, num_tokens, out, next);
     } else {
-        direct_up_to<F, kDirectTokens>(panels, num_panels, cols / F::kBlock, tokens, num_tokens, out);
+        direct_up_to<F, kDirectTokens>(panels, num_panels, cols, tokens, num_tokens, out, next);
     }
 }
 

@@ -56,7 +56,7 @@ void bind_call(nb::class_<Block>& block) {
             call.mask = as_pointer<const void>(mask_ptr);
             call.mask_stride = strides_of(mask_strides);
             call.out = as_pointer<float>(out_ptr);
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             kForward(self, call);
         },
         "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "keys_ptr"_a,
@@ -167,7 +167,7 @@ void bind_feed_forward_block(nb::module_& m) {
         .def(
             "__call__",
             [](const FeedForwardBlock& self, Address x_ptr, std::int64_t num_tokens) {
-                nb::gil_scoped_release release;
+                ReleaseGil release;
                 feed_forward_block(self, as_pointer<float>(x_ptr), num_tokens);
             },
             "x_ptr"_a, "num_tokens"_a, "x += residual_scale * feed-forward of x, in place.");

@@ -16,7 +16,7 @@ namespace moesaic {
 
 namespace {
 
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using Release = nb::call_guard<ReleaseGil>;
 
 void bind_machine(nb::module_& m) {
     m.def("isas", &usable_isas, "Instruction sets that this processor can run, best first.");
@@ -33,6 +33,9 @@ void bind_machine(nb::module_& m) {
     m.def("num_threads", &num_threads, "Threads of the pool.");
     m.def("set_num_threads", &set_num_threads, "num_threads"_a, Release(), "Replace the pool of threads.");
     m.def("num_usable_cores", &num_usable_cores, "Physical cores that this process may use.");
+    m.def(
+        "native_seconds", [] { return 1e-9 * static_cast<double>(native_nanoseconds.load()); },
+        "Seconds that calls of this module have spent computing since it was loaded.");
 }
 
 nb::list formats() {

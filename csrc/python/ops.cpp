@@ -52,7 +52,7 @@ void bind_norms(nb::module_& m) {
             NormArgs a = norm_args(x_ptr, x_stride, weight_ptr, eps, out_ptr, out_stride, residual_ptr, residual_stride,
                                    residual_scale, num_rows, width);
             a.weight_offset = weight_offset;
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             rms_norm(a);
         },
         "x_ptr"_a, "x_stride"_a, "weight_ptr"_a, "weight_offset"_a, "eps"_a, "out_ptr"_a, "out_stride"_a,
@@ -65,7 +65,7 @@ void bind_norms(nb::module_& m) {
            int64_t out_stride, int64_t num_rows, int64_t width) {
             NormArgs a = norm_args(x_ptr, x_stride, weight_ptr, eps, out_ptr, out_stride, 0, 0, 0.0f, num_rows, width);
             a.bias = as_pointer<const float>(bias_ptr);
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             layer_norm(a);
         },
         "x_ptr"_a, "x_stride"_a, "weight_ptr"_a, "bias_ptr"_a, "eps"_a, "out_ptr"_a, "out_stride"_a, "num_rows"_a,
@@ -97,7 +97,7 @@ void bind_rotary(nb::module_& m) {
             a.norm = static_cast<HeadNorm>(norm);
             a.eps = eps;
             a.weight_offset = weight_offset;
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             norm_and_rotate(a);
         },
         "q_ptr"_a, "q_strides"_a, "num_heads"_a, "k_ptr"_a, "k_strides"_a, "num_kv_heads"_a, "batch"_a, "num_tokens"_a,
@@ -169,7 +169,7 @@ void bind_attention(nb::module_& m) {
             const AttentionOptions options{scale,          softcap,   causal,    causal_offset, causal_offset_ptr,
                                            sliding_window, sinks_ptr, mask_type, mask_ptr};
             set_options(a, options, mask_strides);
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             attention(a);
         },
         "q_ptr"_a, "q_strides"_a, "k_ptr"_a, "k_strides"_a, "v_ptr"_a, "v_strides"_a, "cache_type"_a, "out_ptr"_a,
@@ -216,7 +216,7 @@ void bind_mla_attention(nb::module_& m) {
             const AttentionOptions options{scale,          softcap,   causal,    causal_offset, causal_offset_ptr,
                                            sliding_window, sinks_ptr, mask_type, mask_ptr};
             set_options(a, options, mask_strides);
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             attention(a);
         },
         "q_latent_ptr"_a, "q_latent_strides"_a, "q_rope_ptr"_a, "q_rope_strides"_a, "latent_ptr"_a, "latent_strides"_a,
@@ -250,7 +250,7 @@ void bind_route(nb::module_& m) {
             a.scale = scale;
             a.indices = as_pointer<int64_t>(indices_ptr);
             a.weights = as_pointer<float>(weights_ptr);
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             route(a);
         },
         "logits_ptr"_a, "logits_stride"_a, "num_tokens"_a, "num_experts"_a, "top_k"_a, "score"_a, "bias_ptr"_a,
@@ -283,7 +283,7 @@ void bind_elementwise(nb::module_& m) {
                               scale,
                               num_rows,
                               width};
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             row_op(a);
         },
         "op"_a, "x_ptr"_a, "x_stride"_a, "y_ptr"_a, "y_stride"_a, "out_ptr"_a, "out_stride"_a, "gate_ptr"_a, "scale"_a,
@@ -291,7 +291,7 @@ void bind_elementwise(nb::module_& m) {
     m.def(
         "argmax",
         [](Address x_ptr, int64_t stride, int64_t num_rows, int64_t width, Address indices_ptr) {
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             argmax(as_pointer<const float>(x_ptr), stride, num_rows, width, as_pointer<int64_t>(indices_ptr));
         },
         "x_ptr"_a, "stride"_a, "num_rows"_a, "width"_a, "indices_ptr"_a, "Index of the largest value of each row.");
@@ -308,7 +308,7 @@ void bind_probes(nb::module_& m) {
     m.def(
         "read_bandwidth",
         [](int64_t num_bytes, double seconds) {
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             const Rates rates = read_bandwidth(num_bytes, seconds);
             return std::pair(rates.best, rates.median);
         },
@@ -316,7 +316,7 @@ void bind_probes(nb::module_& m) {
     m.def(
         "peak_ops",
         [](int kind, double seconds) {
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             const Rates rates = peak_ops(static_cast<PeakKind>(kind), seconds);
             return std::pair(rates.best, rates.median);
         },

@@ -17,7 +17,7 @@ namespace moesaic {
 
 namespace {
 
-using Release = nb::call_guard<nb::gil_scoped_release>;
+using Release = nb::call_guard<ReleaseGil>;
 using Address = std::uintptr_t;
 using Int = std::int64_t;
 
@@ -55,7 +55,7 @@ void bind_linear(nb::module_& m) {
         [](const std::vector<JobTuple>& tuples, Address x_ptr, Int x_stride, Int num_tokens) {
             std::vector<LinearJob> jobs;
             for (const JobTuple& tuple : tuples) jobs.push_back(std::apply(make_job, tuple));
-            nb::gil_scoped_release release;
+            ReleaseGil release;
             linear(jobs, {as_pointer<const float>(x_ptr), x_stride}, num_tokens);
         },
         "jobs"_a, "x_ptr"_a, "x_stride"_a, "num_tokens"_a,

@@ -22,7 +22,7 @@ void bind_quantize(nb::module_& m) {
                                            as_pointer<const float>(importance_ptr), as_pointer<std::uint8_t>(dst_ptr));
         },
         nb::arg("format"), nb::arg("rows"), nb::arg("cols"), nb::arg("row_bytes"), nb::arg("src_ptr"),
-        nb::arg("dst_ptr"), nb::arg("importance_ptr") = 0, nb::call_guard<nb::gil_scoped_release>(),
+        nb::arg("dst_ptr"), nb::arg("importance_ptr") = 0, nb::call_guard<ReleaseGil>(),
         "Quantise float32 [rows, cols] into blocks [rows, row_bytes]; importance is float32 [cols] or 0. Returns -1, "
         "or "
         "the first row with a weight that is not finite or too large (dst is then incomplete).");

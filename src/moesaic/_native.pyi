@@ -27,6 +27,9 @@ def set_num_threads(num_threads: int) -> None:
 def num_usable_cores() -> int:
     """Physical cores that this process may use."""
 
+def native_seconds() -> float:
+    """Seconds that calls of this module have spent computing since it was loaded."""
+
 def formats() -> list:
     """
     The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.

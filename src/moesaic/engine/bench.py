@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -22,7 +22,7 @@ from moesaic import _native
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.errors import GenerationError
-from moesaic.kernels import num_threads, read_bandwidth, set_num_threads
+from moesaic.kernels import native_seconds, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import Plan
 from moesaic.quant import WeightFormat, get_format
@@ -56,7 +56,7 @@ class BenchResult:
         gigabytes_per_second: bytes per token times tokens per second; None for prefill, which reads a weight once for
             many tokens.
         bandwidth_share: of that in `read_bandwidth`.
-        python_share: share of the time that no native call was running, in a run of its own with every call timed.
+        python_share: share of the time that no native call was computing, in a run of its own.
         layer_share: share of the time spent in decoder layers, from that run.
         extrapolated_tokens_per_second: with all layers, if fewer were run: calculated, not measured.
     """
@@ -202,17 +202,14 @@ class _Bench:
     def profile(self) -> tuple[float, float]:
         """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
         layers = self._model.get_decoder().layers
-        with _time_native_calls() as native, _time_between(layers[0], layers[-1]) as inside:
-            clock = self._generate(lambda: (native.seconds, inside.seconds))
-        if self._what == "prefill":
-            elapsed = clock.times[0] - clock.started
-            native_seconds, layer_seconds = clock.marks[0]
-        else:
-            elapsed = clock.times[-1] - clock.times[0]
-            native_seconds, layer_seconds = (
-                last - first for last, first in zip(clock.marks[-1], clock.marks[0], strict=True)
-            )
-        return 1.0 - native_seconds / elapsed, layer_seconds / elapsed
+        with _time_between(layers[0], layers[-1]) as inside:
+            clock = self._generate(lambda: (native_seconds(), inside.seconds))
+        # marks[0] is taken when the run starts, marks[1] when the first token is there.
+        first, last = (0, 1) if self._what == "prefill" else (1, -1)
+        times = (clock.started, *clock.times)
+        elapsed = times[last] - times[first]
+        native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
+        return 1.0 - native / elapsed, in_layers / elapsed
 
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
@@ -230,20 +227,20 @@ class _Bench:
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Takes the time, and what `mark` says, when each token has been chosen."""
+    """Takes the time, and what `mark` says, at the start and when each token has been chosen."""
 
     def __init__(self, mark: Callable[[], tuple[float, float]]) -> None:
-        self._mark, self._prompt_seen = mark, False
+        self._mark = mark
         self.times: list[float] = []
         self.marks: list[tuple[float, float]] = []
         self.started = time.perf_counter()
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # generate() hands over the prompt first
-            self._prompt_seen, self.started = True, time.perf_counter()
-            return
-        self.times.append(time.perf_counter())
         self.marks.append(self._mark())
+        if len(self.marks) == 1:  # generate() hands over the prompt first
+            self.started = time.perf_counter()
+        else:
+            self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is left to take."""
@@ -252,33 +249,6 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
 @dataclass(slots=True)
 class _Stopwatch:
     seconds: float = 0.0
-
-
-@contextmanager
-def _time_native_calls() -> Iterator[_Stopwatch]:
-    """Sum up the time inside functions of the extension; costs about 0.2 µs a call, which counts as outside."""
-    watch = _Stopwatch()
-    originals = {
-        name: value for name, value in vars(_native).items() if callable(value) and not isinstance(value, type)
-    }
-
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            started = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                watch.seconds += time.perf_counter() - started
-
-        return call
-
-    try:
-        for name, function in originals.items():
-            setattr(_native, name, timed(function))
-        yield watch
-    finally:
-        for name, function in originals.items():
-            setattr(_native, name, function)
 
 
 @contextmanager

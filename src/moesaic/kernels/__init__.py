@@ -12,7 +12,7 @@ from moesaic.kernels.cpu import (
     linear_transposed_heads,
     moe_forward,
 )
-from moesaic.kernels.native import active_isa, isas, num_threads, set_isa, set_num_threads
+from moesaic.kernels.native import active_isa, isas, native_seconds, num_threads, set_isa, set_num_threads
 from moesaic.kernels.ops import rms_norm
 from moesaic.kernels.packed import Activation, PackedExperts, PackedTensor
 from moesaic.kernels.probe import Rates, peak_ops, read_bandwidth
@@ -31,6 +31,7 @@ __all__ = [
     "linear_transposed",
     "linear_transposed_heads",
     "moe_forward",
+    "native_seconds",
     "num_threads",
     "ops",
     "peak_ops",

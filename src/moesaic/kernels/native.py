@@ -10,7 +10,7 @@ from moesaic import _native
 from moesaic.config import Settings, read_settings
 from moesaic.errors import ConfigError
 
-__all__ = ["active_isa", "apply_settings", "isas", "num_threads", "set_isa", "set_num_threads"]
+__all__ = ["active_isa", "apply_settings", "isas", "native_seconds", "num_threads", "set_isa", "set_num_threads"]
 
 
 def isas() -> list[str]:
@@ -37,6 +37,11 @@ def set_isa(name: str) -> None:
 def num_threads() -> int:
     """Threads that the kernels run on."""
     return int(_native.num_threads())
+
+
+def native_seconds() -> float:
+    """Seconds that native calls have spent computing so far, whichever thread of Python made them."""
+    return float(_native.native_seconds())
 
 
 def set_num_threads(count: int) -> None:

@@ -2,9 +2,9 @@
 
 The kernels round activations to int8 in groups of 32 that share a scale of max / 127. A rounding error is uniform, so
 its standard deviation is scale / sqrt(12); for the maximum of 32 normal values, about 2.1 sigma, that is 0.5% of the
-activation. Two products in a row inside each of the 2 to 3 layers' six blocks, and one more in the head, add in squares:
-below 3% of the logits (BOUND), or 5% with MLA, whose queries and latents pass another product each. That nothing else is
-in the error shows when the oracle rounds its activations the same way: what remains is float32 (EXPLAINED).
+activation. Two products in a row inside each of the six blocks, and one more in the head, add in squares: below 3% of
+the logits (BOUND), or 5% with MLA, whose queries and latents pass another product each. That nothing else is in the
+error shows when the oracle rounds its activations the same way: what remains is float32 (EXPLAINED).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ Which module becomes what is the plan's decision; this module carries it out. It
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,8 +119,8 @@ class _Builder:
         yield _matrix_job(self._weight_map.parameter(f"{name}.weight"), weight)
 
     def _experts(self, name: str, module: nn.Module, placement: Placement) -> Iterator[Job]:
-        stacks: dict[str, PackedTensor | None] = dict.fromkeys(("gate", "up", "down"))
-        biases: dict[str, torch.Tensor | None] = dict.fromkeys(("gate_bias", "up_bias", "down_bias"))
+        stacks: dict[str, PackedTensor] = {}
+        biases: dict[str, torch.Tensor] = {}
         for key, refs in self._weight_map.experts(name).named().items():
             if key.endswith("_bias"):
                 bias = biases[key] = torch.empty(len(refs), *refs[0].shape)
@@ -128,7 +129,15 @@ class _Builder:
                 rows, cols = refs[0].shape
                 stack = stacks[key] = PackedTensor.empty(get_format(placement.formats[key]), rows, cols, len(refs))
                 yield from (_matrix_job(ref, stack, expert) for expert, ref in enumerate(refs))
-        packed = PackedExperts(**stacks, **biases, activation=activation_of(module, name))
+        packed = PackedExperts(
+            stacks.get("gate"),
+            stacks["up"],
+            stacks["down"],
+            biases.get("gate_bias"),
+            biases.get("up_bias"),
+            biases.get("down_bias"),
+            activation=activation_of(module, name),
+        )
         self._model.set_submodule(name, RoutedExperts(packed))
 
     def _stock_experts(self, name: str, module: nn.Module) -> Iterator[Job]:
@@ -142,7 +151,7 @@ class _Builder:
         sources = tuple(dict.fromkeys(source for ref in parts for source in ref.sources))
         yield Job(sources, sum(ref.nbytes for ref in parts), 0, run)
 
-    def _split_kv_b(self, name: str, module: nn.Module, placement: Placement) -> Iterator[Job]:
+    def _split_kv_b(self, name: str, module: Any, placement: Placement) -> Iterator[Job]:
         """MLA whose file stores `kv_b_proj` as two stacks of one matrix per head."""
         if placement.implementation != "moesaic" or self._model.config.model_type not in FAMILIES:
             yield from self._floats(f"{name}.kv_b_proj", module.kv_b_proj)

@@ -141,7 +141,7 @@ class _BufferedLayer:
             self._buffers.select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
 
-class GrowingLayer(_BufferedLayer, DynamicLayer):
+class GrowingLayer(_BufferedLayer, DynamicLayer):  # type: ignore[misc]
     """Full attention, or the latents of MLA: keeps every position."""
 
     def update(
@@ -197,7 +197,7 @@ class GrowingLayer(_BufferedLayer, DynamicLayer):
             self._buffers.end = max(0, self._buffers.end + tokens_to_remove)
 
 
-class GrowingSlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):
+class GrowingSlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
     """Sliding-window attention: keeps the last `sliding_window - 1` positions, all that the next token sees."""
 
     def update(
@@ -244,7 +244,7 @@ class GrowingSlidingLayer(_BufferedLayer, DynamicSlidingWindowLayer):
         self._trim()
 
 
-class GrowingCache(DynamicCache):
+class GrowingCache(DynamicCache):  # type: ignore[misc]
     """A `DynamicCache` whose attention layers are growing buffers; layers of other kinds stay those of transformers.
 
     Args:
@@ -254,7 +254,7 @@ class GrowingCache(DynamicCache):
 
     def __init__(self, config: PretrainedConfig, dtype: torch.dtype | None = None) -> None:
         super().__init__(config=config)
-        self.layers = [_growing(layer, dtype) for layer in self.layers]
+        self.layers: list[Any] = [_growing(layer, dtype) for layer in self.layers]
 
 
 def _growing(layer: Any, dtype: torch.dtype | None) -> Any:

@@ -109,7 +109,10 @@ def attention_forward(
     stock = getattr(module, "moesaic_stock_attention", None)
     if stock is not None:
         mask = _additive(attention_mask, query, key.shape[2])
-        return stock(module, query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs)
+        result: tuple[torch.Tensor, torch.Tensor | None] = stock(
+            module, query, key, value, mask, scaling=scaling, softcap=softcap, s_aux=s_aux, **kwargs
+        )
+        return result
     output = ops.attention(
         query,
         key,

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from moesaic.kernels.blocks import FeedForwardBlock
-from moesaic.modules.families import Family
+from moesaic.modules.families import Family, StockModule
 from moesaic.modules.feed_forward import feed_forward_block
 from moesaic.modules.gqa import GqaAttention
 from moesaic.modules.mla import MlaAttention
@@ -51,7 +50,7 @@ class DecoderLayerForward:
 
     def __init__(
         self,
-        layer: nn.Module,
+        layer: StockModule,
         attention: GqaAttention | MlaAttention,
         feed_forward: FeedForwardBlock,
         shared: SharedState,
@@ -64,7 +63,7 @@ class DecoderLayerForward:
         self.inner = (attention.module, block, *block.children())
 
     @classmethod
-    def take_over(cls, layer: nn.Module, family: Family, config: Any, shared: SharedState, name: str) -> bool:
+    def take_over(cls, layer: StockModule, family: Family, config: Any, shared: SharedState, name: str) -> bool:
         """Replace the forward of a loaded layer, or of those of its blocks that are known.
 
         Args:
@@ -128,7 +127,7 @@ class DecoderLayerForward:
         return False
 
 
-def take_over_mla(layer: nn.Module, family: Family, config: Any, shared: SharedState) -> MlaAttention | None:
+def take_over_mla(layer: StockModule, family: Family, config: Any, shared: SharedState) -> MlaAttention | None:
     """Replace the forward of a layer's attention if it is a latent one."""
     if not hasattr(layer.self_attn, "kv_a_proj_with_mqa"):
         return None

@@ -5,26 +5,32 @@ It knows what a stock experts module says about itself (its activation, limits a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import nn
 
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels import Activation, PackedExperts, moe_forward
+from moesaic.kernels.packed import ActivationName
 
 __all__ = ["RoutedExperts", "activation_of"]
 
 # Class of the stock activation module -> the kernel's name of it.
-_ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "SiLU": "silu",
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-}
+_ACTIVATIONS: Mapping[str, ActivationName] = MappingProxyType(
+    {
+        "SiLUActivation": "silu",
+        "SiLU": "silu",
+        "GELUActivation": "gelu",
+        "GELU": "gelu",
+        "GELUTanh": "gelu_tanh",
+        "NewGELUActivation": "gelu_tanh",
+        "PytorchGELUTanh": "gelu_tanh",
+        "ReLU": "relu",
+        "ReLUSquaredActivation": "relu2",
+    }
+)
 
 
 def activation_of(experts: nn.Module, name: str) -> Activation:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from moesaic.kernels import PackedExperts
 from moesaic.kernels.blocks import FeedForwardBlock, Linear, Norm
 from moesaic.modules.experts import RoutedExperts, activation_of
-from moesaic.modules.families import Family
+from moesaic.modules.families import Family, StockModule
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
 from moesaic.modules.router import RouterForward
@@ -26,7 +24,7 @@ _CHILDREN = frozenset({"experts", *_ROUTER_NAMES, *_SHARED_NAMES, "shared_expert
 
 
 def feed_forward_block(
-    block: nn.Module, norm: nn.Module, family: Family, config: Any, residual_scale: float, name: str
+    block: StockModule, norm: StockModule, family: Family, config: Any, residual_scale: float, name: str
 ) -> FeedForwardBlock | None:
     """The native form of a stock MLP or MoE block with the norm in front of it and the residual around it.
 
@@ -70,11 +68,12 @@ def feed_forward_block(
     )
 
 
-def _dense(mlp: nn.Module, name: str) -> PackedExperts | None:
+def _dense(mlp: StockModule, name: str) -> PackedExperts | None:
     """A stock MLP whose projections are packed, as one expert; None if it is of another structure."""
     projections = [getattr(mlp, f"{part}_proj", None) for part in ("gate", "up", "down")]
-    if not all(isinstance(projection, PackedLinear) for projection in projections):
+    packed = [projection for projection in projections if isinstance(projection, PackedLinear)]
+    if len(packed) != len(projections):
         return None
-    gate, up, down = (projection.packed for projection in projections)
-    gate_bias, up_bias, down_bias = (None if p.bias is None else p.bias.unsqueeze(0) for p in projections)
+    gate, up, down = (projection.packed for projection in packed)
+    gate_bias, up_bias, down_bias = (None if p.bias is None else p.bias.unsqueeze(0) for p in packed)
     return PackedExperts(gate, up, down, gate_bias, up_bias, down_bias, activation_of(mlp, name))

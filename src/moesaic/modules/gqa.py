@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from moesaic.kernels import linear, linear_multi, ops
 from moesaic.kernels.blocks import AttentionBlock, Linear, Norm
 from moesaic.kvcache import GrowingCache, GrowingLayer
-from moesaic.modules.families import RopeLayout
+from moesaic.modules.families import RopeLayout, StockModule
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
 from moesaic.modules.rotary import RotaryAngles
@@ -37,7 +36,7 @@ class GqaAttention:
     """
 
     def __init__(
-        self, module: nn.Module, norm: RMSNorm, rope_layout: RopeLayout, angles: RotaryAngles, residual_scale: float
+        self, module: StockModule, norm: RMSNorm, rope_layout: RopeLayout, angles: RotaryAngles, residual_scale: float
     ) -> None:
         self.module, self.layer_idx, self.angles = module, module.layer_idx, angles
         self.projections = [Linear(p.packed, p.bias) for p in (module.q_proj, module.k_proj, module.v_proj)]
@@ -66,7 +65,12 @@ class GqaAttention:
 
     @classmethod
     def of(
-        cls, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles, residual_scale: float
+        cls,
+        module: StockModule,
+        norm: StockModule,
+        rope_layout: RopeLayout,
+        angles: RotaryAngles,
+        residual_scale: float,
     ) -> GqaAttention | None:
         """From a stock module whose weights are packed; None if it has parts that are not known here."""
         if any(name not in _CHILDREN for name, _ in module.named_children()):
@@ -136,7 +140,7 @@ class GqaAttention:
         return ops.add_scaled_(x.clone(), out, self.residual_scale)
 
 
-def _head_norms(module: nn.Module) -> tuple[str, Norm | None, Norm | None]:
+def _head_norms(module: StockModule) -> tuple[str, Norm | None, Norm | None]:
     """Which norm queries and keys get, and its weights."""
     if hasattr(module, "query_layernorm"):
         kind, q_norm, k_norm = "per_head_after_rope", module.query_layernorm, module.key_layernorm

@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from moesaic.kernels import PackedTensor, linear, linear_heads, linear_multi, linear_transposed_heads, ops
 from moesaic.kernels.blocks import HeadLinears, LatentAttentionBlock, Linear, Norm
 from moesaic.kernels.ops import rms_norm
 from moesaic.kvcache import GrowingCache, GrowingLayer
-from moesaic.modules.families import RopeLayout
+from moesaic.modules.families import RopeLayout, StockModule
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
 from moesaic.modules.rotary import RotaryAngles
@@ -38,7 +37,7 @@ class MlaAttention:
         angles: of the model's rotary embedding.
     """
 
-    def __init__(self, module: Any, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
+    def __init__(self, module: Any, norm: StockModule, rope_layout: RopeLayout, angles: RotaryAngles) -> None:
         self.norm = norm
         self.angles = angles
         self.module, self.layer_idx = module, module.layer_idx
@@ -78,7 +77,7 @@ class MlaAttention:
 
     @classmethod
     def of(
-        cls, module: nn.Module, norm: nn.Module, rope_layout: RopeLayout, angles: RotaryAngles
+        cls, module: StockModule, norm: StockModule, rope_layout: RopeLayout, angles: RotaryAngles
     ) -> MlaAttention | None:
         """From a stock module whose weights are packed; None if it is no MLA."""
         names = ["kv_a_proj_with_mqa", "o_proj"]
@@ -157,14 +156,14 @@ class MlaAttention:
         return (
             query.view(batch, num_tokens, self.num_heads, -1).transpose(1, 2),
             latent.view(batch, 1, num_tokens, self.latent_dim),
-            compressed[:, self.latent_dim :].unflatten(0, (batch, 1, num_tokens)),
+            compressed.view(batch, 1, num_tokens, -1)[..., self.latent_dim :],
         )
 
     def _expanding_pays(self, num_queries: int) -> bool:
         """Whether the products saved by expanding all keys exceed those that expanding takes (counted per key)."""
         expanded = self.nope_dim + self.rope_dim + self.value_dim
         absorbed = 2 * self.latent_dim + self.rope_dim
-        return num_queries * (absorbed - expanded) > self.latent_dim * (self.nope_dim + self.value_dim)
+        return bool(num_queries * (absorbed - expanded) > self.latent_dim * (self.nope_dim + self.value_dim))
 
     def _attend_absorbed(
         self, query: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
@@ -185,10 +184,11 @@ class MlaAttention:
         self, query: torch.Tensor, latent: torch.Tensor, k_rope: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
         batch, _, num_keys, _ = latent.shape
-        k_nope, value = self._expand(latent.reshape(-1, self.latent_dim))
-        k_nope = k_nope.unflatten(0, (batch, num_keys)).transpose(1, 2)
-        value = value.unflatten(0, (batch, num_keys)).transpose(1, 2)
-        key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], -1)
+        k_nope, value = (
+            part.reshape(batch, num_keys, self.num_heads, -1).transpose(1, 2)
+            for part in self._expand(latent.reshape(-1, self.latent_dim).float())
+        )
+        key = torch.cat([k_nope, k_rope.float().expand(-1, self.num_heads, -1, -1)], -1)
         return ops.attention(
             query,
             key,
@@ -202,8 +202,7 @@ class MlaAttention:
         """Keys (without rotary part) and values of all heads, `[positions, heads, dim]` each."""
         if self.split is None:
             expanded = linear(latent, self.module.kv_b_proj.packed).view(latent.shape[0], self.num_heads, -1)
-            keys, values = expanded.split([self.nope_dim, self.value_dim], dim=-1)
-            return keys, values
+            return expanded[..., : self.nope_dim], expanded[..., self.nope_dim :]
         per_head = latent.unsqueeze(1).expand(-1, self.num_heads, -1)
         k_b, v_b = self.split
         return linear_transposed_heads(per_head, k_b), linear_heads(per_head, v_b)

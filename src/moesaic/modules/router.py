@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import torch
-from torch import nn
 
 from moesaic.kernels import PackedTensor, linear, ops
 from moesaic.kernels.blocks import RouteOptions
+from moesaic.modules.families import StockModule
 from moesaic.quant import get_format
 
 __all__ = ["RouterForward"]
@@ -31,7 +31,7 @@ class RouterForward:
         self.weight, self.logit_bias, self.options = weight, logit_bias, options
 
     @classmethod
-    def take_over(cls, router: nn.Module, block: nn.Module, options: RouteOptions) -> RouterForward:
+    def take_over(cls, router: StockModule, block: StockModule, options: RouteOptions) -> RouterForward:
         """Replace the forward of a loaded stock router; its weight moves into a packed float32 matrix.
 
         Args:
@@ -68,12 +68,12 @@ class RouterForward:
         return logits, weights, index
 
 
-def _choice_bias(router: nn.Module, block: nn.Module) -> torch.Tensor | None:
+def _choice_bias(router: StockModule, block: StockModule) -> torch.Tensor | None:
     """The selection bias, wherever the architecture keeps it."""
     for owner in (router, getattr(router, "moe_statics", None), block):
         bias = getattr(owner, "e_score_correction_bias", None)
         if bias is not None:
-            return bias.detach().float().flatten().contiguous()
+            return torch.as_tensor(bias).detach().float().flatten().contiguous()
     return None
 
 

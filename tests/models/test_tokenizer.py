@@ -250,10 +250,18 @@ def test_templates_stay_in_their_sandbox(template: str, tmp_path: Path) -> None:
 
 
 def test_the_folder_comes_first(tmp_path: Path) -> None:
-    make_tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    checkpoint = gguf_with(tmp_path / "m.gguf", _metadata())
+    original = train("kimi-k2", tmp_path / "tokenizer")
+    checkpoint = gguf_with(tmp_path / "m.gguf", tokenizer_metadata(tmp_path / "tokenizer", 1024))
     loaded = load_tokenizer(checkpoint, tmp_path / "tokenizer")
-    assert loaded.inexact is None and len(loaded.tokenizer) == 259
+    assert loaded.inexact is None and len(loaded.tokenizer) == len(original)
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    train("qwen2", tmp_path / "tokenizer")
+    checkpoint = gguf_with(tmp_path / "m.gguf", tokenizer_metadata(tmp_path / "tokenizer", 1024))
+    make_tiny_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(TokenizerError, match="other: is the tokenizer of another model"):
+        load_tokenizer(checkpoint, tmp_path / "other")
 
 
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:

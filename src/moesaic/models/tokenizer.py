@@ -34,6 +34,7 @@ _SPECIAL_TOKENS = {
     "cls_token": "cls",
 }
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_NUM_COMPARED = 200
 _ADVICE = "name the model's own tokenizer with --tokenizer FOLDER"
 
 
@@ -58,7 +59,9 @@ def load_tokenizer(checkpoint: Checkpoint, folder: Path | None = None) -> Loaded
             damaged or of an unknown kind, or there is neither.
     """
     if folder is not None:
-        return LoadedTokenizer(load_folder(folder))
+        tokenizer = load_folder(folder)
+        _check_same_vocabulary(tokenizer, folder, checkpoint)
+        return LoadedTokenizer(tokenizer)
     if checkpoint.kind != "gguf":
         raise TokenizerError(f"{checkpoint.path}: has no tokenizer files: {_ADVICE}.")
     return _GgufVocabulary(checkpoint).build()
@@ -78,6 +81,21 @@ def load_folder(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def _check_same_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path, checkpoint: Checkpoint) -> None:
+    """Refuse the tokenizer of another model, as far as a GGUF tells: most tokens must be those of the file."""
+    tokens = checkpoint.metadata.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, tuple) or not tokens:
+        return
+    num_common = min(len(tokens), len(tokenizer))  # rows behind the tokens are padding
+    numbers = range(0, num_common, max(1, num_common // _NUM_COMPARED))
+    same = sum(tokenizer.convert_ids_to_tokens(number) == tokens[number] for number in numbers)
+    if 2 * same < len(numbers) or len(tokenizer) > 2 * len(tokens):
+        raise TokenizerError(
+            f"{folder}: is the tokenizer of another model: {same} of {len(numbers)} tokens looked at are those of "
+            f"{checkpoint.path.name}; name the right folder, or none to rebuild the tokenizer from the GGUF."
+        )
 
 
 class _GgufVocabulary:

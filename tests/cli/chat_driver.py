@@ -29,7 +29,7 @@ class EchoSession:
             raise GenerationError("the prompt has 9 tokens, but the model's context is 8")
         if last == "prefill":
             time.sleep(30)  # before the first token
-        words = [f"w{number} " for number in range(1000)] if last == "slow" else [f"<{ids[0]}>"]
+        words = [f"w{number} " for number in range(1000)] if last == "slow" else [f"<{ids[0]}>", "\x1b[5m"]
         for word in words:
             on_text(word)
             answer.text += word

@@ -88,6 +88,7 @@ def test_a_conversation_keeps_its_turns_and_prints_rates(terminal: Terminal) -> 
     printed = terminal.ask("hello 你好")
     assert messages(printed) == [{"role": "user", "content": "hello 你好"}]
     assert "[prefill 4 tokens at 8.0 tok/s, decode 3 tokens at 8.0 tok/s]" in printed
+    assert "[5m" in printed  # the escape character before it is gone, or the terminal would have taken it
     roles = [message["role"] for message in messages(terminal.ask("again"))]
     assert roles == ["user", "assistant", "user"]
     assert terminal.leave() == 0

@@ -12,6 +12,7 @@ import pytest
 
 import moesaic
 from moesaic.cli.main import build_parser, main
+from moesaic.cli.terminal import printable
 from moesaic.errors import MoesaicError
 
 
@@ -79,6 +80,12 @@ def test_an_error_is_one_line_and_debug_shows_the_traceback(capsys: pytest.Captu
     assert re.fullmatch(r"moesaic: .*no-such-model.*\n", captured.err)
     with pytest.raises(MoesaicError):
         main(["plan", missing, "--debug"])
+
+
+def test_messages_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert printable("a\x1b]0;title\x07b\x9b2Jc\r\n\té 你好 👩‍💻") == "a]0;titleb2Jc\n\té 你好 👩‍💻"
+    assert main(["plan", "no\x1b[2Jmodel"]) == 1
+    assert "\x1b" not in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from moesaic.cli.run import rates
+from moesaic.cli.terminal import printable, stream
 from moesaic.config import read_settings
 from moesaic.errors import GenerationError
 
@@ -73,7 +74,7 @@ class _Chat:
             answer = self._generate()
         except GenerationError as error:
             self._messages.pop()
-            print(f"moesaic: {error}", file=sys.stderr)
+            print(f"moesaic: {printable(str(error))}", file=sys.stderr)
             return
         if answer.finish_reason == "interrupted" and not answer.generated_tokens:
             self._messages.pop()  # taken back before anything was said
@@ -91,7 +92,7 @@ class _Chat:
             return self._session.answer(
                 ids,
                 self._sampling,
-                on_text=lambda text: print(text, end="", flush=True),
+                on_text=stream,
                 should_stop=interrupts.asked_after_token,
             )
 

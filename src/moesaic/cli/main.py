@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from moesaic import __version__
 from moesaic.cli import bench, doctor, plan, quantize, run
+from moesaic.cli.terminal import printable
 from moesaic.errors import ConfigError, MoesaicError
 
 __all__ = ["build_parser", "main"]
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoesaicError as error:
         if arguments.debug:
             raise
-        print(f"moesaic: {error}", file=sys.stderr)
+        print(f"moesaic: {printable(str(error))}", file=sys.stderr)
         return _USAGE if isinstance(error, ConfigError) else _FAILURE
     except BrokenPipeError:  # the reader of our output (head, less) has left
         sys.stderr.close()

@@ -10,6 +10,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import add_model_arguments, add_threads_argument, positive_int
+from moesaic.cli.terminal import printable, stream
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         answer = session.answer(ids, sampling)
         print(json.dumps(_report(arguments.model, answer, load_seconds), ensure_ascii=False))
     else:
-        answer = session.answer(ids, sampling, on_text=lambda text: print(text, end="", flush=True))
+        answer = session.answer(ids, sampling, on_text=stream)
         print(flush=True)
         print(rates(answer), file=sys.stderr)
     return 130 if answer.finish_reason == "interrupted" else 0
@@ -109,7 +110,7 @@ def _load(arguments: argparse.Namespace) -> Session:
             arguments.model, gguf=arguments.gguf, tokenizer=arguments.tokenizer, offline=arguments.offline
         )
     for note in notes:
-        print(f"note: {note.message}", file=sys.stderr)
+        print(f"note: {printable(str(note.message))}", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         gguf=arguments.gguf,

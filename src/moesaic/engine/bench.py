@@ -18,11 +18,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
-from moesaic import _native
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.errors import GenerationError
-from moesaic.kernels import native_seconds, num_threads, read_bandwidth, set_num_threads
+from moesaic.kernels import active_isa, native_seconds, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import Plan
 from moesaic.quant import WeightFormat, get_format
@@ -124,37 +123,43 @@ def measure(
     if threads is not None:
         set_num_threads(threads)
     if preset is not None:
-        total_layers = get_preset(preset).num_layers
         prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, plan)
+        total_layers = get_preset(preset).num_layers
     else:
         assert model is not None
         prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
-        total_layers = int(prepared.config.get_text_config().num_hidden_layers)
+        total_layers = _num_layers(prepared)
     new_tokens = num_tokens + 1 if what == "decode" else 1
     _check_context(prepared, prompt_tokens + new_tokens)
     bandwidth = read_bandwidth().best  # before the weights fill the memory
-    loaded = load(prepared, progress=progress)
-    bench = _Bench(loaded, what, prompt_tokens, new_tokens)
+    bench = _Bench(load(prepared, progress=progress), what, prompt_tokens, new_tokens)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
+    return _result(prepared, bench, runs, model=preset or str(model), total_layers=total_layers, bandwidth=bandwidth)
+
+
+def _result(
+    prepared: Prepared, bench: _Bench, runs: tuple[float, ...], *, model: str, total_layers: int, bandwidth: float
+) -> BenchResult:
+    """Put together what was measured and what follows from it."""
+    plan, run_layers = prepared.plan, _num_layers(prepared)
     rate = statistics.median(runs)
+    achieved = rate * plan.bytes_per_token / _GIGA if bench.what == "decode" else None
     python_share, layer_share = bench.profile()
-    run_layers = int(loaded.config.get_text_config().num_hidden_layers)
-    achieved = rate * prepared.plan.bytes_per_token / _GIGA if what == "decode" else None
     return BenchResult(
-        what=what,
-        model=preset or str(model),
-        weight_format=_expert_formats(prepared.plan),
+        what=bench.what,
+        model=model,
+        weight_format=_expert_formats(plan),
         num_layers=run_layers,
         total_layers=total_layers,
-        isa=_native.active_isa(),
+        isa=active_isa(),
         threads=num_threads(),
-        prompt_tokens=prompt_tokens,
-        num_tokens=num_tokens if what == "decode" else 0,
+        prompt_tokens=bench.prompt_tokens,
+        num_tokens=bench.new_tokens - 1,
         runs=runs,
         tokens_per_second=rate,
-        nbytes=prepared.plan.nbytes,
-        bytes_per_token=prepared.plan.bytes_per_token,
+        nbytes=plan.nbytes,
+        bytes_per_token=plan.bytes_per_token,
         read_bandwidth=bandwidth,
         gigabytes_per_second=achieved,
         bandwidth_share=None if achieved is None else achieved / bandwidth,
@@ -188,16 +193,16 @@ class _Bench:
     """Runs of one kind on one model."""
 
     def __init__(self, model: PreTrainedModel, what: What, prompt_tokens: int, new_tokens: int) -> None:
-        self._model, self._what = model, what
-        self._prompt_tokens, self._new_tokens = prompt_tokens, new_tokens
+        self._model, self.what = model, what
+        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self._random = torch.Generator().manual_seed(_SEED)
 
     def run(self) -> float:
         """One run with a new random prompt; tokens per second."""
         clock = self._generate()
-        if self._what == "prefill":
-            return self._prompt_tokens / (clock.times[0] - clock.started)
-        return (self._new_tokens - 1) / (clock.times[-1] - clock.times[0])
+        if self.what == "prefill":
+            return self.prompt_tokens / (clock.times[0] - clock.started)
+        return (self.new_tokens - 1) / (clock.times[-1] - clock.times[0])
 
     def profile(self) -> tuple[float, float]:
         """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
@@ -205,7 +210,7 @@ class _Bench:
         with _time_between(layers[0], layers[-1]) as inside:
             clock = self._generate(lambda: (native_seconds(), inside.seconds))
         # marks[0] is taken when the run starts, marks[1] when the first token is there.
-        first, last = (0, 1) if self._what == "prefill" else (1, -1)
+        first, last = (0, 1) if self.what == "prefill" else (1, -1)
         times = (clock.started, *clock.times)
         elapsed = times[last] - times[first]
         native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
@@ -213,10 +218,10 @@ class _Bench:
 
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
-        prompt = torch.randint(vocab_size, (1, self._prompt_tokens), generator=self._random)
+        prompt = torch.randint(vocab_size, (1, self.prompt_tokens), generator=self._random)
         # No token has this number, so no run ends early.
         config = GenerationConfig(
-            max_new_tokens=self._new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
+            max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
         )
         clock = _Clock(mark)
         with torch.no_grad():
@@ -275,6 +280,10 @@ def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers:
     if run_layers == total_layers:
         return None
     return rate / (1.0 - layer_share + layer_share * total_layers / run_layers)
+
+
+def _num_layers(prepared: Prepared) -> int:
+    return int(prepared.config.get_text_config().num_hidden_layers)
 
 
 def _check_context(prepared: Prepared, num_tokens: int) -> None:

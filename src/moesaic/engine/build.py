@@ -40,7 +40,10 @@ def build_modules(model: PreTrainedModel, weight_map: WeightMap, plan: Plan, che
 
 
 def initialise_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies), as transformers' own loading does."""
+    """Compute the buffers that no checkpoint holds (rotary frequencies, scales), as transformers' own loading does.
+
+    Before weights are read: what initialises a module's buffers writes random values into its parameters too.
+    """
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if module._buffers.get(name) is not None]
         for name in names:
@@ -70,7 +73,7 @@ class _Builder:
 
     def __init__(self, model: PreTrainedModel, weight_map: WeightMap, plan: Plan) -> None:
         self._model, self._weight_map, self._plan = model, weight_map, plan
-        self._embedding_name = next(name for name, module in model.named_modules() if module is _embedding(model))
+        self._embedding_name = next((name for name, module in model.named_modules() if module is _embedding(model)), "")
         self._tied = frozenset(
             target.removesuffix(".weight")
             for target, source in model.all_tied_weights_keys.items()

@@ -49,6 +49,8 @@ def _uses_default_cache(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate()` leaves the cache to the library."""
     if kwargs.get("past_key_values") is not None or kwargs.get("assistant_model") is not None:
         return False
+    if not model._supports_default_dynamic_cache():
+        return False
     settings = (kwargs, vars(kwargs.get("generation_config") or model.generation_config))
     return all(
         chosen.get("use_cache") is not False

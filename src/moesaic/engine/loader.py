@@ -130,10 +130,10 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     model, checkpoint = prepared.model, prepared.checkpoint
     try:
         jobs = build_modules(model, prepared.weight_map, prepared.plan, checkpoint)
+        initialise_buffers(model)
         run_jobs(jobs, checkpoint, progress, num_threads())
     finally:
         checkpoint.close()
-    initialise_buffers(model)
     check_no_meta_tensors(model)
     model = finish_model(model, prepared.plan)
     model.generation_config = generation_config_for(checkpoint, model.generation_config)

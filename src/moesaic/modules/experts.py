@@ -17,7 +17,7 @@ from moesaic.kernels.packed import ActivationName
 
 __all__ = ["RoutedExperts", "activation_of"]
 
-# Class of the stock activation module -> the kernel's name of it.
+# Class of the stock activation module, or name of the function -> the kernel's name of it.
 _ACTIVATIONS: Mapping[str, ActivationName] = MappingProxyType(
     {
         "SiLUActivation": "silu",
@@ -29,6 +29,9 @@ _ACTIVATIONS: Mapping[str, ActivationName] = MappingProxyType(
         "PytorchGELUTanh": "gelu_tanh",
         "ReLU": "relu",
         "ReLUSquaredActivation": "relu2",
+        "silu": "silu",
+        "gelu": "gelu",
+        "relu": "relu",
     }
 )
 
@@ -46,7 +49,8 @@ def activation_of(experts: nn.Module, name: str) -> Activation:
     alpha, limit = getattr(experts, "alpha", None), getattr(experts, "limit", None)
     if alpha is not None and limit is not None:
         return Activation("swiglu_oai", alpha=float(alpha), limit=float(limit))
-    act_fn = type(getattr(experts, "act_fn", None)).__name__
+    function = getattr(experts, "act_fn", None)
+    act_fn = getattr(function, "__name__", type(function).__name__)
     if act_fn not in _ACTIVATIONS or limit is not None:
         raise UnsupportedModelError(
             f"{name}: the experts' activation {act_fn} is none that the kernels have ({', '.join(_ACTIVATIONS)}); "

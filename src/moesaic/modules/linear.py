@@ -29,6 +29,11 @@ class PackedLinear(nn.Module):
         flat = hidden_states.reshape(-1, self.in_features)
         return linear(flat, self.packed, self.bias).view(*hidden_states.shape[:-1], self.out_features)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """All weights as float32 `[out_features, in_features]`, made anew: for model code that reads them itself."""
+        return self.packed.dequantize()[0]
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "

@@ -63,4 +63,4 @@ bench: dev
 	$(VENV)/bin/moesaic bench prefill --synthetic qwen3-30b-a3b --format Q4_K --layers 4
 
 eval-demo: dev
-	$(PYTHON) demo/evaluate.py $(MODEL)
+	$(PYTHON) -m demo.evaluate --model $(MODEL)

@@ -129,7 +129,8 @@ class Trainer:
         self._device, self._steps, self._batch_tokens, self._tokenizer = device, steps, batch_tokens, tokenizer
         torch.set_float32_matmul_precision("high")
         self.model = build_model(seed, device)
-        self.forward = FastForward(self.model, compile_pieces=device.type == "cuda")
+        on_gpu = device.type == "cuda"
+        self.forward = FastForward(self.model, on_gpu, torch.bfloat16 if on_gpu else torch.float32)
         self._optimizer = Optimizer(self.model, muon_lr, adam_lr, _WEIGHT_DECAY)
         self._out = out
         out.mkdir(parents=True, exist_ok=True)

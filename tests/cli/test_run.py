@@ -20,6 +20,7 @@ from moesaic.engine import presets
 from moesaic.engine.presets import PRESETS, Preset
 from moesaic.placement import Hardware, hardware
 from moesaic.placement.hardware import NumaNode
+from moesaic.weights import resolve
 
 RATES = re.compile(
     r"\[prefill \d+ tokens at [\d.]+ tok/s, decode \d+ tokens( at [\d.]+ tok/s)?(, length limit reached)?\]"
@@ -198,3 +199,12 @@ def test_bench_of_random_weights_extrapolates(
     assert "context is 512" in capsys.readouterr().err
     assert main([*bench, "--layers", "1"]) == 0
     assert "extrapolated (not measured) to all 6 layers" in capsys.readouterr().out
+
+
+def test_the_demo_and_its_tokenizer_for_another_file(capsys: pytest.CaptureFixture[str]) -> None:
+    weights = str(resolve("demo").checkpoint)
+    for arguments in (["demo"], ["demo", "--gguf", weights]):
+        assert main(["run", *arguments, "What is 1234 + 4321?", "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["text"], report["finish_reason"]) == ("1234 + 4321 = 5555", "stop")
+        assert report["seed"] is None  # the file says that it is not to be sampled

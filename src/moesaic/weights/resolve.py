@@ -98,6 +98,8 @@ def _tokenizer_folder(folder: Path) -> Path | None:
 
 def _tokenizer_of(model: str, hub: Hub) -> Path | None:
     """The tokenizer files of a model whose weights are not wanted."""
+    if model == "demo":
+        return _demo().tokenizer
     path = Path(model).expanduser()
     if path.exists():
         return _tokenizer_folder(path if path.is_dir() else path.parent)

@@ -145,6 +145,23 @@ def test_generation_across_cache_growth(family: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(ours.generate(ids, **arguments), stock.generate(ids, **arguments))
 
 
+def test_torch_keeps_to_one_thread_while_generating() -> None:
+    """Its threads would spin on the kernels' cores; what the caller had set comes back."""
+    seen = []
+
+    class Watch(_Recorder):
+        def put(self, value: torch.Tensor) -> None:
+            seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        pair("qwen3_moe")[1].generate(tiny_inputs(batch=1), streamer=Watch(), **GREEDY)
+        assert torch.get_num_threads() == 2 and set(seen) == {1}
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_default_cache_grows_and_others_are_kept() -> None:
     _, ours = pair("qwen3_moe")
     arguments = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}

@@ -2,10 +2,12 @@
 
     python benchmarks/kernels.py [--model qwen3-30b-a3b] [--formats Q4_K,Q6_K] [--isa avx2] [--threads 2] [--json]
 
-Decode: one token through the routed experts of one layer, another choice of experts each time, in GB/s of weights read and as a
-share of the measured read bandwidth. Prefill: many tokens, in 10^9 multiply-adds per second and as a share of the peak
-of the instruction used (int8 dot products for quantised weights, float32 fma for floats). Yardsticks are measured
-between the repetitions, so that other load on the machine falls on both. Weights are random bytes: values do not matter for speed.
+Decode: one token through the routed experts of one layer, another choice of experts each time, in GB/s of weights read
+and as a share of the measured read bandwidth. Prefill: many tokens, in 10^9 multiply-adds per second and as a share of
+the peak of the instruction used (int8 dot products for quantised weights, float32 fma for floats). Yardsticks are
+measured between the repetitions, so that other load on the machine falls on both. With --threads 1, products are timed
+in processor time of the thread, which other load disturbs least. Weights are random bytes: values do not matter for
+speed.
 """
 
 from __future__ import annotations
@@ -57,11 +59,12 @@ class Result:
 
 def best_time(step: Callable[[int], object], seconds: float) -> float:
     """Shortest time of a step, repeated for about so long; the number of the repetition is its argument."""
+    clock = time.thread_time if kernels.num_threads() == 1 else time.perf_counter
     best, repetition, end = float("inf"), 0, time.perf_counter() + seconds
     while time.perf_counter() < end or repetition < 3:
-        start = time.perf_counter()
+        start = clock()
         step(repetition)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, clock() - start)
         repetition += 1
     return best
 
@@ -87,14 +90,15 @@ def measure(name: str, dims: Dims, num_tokens: int, seconds: float) -> Result:
     decode = batch4 = prefill = dense = float("inf")
     index = torch.stack([torch.randperm(dims.num_experts)[: dims.top_k] for _ in range(num_tokens)])
     kind = "dot_i8" if get_format(name).is_quantized else "fma_f32"
+    same = [choice.expand(4, -1).contiguous() for choice in choices]
+    part = seconds / 3
     for _ in range(3):
-        bandwidth = max(bandwidth, read_bandwidth(1 << 29, seconds / 6).best)
-        peak = max(peak, peak_ops(kind, seconds / 6).best / 2)
-        decode = min(decode, best_time(lambda i: moe_forward(x[:1], choices[i % 64], weights[:1], experts), seconds / 3))
-        same = [choice.expand(4, -1).contiguous() for choice in choices]
-        batch4 = min(batch4, best_time(lambda i, s=same: moe_forward(x[:4], s[i % 64], weights[:4], experts), seconds / 3))
-        prefill = min(prefill, best_time(lambda i: moe_forward(x, index, weights, experts), seconds / 3))
-        dense = min(dense, best_time(lambda i: linear(x, up, index=i % dims.num_experts), seconds / 3))
+        bandwidth = max(bandwidth, read_bandwidth(1 << 29, part / 2).best)
+        peak = max(peak, peak_ops(kind, part / 2).best / 2)
+        decode = min(decode, best_time(lambda i: moe_forward(x[:1], choices[i % 64], weights[:1], experts), part))
+        batch4 = min(batch4, best_time(lambda i: moe_forward(x[:4], same[i % 64], weights[:4], experts), part))
+        prefill = min(prefill, best_time(lambda _: moe_forward(x, index, weights, experts), part))
+        dense = min(dense, best_time(lambda i: linear(x, up, index=i % dims.num_experts), part))
     macs = dims.hidden * dims.intermediate * 3 * dims.top_k
     decode_rate = macs / 1e9 / decode * get_format(name).block_bytes / get_format(name).block_size
     prefill_rate = macs * num_tokens / 1e9 / prefill
@@ -108,6 +112,14 @@ def measure(name: str, dims: Dims, num_tokens: int, seconds: float) -> Result:
         prefill_rate / peak,
         dense_rate,
         dense_rate / peak,
+    )
+
+
+def line(r: Result) -> str:
+    """A row of the table."""
+    return (
+        f"{r.format:8} {r.decode_gb_s:11.1f} {r.decode_share:6.0%} {r.batch4_cost:8.2f}x {r.prefill_gmac_s:15.0f} "
+        f"{r.prefill_share:6.0%} {r.dense_gmac_s:13.0f} {r.dense_share:6.0%}"
     )
 
 
@@ -133,13 +145,10 @@ def main() -> None:
         result = measure(name, MODELS[args.model], args.tokens, args.seconds)
         results.append(asdict(result))
         if not args.json:
-            print(
-                f"{name:8} {result.decode_gb_s:11.1f} {result.decode_share:6.0%} {result.batch4_cost:8.2f}x "
-                f"{result.prefill_gmac_s:15.0f} {result.prefill_share:6.0%} {result.dense_gmac_s:13.0f} {result.dense_share:6.0%}",
-                flush=True,
-            )
+            print(line(result), flush=True)
     if args.json:
-        print(json.dumps({"model": args.model, "isa": kernels.active_isa(), "threads": kernels.num_threads(), "results": results}))
+        machine = {"isa": kernels.active_isa(), "threads": kernels.num_threads()}
+        print(json.dumps({"model": args.model, **machine, "results": results}))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ class Forward {
   private:
     struct Buffers {
         AlignedArray<float> gate, up;  // [tokens of the expert, 32]
+        AlignedArray<float> sums;      // [num_tokens, 32]
         std::vector<const void*> tokens;
     };
 
@@ -106,9 +107,10 @@ class Forward {
     std::int64_t num_tokens_;
     float* out_;
     const MatmulKernels* kernels_;
-    PreparedTokens input_;                           // of gate and up
-    std::int64_t inner_pairs_;                       // of the intermediate rows
-    AlignedArray<float> inner_;                      // input of down for every slot, in the form
+    PreparedTokens input_;       // of gate and up
+    std::int64_t inner_pairs_;   // of the intermediate rows
+    std::int64_t inner_stride_;  // pairs from slot to slot; odd, so that slots fall into different cache sets
+    AlignedArray<float> inner_;  // input of down for every slot, in the form
     AlignedArray<ActivationGroup> inner_quantized_;  // that its format wants
 };
 
@@ -122,8 +124,9 @@ Forward::Forward(const Experts& experts, const Assignment& assignment, const flo
       input_(num_tokens, experts.hidden,
              experts.up.format->quantized || (experts.gate.format != nullptr && experts.gate.format->quantized),
              [&](std::int64_t t) { return x + t * x_stride; }),
-      inner_pairs_((experts.intermediate + kPair - 1) / kPair) {
-    const auto size = static_cast<std::size_t>(inner_pairs_) * a_.slots.size();
+      inner_pairs_((experts.intermediate + kPair - 1) / kPair),
+      inner_stride_(inner_pairs_ | 1) {
+    const auto size = static_cast<std::size_t>(inner_stride_) * a_.slots.size();
     if (e_.down.format->quantized) {
         inner_quantized_.reserve(size);
     } else {
@@ -164,7 +167,7 @@ void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& 
     project(e_.up, up, next);
     kernels.activate(e_.activation, gate, up, count * kPair, up);
     for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = (first + i) * inner_pairs_ + pair;
+        const std::int64_t at = (first + i) * inner_stride_ + pair;
         if (e_.down.format->quantized) {
             kernels.quantize(up + i * kPair, 1, inner_quantized_.data() + at);
         } else {
@@ -177,14 +180,15 @@ void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& 
 void Forward::contract_item(std::int64_t pair, Buffers& buffers) {
     const auto num_active = static_cast<std::int64_t>(a_.experts.size());
     const Rows rows{pair * kPair, e_.hidden, e_.intermediate};
-    for (std::int64_t t = 0; t < num_tokens_; ++t) {
-        std::fill_n(out_ + t * e_.hidden + rows.first, rows.here(), 0.0f);
-    }
+    const ActivationKernels& kernels = activation_kernels();
+    // Summed apart: the rows of out are often a power of two apart, where caches hold few of them.
+    float* sums = buffers.sums.reserve(static_cast<std::size_t>(num_tokens_ * kPair));
+    std::fill_n(sums, num_tokens_ * kPair, 0.0f);
     for (std::int64_t active = 0; active < num_active; ++active) {
         const std::int64_t count = num_slots(active), first = a_.first[active];
         buffers.tokens.resize(static_cast<std::size_t>(count));
         for (std::int64_t i = 0; i < count; ++i) {
-            const std::int64_t at = (first + i) * inner_pairs_;
+            const std::int64_t at = (first + i) * inner_stride_;
             buffers.tokens[i] = e_.down.format->quantized ? static_cast<const void*>(inner_quantized_.data() + at)
                                                           : inner_.data() + at * kPair;
         }
@@ -194,9 +198,11 @@ void Forward::contract_item(std::int64_t pair, Buffers& buffers) {
                       count, y, last ? down_address(0, pair + 1) : down_address(active + 1, pair));
         for (std::int64_t i = 0; i < count; ++i) {
             const Slot& slot = a_.slots[first + i];
-            float* out = out_ + slot.token * e_.hidden + rows.first;
-            for (std::int64_t r = 0; r < rows.here(); ++r) out[r] += slot.weight * y[i * kPair + r];
+            kernels.add_scaled(y + i * kPair, slot.weight, kPair, sums + slot.token * kPair);
         }
+    }
+    for (std::int64_t t = 0; t < num_tokens_; ++t) {
+        std::copy_n(sums + t * kPair, rows.here(), out_ + t * e_.hidden + rows.first);
     }
 }
 

@@ -36,6 +36,8 @@ struct ActivationKernels {
     void (*quantize)(const float* x, std::int64_t num_groups, ActivationGroup* out);
     // out[i] = f(gate[i]) * up[i], or f(up[i]) if gate is null, for a multiple of 16 floats.
     void (*activate)(const Activation& activation, const float* gate, const float* up, std::int64_t count, float* out);
+    // sums[i] += factor * x[i] for a multiple of 16 floats.
+    void (*add_scaled)(const float* x, float factor, std::int64_t count, float* sums);
 };
 MOESAIC_DECLARE_KERNELS(ActivationKernels, activation_kernels)
 

@@ -67,10 +67,14 @@ void activate(const Activation& activation, const float* gate, const float* up, 
     }
 }
 
+void add_scaled(const float* x, float factor, int64_t count, float* sums) {
+    for (int64_t i = 0; i < count; i += 16) store(sums + i, fma(load(x + i), set1(factor), load(sums + i)));
+}
+
 }  // namespace
 
 const ActivationKernels& activation_kernels() {
-    static constexpr ActivationKernels kernels{quantize, activate};
+    static constexpr ActivationKernels kernels{quantize, activate, add_scaled};
     return kernels;
 }
 

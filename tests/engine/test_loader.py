@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 from moesaic import AutoModelForCausalLM
 from moesaic.engine.loader import load, prepare
-from moesaic.errors import CheckpointError, PlanDoesNotFitError
+from moesaic.errors import CheckpointError, PlanDoesNotFitError, UnsupportedModelError
 from moesaic.modules import PackedEmbedding, PackedLinear, RoutedExperts
 from moesaic.placement import detect_hardware, load_plan
 
@@ -96,6 +96,12 @@ def test_another_attention_implementation_and_back() -> None:
         for name in ("eager", "sdpa", "moesaic"):
             ours.set_attn_implementation(name)
             assert relative_error(ours(ids).logits, expected) < 1e-4
+
+
+def test_saving_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="moesaic quantize"):
+        pair("mixtral")[1].save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_tensors_are_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moesaic.errors import UnsupportedModelError
 from moesaic.kvcache import GrowingCache
 from moesaic.modules import (
     ATTENTION_NAME,
@@ -41,6 +42,17 @@ class _MoesaicCausalLM:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
         if self._shared_state is not None:
             self._shared_state.fused = attn_implementation == ATTENTION_NAME
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: packed weights are no parameters, so that what transformers would write lacks them.
+
+        Raises:
+            UnsupportedModelError: always, saying what to do instead.
+        """
+        raise UnsupportedModelError(
+            "a model on packed weights cannot be saved by transformers: copy its checkpoint, or write another format "
+            "with `moesaic quantize MODEL OUT.gguf --format F`."
+        )
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`; the cache is a `GrowingCache` unless another one is asked for."""

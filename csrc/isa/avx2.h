@@ -22,7 +22,7 @@ struct vb {
 };
 
 constexpr bool kHas32Registers = false;
-constexpr int kDirectTokens = 4, kBlockTokens = 4, kBlockPanels = 1;
+constexpr int kDirectTokens = 3, kBlockTokens = 4, kBlockPanels = 1;
 // maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
 constexpr int kFullRangeBias = 128;
 

@@ -6,7 +6,7 @@ namespace {
 
 // e^x with a relative error below 2e-7 for -87.3 <= x <= 88.37, constant beyond.
 MOESAIC_INLINE vf exp(vf x) {
-    x = min(set1(88.37f), max(set1(-87.3f), x));  // in this order NaN stays NaN
+    x = min(set1(88.37f), max(set1(-87.3f), x));           // in this order NaN stays NaN
     const vi n = to_int(mul(x, set1(1.44269504088896f)));  // x = n ln 2 + r, |r| <= ln 2 / 2
     const vf nf = to_float(n);
     vf r = fma(nf, set1(-0.693359375f), x);  // ln 2 in two parts (Cody and Waite)

@@ -20,7 +20,7 @@ struct vb {
 };
 
 constexpr bool kHas32Registers = true;
-constexpr int kDirectTokens = 4, kBlockTokens = 6, kBlockPanels = 2;
+constexpr int kDirectTokens = 6, kBlockTokens = 6, kBlockPanels = 2;
 constexpr int kFullRangeBias = 0;
 
 MOESAIC_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }

@@ -1,6 +1,6 @@
 // Quantised weights times int8 activations; included by matmul.isa.cpp inside its anonymous namespace.
 //
-// Up to 4 tokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256 columns
+// Up to kDirectTokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256 columns
 // of two panels are expanded to bytes and float scales in the L1 cache, then every token passes over them (bound by
 // dot4). The sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
 

@@ -17,7 +17,7 @@ from moesaic.kernels import linear, linear_heads, linear_multi, linear_transpose
 from moesaic.quant import FORMATS
 
 FLOAT32_SUMS = 1e-5
-TOKENS = [1, 2, 3, 4, 5, 17, 40]
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 17, 40]
 ALL_FORMATS = list(FORMATS)
 
 

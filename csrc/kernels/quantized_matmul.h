@@ -1,8 +1,8 @@
 // Quantised weights times int8 activations; included by matmul.isa.cpp inside its anonymous namespace.
 //
-// Up to kDirectTokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256 columns
-// of two panels are expanded to bytes and float scales in the L1 cache, then every token passes over them (bound by
-// dot4). The sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
+// Up to kDirectTokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256
+// columns of two panels are expanded to bytes and float scales in the L1 cache, then every token passes over them
+// (bound by dot4). The sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
 
 constexpr int kChunkGroups = 8;  // groups of 32 columns that are expanded together
 

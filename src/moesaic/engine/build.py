@@ -201,7 +201,7 @@ def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
 
 
 def _matrix_job(ref: TensorRef, packed: PackedTensor, index: int = 0) -> Job:
-    return Job.of(ref, lambda checkpoint: pack_matrix(ref, checkpoint, packed, index))
+    return Job.of(ref, lambda checkpoint: pack_matrix(ref, checkpoint, packed, index), ref.format != packed.format)
 
 
 def _float_job(ref: TensorRef, destination: torch.Tensor) -> Job:

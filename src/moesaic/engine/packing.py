@@ -27,8 +27,8 @@ __all__ = ["Job", "LoadProgress", "Progress", "pack_matrix", "run_jobs"]
 Progress = bool | Callable[[int, int], None]
 """True draws a bar on stderr, False is silent, a function is called with (bytes done, bytes in all)."""
 
-_REQUANTISE_BYTES = 32 * 1024**2
-"""Float32 bytes that exist at a time while a matrix is requantised."""
+_REQUANTISE_BYTES = 4 * 1024**2
+"""Float32 bytes that exist at a time while a matrix is requantised; enough for every thread to have rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +40,20 @@ class Job:
         nbytes: how many bytes of them.
         index: which matrix of the first source, if it is a stack; for the order of reading.
         run: reads and stores.
+        requantises: whether it needs memory for floats and for its result; that work runs on all threads of the
+            kernels already, so such jobs run one after the other.
     """
 
     sources: tuple[str, ...]
     nbytes: int
     index: int
     run: Callable[[Checkpoint], None]
+    requantises: bool = False
 
     @staticmethod
-    def of(ref: TensorRef, run: Callable[[Checkpoint], None]) -> Job:
+    def of(ref: TensorRef, run: Callable[[Checkpoint], None], requantises: bool = False) -> Job:
         """A job that reads one reference."""
-        return Job(ref.sources, ref.nbytes, ref.index or 0, run)
+        return Job(ref.sources, ref.nbytes, ref.index or 0, run, requantises)
 
 
 def pack_matrix(ref: TensorRef, checkpoint: Checkpoint, packed: PackedTensor, index: int = 0) -> None:
@@ -122,7 +125,9 @@ def run_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, progress: Progress, nu
 
     with (
         LoadProgress(progress, sum(job.nbytes for job in jobs)) as report,
-        ThreadPoolExecutor(num_threads, thread_name_prefix="moesaic-load") as pool,
+        ThreadPoolExecutor(num_threads, thread_name_prefix="moesaic-load") as copying,
+        # One thread: every further one would keep its own share of freed memory in the C library's allocator.
+        ThreadPoolExecutor(1, thread_name_prefix="moesaic-requantise") as requantising,
     ):
 
         def run(job: Job) -> None:
@@ -134,10 +139,11 @@ def run_jobs(jobs: Sequence[Job], checkpoint: Checkpoint, progress: Progress, nu
                         checkpoint.release(name)
                 report.add(job.nbytes)
 
-        futures = [pool.submit(run, job) for job in jobs]
+        futures = [(requantising if job.requantises else copying).submit(run, job) for job in jobs]
         try:
             for future in futures:
                 future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for pool in (copying, requantising):
+                pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -85,7 +85,14 @@ def test_a_long_prompt_in_pieces_changes_nothing(family: str, monkeypatch: pytes
     session.forget()
     assert session.answer(ids, GREEDY).text == whole
     longer = [*ids, *session.encode_raw(whole), *session.encode_raw("And a second turn of the same length or so.")]
+    lengths: list[int] = []
+    hook = session.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, inputs: lengths.append(inputs[0].shape[1])
+    )
     in_pieces = session.answer(longer, GREEDY)
+    hook.remove()
+    decoded = in_pieces.generated_tokens - 1
+    assert max(lengths) == 25 and sum(lengths) == len(longer) - in_pieces.cached_tokens + decoded  # nothing twice
     session.forget()
     monkeypatch.undo()
     assert session.answer(longer, GREEDY).text == in_pieces.text

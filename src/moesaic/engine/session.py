@@ -87,11 +87,10 @@ class Session:
         config.max_length = None
         answer = Answer(prompt_tokens=len(prompt_ids), seed=_seed(config, sampling.seed))
         cache, answer.cached_tokens = self._take_cache(prompt_ids)
-        if len(prompt_ids) - answer.cached_tokens > _PREFILL_CHUNK:
-            config.prefill_chunk_size = _PREFILL_CHUNK
         streamer = _Streamer(self.tokenizer, len(prompt_ids), on_text)
         input_ids = torch.tensor([list(prompt_ids)], dtype=torch.int64)
         try:
+            self._prefill(input_ids[:, answer.cached_tokens :], cache)
             self.model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
@@ -111,6 +110,20 @@ class Session:
     def forget(self) -> None:
         """Give the cache's memory back."""
         self._cache, self._cached_ids = None, []
+
+    def _prefill(self, new_ids: torch.Tensor, cache: GrowingCache) -> None:
+        """Compute all pieces of a long prompt but the last, which is left to `generate()`.
+
+        Its own `prefill_chunk_size` would feed what the cache holds again: transformers 5.17 forgets that it is there.
+
+        Args:
+            new_ids: int64 `[1, num_tokens]`, what the cache does not hold.
+            cache: grows by the pieces.
+        """
+        pieces = new_ids.split(_PREFILL_CHUNK, dim=1)
+        with torch.no_grad():
+            for piece in pieces[:-1]:
+                self.model.get_decoder()(input_ids=piece, past_key_values=cache, use_cache=True)
 
     def _room(self, prompt_tokens: int) -> int | None:
         if prompt_tokens == 0:

@@ -67,8 +67,12 @@ def test_recorded_outputs(family: str) -> None:
         mine = ours(ids, output_hidden_states=True, output_router_logits=True)
         theirs = stock(ids, output_hidden_states=True, output_router_logits=True)
     assert len(mine.hidden_states) == len(theirs.hidden_states)
-    assert len(mine.router_logits) == len(theirs.router_logits) > 0
-    for kind in ("hidden_states", "router_logits"):
+    assert set(mine) == set(theirs)
+    kinds = ["hidden_states", "router_logits"]
+    if family == "deepseek_v3" and "router_logits" not in theirs:
+        kinds.pop()  # transformers 5.17 does not record them for this family
+    for kind in kinds:
+        assert len(getattr(mine, kind)) == len(getattr(theirs, kind)) > 0
         for a, b in zip(getattr(mine, kind), getattr(theirs, kind), strict=True):
             assert relative_error(a, b) < TOLERANCE
 

@@ -121,6 +121,12 @@ class _BufferedLayer:
         self._buffers = _Buffers(key_states, value_states, capacity, self.storage_dtype)
         self.is_initialized = True
 
+    def reset(self) -> None:
+        """Forget everything, as a new layer (some versions of transformers would keep the length, of zeros)."""
+        self._buffers = None
+        self.is_initialized = False
+        super().reset()  # type: ignore[misc]
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Beam search: row i of the batch becomes what row `beam_idx[i]` was."""
         if self._buffers is None or self._buffers.end == 0:

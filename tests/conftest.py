@@ -1,4 +1,4 @@
-"""Settings of the engine's tests."""
+"""Settings of all tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_torch_thread() -> Iterator[None]:
-    """Tiny models on many threads spend their time waiting: one thread for torch, the kernels have their own."""
+    """Tiny models on many threads spend their time waiting: one thread for torch, the native kernels have their own."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

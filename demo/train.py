@@ -127,9 +127,10 @@ class Trainer:
         # The workers are forked, which must happen before this process touches the GPU.
         self._streams = {name: BatchStream(bucket, batch_tokens, tokenizer, seed) for name, bucket in BUCKETS.items()}
         self._device, self._steps, self._batch_tokens, self._tokenizer = device, steps, batch_tokens, tokenizer
-        torch.set_float32_matmul_precision("high")
         self.model = build_model(seed, device)
         on_gpu = device.type == "cuda"
+        if on_gpu:  # the router's products; CPUs without bf16 would emulate it
+            torch.set_float32_matmul_precision("high")
         self.forward = FastForward(self.model, on_gpu, torch.bfloat16 if on_gpu else torch.float32)
         self._optimizer = Optimizer(self.model, muon_lr, adam_lr, _WEIGHT_DECAY)
         self._out = out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,13 +139,20 @@ def test_the_rate_warms_up_stays_and_ends_at_zero() -> None:
     assert rates[500:] == sorted(rates[500:], reverse=True) and rates[-1] == pytest.approx(0.002)
 
 
-@pytest.mark.slow
-def test_training_lowers_the_loss_and_its_result_loads_in_the_stock_model(tmp_path: Path) -> None:
-    trainer = Trainer(DEFAULT_TOKENIZER, tmp_path, CPU, steps=2, batch_tokens=8192, muon_lr=4e-3, adam_lr=3e-3, seed=0)
+def test_training_lowers_the_loss_and_its_result_loads_in_the_stock_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = demo_config()
+    config.num_hidden_layers = 2
+    small = {name: replace(bucket, length=256, max_context=150, num_workers=1) for name, bucket in BUCKETS.items()}
+    monkeypatch.setattr("demo.train.BUCKETS", small)
+    monkeypatch.setattr("demo.train.demo_config", lambda: config)
+    monkeypatch.setattr("demo.export.demo_config", lambda: config)
+    trainer = Trainer(DEFAULT_TOKENIZER, tmp_path, CPU, steps=8, batch_tokens=512, muon_lr=4e-3, adam_lr=3e-3, seed=0)
     first, _ = trainer.step(0)
     trainer.run(log_every=1)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert records[-1]["short"] < first["short"].item() - 0.05
+    assert records[-1]["short"] < first["short"].item() - 0.5
     export_checkpoint(tmp_path, tmp_path / "checkpoint")
     model = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "checkpoint", dtype=torch.float32)
     saved = load_file(tmp_path / "model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -31,6 +32,7 @@ class Terminal:
         )
         os.close(slave)
         self._unread = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def expect(self, text: str) -> str:
         """Read until `text` appears; everything up to and including it."""
@@ -38,7 +40,7 @@ class Terminal:
         while text not in self._unread:
             ready, _, _ = select.select([self._master], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"no '{text}' in {self._unread!r}"
-            self._unread += os.read(self._master, 65536).decode()
+            self._unread += self._decoder.decode(os.read(self._master, 65536))  # a read may end within a character
         end = self._unread.index(text) + len(text)
         seen, self._unread = self._unread[:end], self._unread[end:]
         return re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", seen)

@@ -120,7 +120,7 @@ class Session:
             new_ids: int64 `[1, num_tokens]`, what the cache does not hold.
             cache: grows by the pieces.
         """
-        pieces = new_ids.split(_PREFILL_CHUNK, dim=1)
+        pieces = torch.split(new_ids, _PREFILL_CHUNK, dim=1)
         with torch.no_grad():
             for piece in pieces[:-1]:
                 self.model.get_decoder()(input_ids=piece, past_key_values=cache, use_cache=True)

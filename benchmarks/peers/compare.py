@@ -1,4 +1,4 @@
-"""Moesaic and llama.cpp side by side on the same GGUF, machine and threads: decode and prefill of a whole model, CPU only.
+"""Moesaic and llama.cpp side by side: decode and prefill of a whole model on the same GGUF, machine and threads, CPU.
 
     python benchmarks/peers/compare.py --llama-python OTHER/bin/python --formats Q4_K Q2_K Q8_0 --layers 12
 

@@ -1,6 +1,7 @@
 """Runs one GGUF in Moesaic and prints tokens per second as JSON; the counterpart of run_llama_cpp.py.
 
-The model is called as `generate()` calls it, with the project's own cache; like there, token ids are random and no sampler runs.
+The model is called as `generate()` calls it, with the project's own cache; like there, token ids are random and no
+sampler runs.
 """
 
 from __future__ import annotations

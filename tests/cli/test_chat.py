@@ -27,9 +27,12 @@ class Terminal:
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         self._master, slave = pty.openpty()
+        # A shell starts background jobs with SIGINT ignored, and children inherit that; a terminal's programs take it.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=env, start_new_session=True, close_fds=True
         )
+        signal.signal(signal.SIGINT, before)
         os.close(slave)
         self._unread = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")()

@@ -1,4 +1,4 @@
-// The one list of weight formats. A format is one header here and one row below.
+// The one list of weight formats. A format is one header here and one row below, in the family of its likes.
 //
 // A header holds a struct with
 //   kName, kGgmlType     name and number in ggml
@@ -9,6 +9,7 @@
 // give the weights of a tile as groups g of 32 k and quads i of 4 k, in the terms
 //   value(row, k) = scale(s, k / kScaleGroup) * (q - zero) + offset(s, k / kScaleGroup),  zero = 2^kZeroShift or 0 (-1)
 //   quad(tile, g, i)     16 rows x weights 4 i .. 4 i + 3 of group g as unsigned bytes q, below 128 unless kFullRange
+//   or, where a group is best made at once, group(tile, scales, g, quads): its 8 quads
 // float formats give kStep columns of 16 weights: load_weights(tile, w).
 #pragma once
 
@@ -29,20 +30,34 @@
 #include "formats/q6_k.h"
 #include "formats/q8_0.h"
 
-#define MOESAIC_FOR_EACH_FORMAT(X) \
-    X(F32)                         \
-    X(F16)                         \
-    X(BF16)                        \
-    X(Q4_0)                        \
-    X(Q4_1)                        \
-    X(Q5_0)                        \
-    X(Q5_1)                        \
-    X(Q8_0)                        \
-    X(Q2_K)                        \
-    X(Q3_K)                        \
-    X(Q4_K)                        \
-    X(Q5_K)                        \
-    X(Q6_K)                        \
-    X(IQ4_NL)                      \
-    X(IQ4_XS)                      \
+// Families are units of compilation (kernels/matmul_<family>.isa.cpp).
+// clang-format off: one row a line
+#define MOESAIC_FOR_EACH_FLOAT_FORMAT(X) \
+    X(F32)                               \
+    X(F16)                               \
+    X(BF16)
+#define MOESAIC_FOR_EACH_BLOCK32_FORMAT(X) \
+    X(Q4_0)                                \
+    X(Q4_1)                                \
+    X(Q5_0)                                \
+    X(Q5_1)                                \
+    X(Q8_0)                                \
+    X(IQ4_NL)                              \
     X(MXFP4)
+#define MOESAIC_FOR_EACH_K_QUANT_FORMAT(X) \
+    X(Q2_K)                                \
+    X(Q3_K)                                \
+    X(Q4_K)                                \
+    X(Q5_K)                                \
+    X(Q6_K)                                \
+    X(IQ4_XS)
+#define MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X)
+#define MOESAIC_FOR_EACH_GROUPED_FORMAT(X)
+// clang-format on
+
+#define MOESAIC_FOR_EACH_FORMAT(X)      \
+    MOESAIC_FOR_EACH_FLOAT_FORMAT(X)    \
+    MOESAIC_FOR_EACH_BLOCK32_FORMAT(X)  \
+    MOESAIC_FOR_EACH_K_QUANT_FORMAT(X)  \
+    MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X) \
+    MOESAIC_FOR_EACH_GROUPED_FORMAT(X)

@@ -5,7 +5,7 @@
 // A lane is an output row in the matrix kernels, and just an element elsewhere. Loads and stores need no alignment.
 // kFullRangeBias: what dot4<true> subtracts from each weight byte before it multiplies (0 where bytes above 127 are
 // as good as others); kHas32Registers: how much kernels may block. In the matrix kernels, up to kDirectTokens tokens
-// share a pass over packed weights; above, kBlockTokens tokens x kBlockPanels panels of sums stay in registers.
+// share a pass over packed float weights; above, kBlockTokens tokens x kBlockPanels panels of sums stay in registers.
 #pragma once
 
 #include <stdint.h>

@@ -27,10 +27,26 @@ struct MatmulKernels {
                        float* const* out);
 };
 
+// The kernels of a family of formats, in the order of formats.h.
+struct MatmulFamily {
+    const MatmulKernels* kernels;
+    int num_formats;
+};
+
+#define MOESAIC_DECLARE_FAMILIES(isa)           \
+    namespace isa_##isa {                       \
+        const MatmulFamily& float_kernels();    \
+        const MatmulFamily& block32_kernels();  \
+        const MatmulFamily& k_quant_kernels();  \
+        const MatmulFamily& codebook_kernels(); \
+        const MatmulFamily& grouped_kernels();  \
+    }
+MOESAIC_FOR_EACH_ISA(MOESAIC_DECLARE_FAMILIES)
+
 // The kernels of each format, in the order of formats.h.
 struct MatmulTable {
     const MatmulKernels* formats;
 };
-MOESAIC_DECLARE_KERNELS(MatmulTable, matmul_table)
+const MatmulTable& matmul_table();
 
 }  // namespace moesaic

@@ -1,8 +1,8 @@
 // Quantised weights times int8 activations; included by matmul.isa.cpp inside its anonymous namespace.
 //
-// Up to kDirectTokens: weights go from the tile to registers and are multiplied there (bound by memory). More: 256
-// columns of two panels are expanded to bytes and float scales in the L1 cache, then every token passes over them
-// (bound by dot4). The sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
+// One token: weights go from the tile to registers and are multiplied there (bound by memory). More: 256 columns of two
+// panels are expanded to bytes and float scales in the L1 cache, then every token passes over them (bound by dot4). The
+// sums of a group of 16 or 32 weights are exact integers; scales are applied in float.
 
 constexpr int kChunkGroups = 8;  // groups of 32 columns that are expanded together
 
@@ -26,45 +26,45 @@ MOESAIC_INLINE vf scaled_sum(const ActivationGroup& x, int h) {
     return set1(kSubs<F> == 1 ? x.scaled_sum : x.scaled_half_sums[h]);
 }
 
-// out[t][0..15] for T tokens and one panel, straight from the packed bytes.
-template <class F, int T>
-void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks, const ActivationGroup* const* tokens,
+// The 8 quads of group g of a tile.
+template <class F>
+MOESAIC_INLINE void quads_of_group(const uint8_t* tile, const typename F::Scales& scales, int g, vb (&quads)[8]) {
+    if constexpr (requires { F::group(tile, scales, g, quads); }) {
+        F::group(tile, scales, g, quads);
+    } else {
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) quads[i] = F::quad(tile, g, i);
+    }
+}
+
+// out[0..15] for one token and one panel, straight from the packed bytes.
+template <class F>
+void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks, const ActivationGroup* token,
             float* out) {
     constexpr int kGroups = F::kBlock / 32, kQuads = 8 / kSubs<F>, kGroupBytes = 16 * F::kBlockBytes / kGroups;
-    vf sums[T];
-    for (int t = 0; t < T; ++t) sums[t] = set1(0.0f);
+    vf sum = set1(0.0f);
     for (int64_t b = 0; b < num_blocks; ++b, panel += 16 * F::kBlockBytes) {
         const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
         const typename F::Scales scales = F::load_scales(panel);
         MOESAIC_UNROLL
-        for (int g = 0; g < kGroups; ++g) {
+        for (int g = 0; g < kGroups; ++g, ++token) {
             prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
+            vb quads[8];
+            quads_of_group<F>(panel, scales, g, quads);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
-                vi dots[T];
-                MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) dots[t] = initial_sum<F>(tokens[t][b * kGroups + g], h);
+                vi dots = initial_sum<F>(*token, h);
                 MOESAIC_UNROLL
                 for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                    const vb quad = F::quad(panel, g, i);
-                    MOESAIC_UNROLL
-                    for (int t = 0; t < T; ++t) {
-                        dots[t] = dot4<F::kFullRange>(dots[t], quad, tokens[t][b * kGroups + g].values + 4 * i);
-                    }
+                    dots = dot4<F::kFullRange>(dots, quads[i], token->values + 4 * i);
                 }
-                const vf scale = F::scale(scales, g * kSubs<F> + h);
-                MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) {
-                    const ActivationGroup& x = tokens[t][b * kGroups + g];
-                    sums[t] = fma(mul(to_float(dots[t]), scale), set1(x.scale), sums[t]);
-                    if constexpr (F::kHasOffset) {
-                        sums[t] = fma(F::offset(scales, g * kSubs<F> + h), scaled_sum<F>(x, h), sums[t]);
-                    }
-                }
+                const int sub = g * kSubs<F> + h;
+                sum = fma(mul(to_float(dots), F::scale(scales, sub)), set1(token->scale), sum);
+                if constexpr (F::kHasOffset) sum = fma(F::offset(scales, sub), scaled_sum<F>(*token, h), sum);
             }
         }
     }
-    for (int t = 0; t < T; ++t) store(out + t * kOutputStride, sums[t]);
+    store(out, sum);
 }
 
 // kChunkGroups groups of a panel, ready for many tokens.
@@ -82,8 +82,10 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
         const typename F::Scales scales = F::load_scales(tile);
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
+            vb quads[8];
+            quads_of_group<F>(tile, scales, g, quads);
             MOESAIC_UNROLL
-            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
+            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quads[i]);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 const int sub = (first + g) * kSubs<F> + h;
@@ -206,28 +208,15 @@ void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const 
     }
 }
 
-// direct() for as many tokens as there are, at most T.
-template <class F, int T>
-void direct_up_to(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
-                  int64_t num_tokens, float* out, const uint8_t* next) {
-    if constexpr (T > 1) {
-        if (num_tokens < T) return direct_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out, next);
-    }
-    const int64_t num_blocks = cols / F::kBlock, panel_bytes = num_blocks * 16 * F::kBlockBytes;
-    const WeightStream stream{panels + num_panels * panel_bytes, next};
-    for (int p = 0; p < num_panels; ++p) {
-        direct<F, T>(panels + p * panel_bytes, stream, num_blocks, tokens, out + 16 * p);
-    }
-}
-
 template <class F>
 void quantized_matmul(const uint8_t* panels, int num_panels, int64_t cols, const void* const* opaque_tokens,
                       int64_t num_tokens, float* out, const uint8_t* next) {
     const auto* tokens = reinterpret_cast<const ActivationGroup* const*>(opaque_tokens);
-    if (num_tokens > kDirectTokens) {
-        matmul_expanded<F>(panels, num_panels, cols, tokens, num_tokens, out, next);
-    } else {
-        direct_up_to<F, kDirectTokens>(panels, num_panels, cols, tokens, num_tokens, out, next);
+    if (num_tokens > 1) return matmul_expanded<F>(panels, num_panels, cols, tokens, num_tokens, out, next);
+    const int64_t num_blocks = cols / F::kBlock, panel_bytes = num_blocks * 16 * F::kBlockBytes;
+    const WeightStream stream{panels + num_panels * panel_bytes, next};
+    for (int p = 0; p < num_panels; ++p) {
+        direct<F>(panels + p * panel_bytes, stream, num_blocks, tokens[0], out + 16 * p);
     }
 }
 
@@ -240,13 +229,16 @@ void dequantize_cols(const uint8_t* panel, int64_t first_col, int num_cols, floa
     for (int k = 0; k < num_cols; k += F::kBlock, tile += 16 * F::kBlockBytes) {
         const typename F::Scales scales = F::load_scales(tile);
         for (int g = 0; g < kGroups; ++g) {
+            vb quads[8];
+            quads_of_group<F>(tile, scales, g, quads);
             for (int i = 0; i < 8; ++i) {
                 const int sub = (32 * g + 4 * i) / F::kScaleGroup;
                 const vf scale = F::scale(scales, sub);
                 vf offset = mul(scale, zero);
                 if constexpr (F::kHasOffset) offset = F::offset(scales, sub);
-                const vb quad = F::quad(tile, g, i);
-                for (int b = 0; b < 4; ++b, out += 16) store(out, fma(to_float(byte_of_lane(quad, b)), scale, offset));
+                for (int b = 0; b < 4; ++b, out += 16) {
+                    store(out, fma(to_float(byte_of_lane(quads[i], b)), scale, offset));
+                }
             }
         }
     }

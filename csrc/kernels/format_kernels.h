@@ -1,14 +1,5 @@
-// The products with every format, for one instruction set.
-#include "kernels/matmul.h"
-
-#include MOESAIC_ISA_HEADER
-
-#include "formats/formats.h"
-#include "kernels/activations.h"
-
-namespace moesaic::MOESAIC_ISA_NAMESPACE {
-
-namespace {
+// The products with any format, written once; included by each matmul_<family>.isa.cpp inside its anonymous namespace,
+// after the vocabulary and the formats.
 
 // clang-format off: each uses constants of those before
 #include "kernels/weight_stream.h"
@@ -57,16 +48,3 @@ constexpr MatmulKernels kernels_of() {
         return {float_matmul<F>, transposed<F>};
     }
 }
-
-#define X(F) kernels_of<F>(),
-constexpr MatmulKernels kFormatKernels[] = {MOESAIC_FOR_EACH_FORMAT(X)};
-#undef X
-
-}  // namespace
-
-const MatmulTable& matmul_table() {
-    static constexpr MatmulTable table{kFormatKernels};
-    return table;
-}
-
-}  // namespace moesaic::MOESAIC_ISA_NAMESPACE

@@ -18,8 +18,8 @@ std::vector<MatmulKernels> join(const std::vector<MatmulFamily>& families) {
 
 const MatmulTable& matmul_table() {
 // The order of MOESAIC_FOR_EACH_FORMAT.
-#define X(isa)                                                                                         \
-    join({isa_##isa::float_kernels(), isa_##isa::block32_kernels(), isa_##isa::k_quant_kernels(),      \
+#define X(isa)                                                                                    \
+    join({isa_##isa::float_kernels(), isa_##isa::block32_kernels(), isa_##isa::k_quant_kernels(), \
           isa_##isa::codebook_kernels(), isa_##isa::grouped_kernels()}),
     static const std::vector<MatmulKernels> kernels[] = {MOESAIC_FOR_EACH_ISA(X)};
 #undef X

@@ -1,5 +1,5 @@
-// The whole of a unit matmul_<family>.isa.cpp, which says before which family it is: the products with its formats, for one
-// instruction set.
+// The whole of a unit matmul_<family>.isa.cpp, which says before which family it is: the products with its formats, for
+// one instruction set.
 #include "kernels/matmul.h"
 
 #include MOESAIC_ISA_HEADER

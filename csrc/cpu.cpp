@@ -1,7 +1,11 @@
 #include "cpu.h"
 
 #include <sched.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -23,7 +27,24 @@ namespace moesaic {
     X("avx512vl")               \
     X("avx512vnni")             \
     X("avx512vbmi")             \
-    X("avx512bf16")
+    X("avx512bf16")            \
+    X("avxvnni")
+
+namespace {
+
+// AMX's int8 and bf16 tiles: the processor has them, and Linux lets this process use their state, which it asks for once.
+bool has_amx() {
+    static const bool found = [] {
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        constexpr unsigned kTileBits = 1u << 22 | 1u << 24 | 1u << 25;  // amx-bf16, amx-tile, amx-int8
+        if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTileBits) != kTileBits) return false;
+        constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    }();
+    return found;
+}
+
+}  // namespace
 
 std::vector<std::pair<std::string, bool>> cpu_features() {
     __builtin_cpu_init();
@@ -31,6 +52,7 @@ std::vector<std::pair<std::string, bool>> cpu_features() {
 #define X(name) features.emplace_back(name, __builtin_cpu_supports(name) != 0);
     MOESAIC_CPU_FEATURES(X)
 #undef X
+    features.emplace_back("amx", has_amx());
     return features;
 }
 
@@ -43,10 +65,12 @@ bool cpu_supports_isa(const char* name) {
         });
     };
     if (std::strcmp(name, "generic") == 0) return true;
-    if (std::strcmp(name, "avx2") == 0) return all_of({"avx2", "fma", "f16c"});
-    if (std::strcmp(name, "avx512") == 0) {
-        return all_of({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"});
-    }
+    const bool avx2 = all_of({"avx2", "fma", "f16c"});
+    const bool avx512 = avx2 && all_of({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"});
+    if (std::strcmp(name, "avx2") == 0) return avx2;
+    if (std::strcmp(name, "avxvnni") == 0) return avx2 && all_of({"avxvnni"});
+    if (std::strcmp(name, "avx512") == 0) return avx512;
+    if (std::strcmp(name, "amx") == 0) return avx512 && all_of({"avx512bf16", "amx"});
     return false;
 }
 

@@ -1,4 +1,4 @@
-// AVX2, FMA and F16C: the vocabulary in pairs of 256-bit registers. See generic.h for what each word means.
+// AVX2, FMA and F16C, and AVX-VNNI where the compiler may use it: the vocabulary in pairs of 256-bit registers. See generic.h for what each word means.
 #pragma once
 
 #include <immintrin.h>
@@ -23,8 +23,12 @@ struct vb {
 
 constexpr bool kHas32Registers = false;
 constexpr int kDirectTokens = 3, kBlockTokens = 4, kBlockPanels = 1;
+#ifdef __AVXVNNI__
+constexpr int kFullRangeBias = 0;
+#else
 // maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
 constexpr int kFullRangeBias = 128;
+#endif
 
 MOESAIC_INLINE __m256i first_lanes(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -180,12 +184,16 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
 
 template <bool kFullRange>
 MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(acc, weights, x);
+#else
     if constexpr (kFullRange) {
         const __m256i w = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
         x = _mm256_sign_epi8(x, w);  // |w| * (x * sign of w): at most 2 * 128 * 127 in 16 bits
         weights = _mm256_abs_epi8(w);
     }
     return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+#endif
 }
 template <bool kFullRange>
 MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {

@@ -10,8 +10,11 @@ function(moesaic_isa name processors)
 endfunction()
 
 set(x86 "^(x86_64|AMD64|amd64)$")
-moesaic_isa(avx512 ${x86} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mavx2 -mfma -mf16c
-            -mprefer-vector-width=512)
-moesaic_isa(avx2 ${x86} -mavx2 -mfma -mf16c)
+set(avx2 -mavx2 -mfma -mf16c)
+set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mprefer-vector-width=512)
+moesaic_isa(amx ${x86} ${avx512} -mavx512bf16 -mamx-tile -mamx-int8 -mamx-bf16)
+moesaic_isa(avx512 ${x86} ${avx512})
+moesaic_isa(avxvnni ${x86} ${avx2} -mavxvnni)
+moesaic_isa(avx2 ${x86} ${avx2})
 # -O1: at -O3 the compiler needs over six minutes for the unrolled products in emulated vectors, at -O1 half a minute.
 moesaic_isa(generic ".*" -O1)

@@ -1,0 +1,77 @@
+// AMX (tiles of int8 and bfloat16) beside AVX-512: the vocabulary of avx512.h and, under MOESAIC_HAS_TILES, words for
+// tiles.
+//
+// A product of tiles: c [tokens][16 rows] += a [tokens][depth] b [depth / 4 or 2][16 rows][4 or 2]. Tiles 0 to 3 are for
+// sums, 4 and 5 for activations, 6 and 7 for weights; those of sums and activations have as many tokens as
+// configure_tiles() was told. Numbers of tiles are constants of the instruction.
+#pragma once
+
+#include "isa/avx512.h"
+
+#define MOESAIC_HAS_TILES
+
+namespace moesaic {
+namespace {
+
+constexpr int kTileTokens = 16;  // at most
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// depth_bytes: of a token in a tile of activations, at most 64. What tiles held before is lost.
+MOESAIC_INLINE void configure_tiles(int num_tokens, int depth_bytes) {
+    TileConfig config;
+    for (int i = 0; i < 8; ++i) {
+        config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth_bytes : 64);
+        config.rows[i] = static_cast<uint8_t>(i < 6 ? num_tokens : depth_bytes / 4);
+    }
+    asm volatile("" ::: "memory");
+    _tile_loadconfig(&config);
+}
+// After the last use: a thread without tiles is switched faster.
+MOESAIC_INLINE void release_tiles() { _tile_release(); }
+
+// Macros, because the intrinsics paste the numbers of tiles into assembler; and the compiler does not know that those
+// read and write memory.
+#define MOESAIC_MEMORY_FENCE asm volatile("" ::: "memory")
+#define MOESAIC_TILE_ZERO(tile) _tile_zero(tile)
+#define MOESAIC_TILE_LOAD(tile, p, row_bytes) \
+    MOESAIC_MEMORY_FENCE;                     \
+    _tile_loadd(tile, p, row_bytes)
+#define MOESAIC_TILE_STORE(tile, p, row_bytes) \
+    _tile_stored(tile, p, row_bytes);          \
+    MOESAIC_MEMORY_FENCE
+#define MOESAIC_TILE_DOT_I8(sum, activations, weights) _tile_dpbssd(sum, activations, weights)
+#define MOESAIC_TILE_DOT_BF16(sum, activations, weights) _tile_dpbf16ps(sum, activations, weights)
+
+// bytes: a - b
+MOESAIC_INLINE vb sub_b(vb a, vb b) { return {_mm512_sub_epi8(a.v, b.v)}; }
+
+// 256 + byte `kByte` of each lane's four: the byte becomes the top of the mantissa of a float of [256, 512).
+template <int kByte>
+MOESAIC_INLINE vf byte_of_lane_plus_256(vb x) {
+    constexpr int kLeft = 15 - 8 * kByte;
+    __m512i at = x.v;
+    if constexpr (kLeft > 0) at = _mm512_slli_epi32(at, kLeft > 0 ? kLeft : 0);
+    if constexpr (kLeft < 0) at = _mm512_srli_epi32(at, kLeft < 0 ? -kLeft : 0);
+    // (at & mask) | exponent
+    return _mm512_castsi512_ps(
+        _mm512_ternarylogic_epi32(at, _mm512_set1_epi32(0x007f8000), _mm512_set1_epi32(0x43800000), 0xea));
+}
+
+// Pairs of bfloat16 (even, odd), lane by lane, cut off and not rounded.
+MOESAIC_INLINE vb cut_to_bf16_pairs(vf even, vf odd) {
+    const __m512i down = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    return {_mm512_mask_blend_epi16(0xaaaaaaaau, down, _mm512_castps_si512(odd))};
+}
+
+// 16 floats to bfloat16, to nearest even.
+MOESAIC_INLINE void store_as_bf16(uint16_t* p, vf x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+}  // namespace
+}  // namespace moesaic

@@ -27,6 +27,18 @@ void quantize(const float* x, int64_t num_groups, ActivationGroup* out) {
     }
 }
 
+#ifdef MOESAIC_HAS_TILES
+void to_bf16(const float* x, int64_t count, uint16_t* upper, uint16_t* lower) {
+    for (int64_t i = 0; i < count; i += 16) {
+        const vf value = load(x + i);
+        store_as_bf16(upper + i, value);
+        if (lower != nullptr) store_as_bf16(lower + i, sub(value, load_bf16(upper + i)));
+    }
+}
+#else
+constexpr decltype(ActivationKernels::to_bf16) to_bf16 = nullptr;
+#endif
+
 vf relu(vf x) { return max(x, set1(0.0f)); }
 
 vf relu2(vf x) {
@@ -74,7 +86,7 @@ void add_scaled(const float* x, float factor, int64_t count, float* sums) {
 }  // namespace
 
 const ActivationKernels& activation_kernels() {
-    static constexpr ActivationKernels kernels{quantize, activate, add_scaled};
+    static constexpr ActivationKernels kernels{quantize, to_bf16, activate, add_scaled};
     return kernels;
 }
 

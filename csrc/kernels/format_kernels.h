@@ -5,6 +5,9 @@
 #include "kernels/weight_stream.h"
 #include "kernels/quantized_matmul.h"
 #include "kernels/float_matmul.h"
+#ifdef MOESAIC_HAS_TILES
+#include "kernels/tile_matmul_bf16.h"
+#endif
 // clang-format on
 
 template <class F>
@@ -40,11 +43,31 @@ void transposed(const uint8_t* panels, int64_t panel_bytes, int64_t num_panels, 
     }
 }
 
+#ifdef MOESAIC_HAS_TILES
+// From how many tokens on rounding weights to bfloat16 is faster than scaling integer sums.
+template <class F>
+constexpr int64_t bf16_from() {
+    if constexpr (F::kQuantized) return F::kScaleGroup == 16 ? 24 : 40;
+    return 8;
+}
+#endif
+
 template <class F>
 constexpr MatmulKernels kernels_of() {
+    MatmulKernels kernels{};
+    kernels.transposed = transposed<F>;
     if constexpr (F::kQuantized) {
-        return {quantized_matmul<F>, transposed<F>};
+        kernels.matmul = quantized_matmul<F>;
     } else {
-        return {float_matmul<F>, transposed<F>};
+        kernels.matmul = float_matmul<F>;
     }
+#ifdef MOESAIC_HAS_TILES
+    if constexpr (F::kQuantized) {
+        kernels.matmul_bf16 = quantized_matmul_bf16<F>;
+    } else if constexpr (F::kGgmlType == BF16::kGgmlType) {
+        kernels.matmul_bf16 = bf16_matmul_bf16<F>;
+    }
+    kernels.bf16_from = bf16_from<F>();
+#endif
+    return kernels;
 }

@@ -29,8 +29,10 @@ const std::uint8_t* pair_address(const LinearJob& job, std::int64_t pair) {
 }
 
 // One pair of panels of a job for all tokens. `next`: what this thread will probably read afterwards.
-void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair, const void* const* tokens,
-                   std::int64_t num_tokens, AlignedArray<float>& sums, const std::uint8_t* next) {
+void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair,
+                   const PreparedTokens& prepared, std::int64_t num_tokens, AlignedArray<float>& sums,
+                   const std::uint8_t* next) {
+    const bool bf16 = wants_bf16(kernels, job.cols, num_tokens);
     const std::int64_t top = job.first_row / 16 * 16 + pair * kOutputStride;  // row of the matrix
     const std::int64_t begin = std::max(top, job.first_row);
     const std::int64_t end = std::min(top + kOutputStride, job.first_row + job.num_rows);
@@ -38,9 +40,15 @@ void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int6
     const int num_panels = static_cast<int>((end - top + 15) / 16);
     for (std::int64_t first = 0; first < num_tokens; first += kTokensPerPass) {
         const std::int64_t here = std::min(kTokensPerPass, num_tokens - first);
-        float* y = sums.reserve(static_cast<std::size_t>(here * kOutputStride));
+        float* y = sums.reserve(output_size(here));
         const bool last = first + here == num_tokens;
-        kernels.matmul(panels, num_panels, job.cols, tokens + first, here, y, last ? next : panels);
+        const std::int64_t row = job.input * num_tokens + first;
+        if (bf16) {
+            kernels.matmul_bf16(panels, num_panels, job.cols, prepared.bf16(row), here, y, last ? next : panels);
+        } else {
+            kernels.matmul(panels, num_panels, job.cols, prepared.tokens(job.format->quantized) + row, here, y,
+                           last ? next : panels);
+        }
         for (std::int64_t t = 0; t < here; ++t) {
             float* out = job.out + (first + t) * job.out_stride - job.first_row;
             const float* sum = y + t * kOutputStride - top;
@@ -77,15 +85,15 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
     check_jobs(jobs, inputs.num_inputs);
     if (jobs.empty() || num_tokens < 1) return;
     std::vector<std::int64_t> first_item(1, 0);  // of each job
-    bool quantized = false;
+    const MatmulKernels* kernels = matmul_table().formats;
+    TokenForms forms;
     for (const LinearJob& job : jobs) {
         first_item.push_back(first_item.back() + num_pairs(job));
-        quantized |= job.format->quantized;
+        forms.add(kernels[job.format->index], job.format->quantized, job.cols, num_tokens);
     }
-    const PreparedTokens prepared(inputs.num_inputs * num_tokens, jobs[0].cols, quantized, [&](std::int64_t i) {
+    const PreparedTokens prepared(inputs.num_inputs * num_tokens, jobs[0].cols, forms, [&](std::int64_t i) {
         return inputs.x + i / num_tokens * inputs.input_stride + i % num_tokens * inputs.token_stride;
     });
-    const MatmulKernels* kernels = matmul_table().formats;
     ThreadPool& pool = thread_pool();
     WorkQueue items(first_item.back(), pool.num_threads());
     pool.run([&](Team& team) {
@@ -94,12 +102,11 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
             const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
             const LinearJob& job = jobs[static_cast<std::size_t>(after - first_item.begin() - 1)];
             const std::int64_t pair = item - *(after - 1);
-            const void* const* tokens = prepared.tokens(job.format->quantized) + job.input * num_tokens;
             // The item after this one: usually the next pair, else the first of the next job.
             const bool last = item + 1 == *after;
             const std::uint8_t* next =
                 last && after + 1 != first_item.end() ? pair_address((&job)[1], 0) : pair_address(job, pair + 1);
-            multiply_pair(job, kernels[job.format->index], pair, tokens, num_tokens, sums, next);
+            multiply_pair(job, kernels[job.format->index], pair, prepared, num_tokens, sums, next);
         }
     });
 }

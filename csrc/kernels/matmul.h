@@ -12,12 +12,34 @@ constexpr int kOutputStride = 16 * kMaxPanels;  // floats between the tokens of 
 constexpr int kMaxTransposedTokens = 4;
 constexpr int kTransposedCols = 256;
 
+constexpr std::int64_t kTokenPadding = 16;      // up to which kernels round the number of tokens
+
+// Floats that the output of num_tokens tokens takes.
+constexpr std::size_t output_size(std::int64_t num_tokens) {
+    return static_cast<std::size_t>((num_tokens + kTokenPadding - 1) / kTokenPadding * kTokenPadding * kOutputStride);
+}
+
+// Rows of activations in bfloat16, `stride` apart: x = upper + lower, or only its upper half where lower is null. As many
+// rows more as kTokenPadding rounds to can be read.
+struct Bf16Tokens {
+    const std::uint16_t *upper, *lower;
+    std::int64_t stride;
+};
+
 struct MatmulKernels {
     // out[t][16 p + r] = row r of panel p times token t. A token is `cols` floats for a float format, `cols / 32`
     // ActivationGroups for a quantised one. Panels lie one after the other from `panels` on; weights are read once
-    // whatever num_tokens. `next` is where the caller will read afterwards, fetched ahead of time.
+    // whatever num_tokens. `next` is where the caller will read afterwards, fetched ahead of time. out has
+    // output_size(num_tokens) floats, of which those beyond the tokens become undefined. If all tokens lie equally far
+    // apart, as many more as kTokenPadding rounds to can be read; they are fastest so.
     void (*matmul)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const void* const* tokens,
                    std::int64_t num_tokens, float* out, const std::uint8_t* next);
+
+    // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple of
+    // 32. Float formats want the lower parts too. Null where there is none, else the faster one from bf16_from tokens on.
+    void (*matmul_bf16)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const Bf16Tokens& tokens,
+                        std::int64_t num_tokens, float* out, const std::uint8_t* next);
+    std::int64_t bf16_from;
 
     // out[t][k] = sum over rows r of tokens[t][r] * W[r][first_col + k] for the rows of num_panels panels that lie
     // panel_bytes apart, k < num_cols <= kTransposedCols and num_tokens <= kMaxTransposedTokens. first_col and num_cols
@@ -26,6 +48,11 @@ struct MatmulKernels {
                        std::int64_t first_col, int num_cols, const float* const* tokens, int num_tokens,
                        float* const* out);
 };
+
+// Does a product of these sizes want bfloat16 activations?
+inline bool wants_bf16(const MatmulKernels& kernels, std::int64_t cols, std::int64_t num_tokens) {
+    return kernels.matmul_bf16 != nullptr && num_tokens >= kernels.bf16_from && cols % 32 == 0;
+}
 
 // The kernels of a family of formats, in the order of formats.h.
 struct MatmulFamily {

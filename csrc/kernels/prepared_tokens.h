@@ -1,33 +1,62 @@
-// The rows of activations of one call in the forms that its weight formats want, with pointers to each token.
+// The rows of activations of one call in the forms that its weight formats want.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
 #include "kernels/activations.h"
+#include "kernels/matmul.h"
 #include "kernels/scratch.h"
 
 namespace moesaic {
+
+// Forms beside the floats themselves, which are always there.
+struct TokenForms {
+    bool groups = false;                    // ActivationGroups
+    bool bf16 = false, bf16_lower = false;  // Bf16Tokens, and their lower parts too
+
+    // What a product of num_tokens tokens with a matrix of `cols` columns takes.
+    void add(const MatmulKernels& kernels, bool quantized, std::int64_t cols, std::int64_t num_tokens) {
+        const bool as_bf16 = wants_bf16(kernels, cols, num_tokens);
+        groups |= quantized && !as_bf16;
+        bf16 |= as_bf16;
+        bf16_lower |= !quantized && as_bf16;
+    }
+};
 
 class PreparedTokens {
   public:
     // Row i of num_rows has `cols` floats at row_address(i); they must outlive this object.
     template <class RowAddress>
-    PreparedTokens(std::int64_t num_rows, std::int64_t cols, bool quantized, RowAddress&& row_address)
-        : groups_(cols / kActivationGroup), float_rows_(static_cast<std::size_t>(num_rows)) {
+    PreparedTokens(std::int64_t num_rows, std::int64_t cols, TokenForms forms, RowAddress&& row_address)
+        : cols_(cols), forms_(forms), float_rows_(static_cast<std::size_t>(num_rows)) {
         for (std::int64_t i = 0; i < num_rows; ++i) float_rows_[static_cast<std::size_t>(i)] = row_address(i);
-        if (quantized) quantize_all();
+        if (forms.groups || forms.bf16) convert_all();
     }
 
-    // A pointer per row, as MatmulKernels::matmul takes them.
+    // A pointer per row, as MatmulKernels::matmul takes them. Those of groups lie equally far apart.
     const void* const* tokens(bool quantized) const { return quantized ? quantized_rows_.data() : float_rows_.data(); }
+
+    // The rows from `first` on, as MatmulKernels::matmul_bf16 takes them.
+    Bf16Tokens bf16(std::int64_t first) const {
+        const std::uint16_t* upper = upper_.data() + first * bf16_stride();
+        return {upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr, bf16_stride()};
+    }
 
   private:
     // On the thread pool if there is enough to do.
-    void quantize_all();
+    void convert_all();
+    void convert(std::int64_t row);
 
-    std::int64_t groups_;
-    AlignedArray<ActivationGroup> storage_;
+    // Odd distances between rows in cache lines: those of a block of tokens then fall into different sets.
+    std::int64_t group_stride() const { return cols_ / kActivationGroup | 1; }
+    std::int64_t bf16_stride() const { return ((cols_ + 31) / 32 | 1) * 32; }
+
+    std::int64_t cols_;
+    TokenForms forms_;
+    AlignedArray<ActivationGroup> groups_;
+    AlignedArray<std::uint16_t> upper_;
+    std::int64_t lower_offset_ = 0;
     std::vector<const void*> quantized_rows_, float_rows_;
 };
 

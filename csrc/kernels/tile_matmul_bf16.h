@@ -1,0 +1,228 @@
+// Products of many tokens in bfloat16 by tiles; included by format_kernels.h where there are tiles.
+//
+// Quantised weights are expanded to bfloat16, scales applied (AMX has no cheap way to scale integer sums), and float32
+// sums of 32 tokens x 32 rows stay in four tiles. Unlike the products of integers this rounds weights to 8 bits of
+// mantissa, about as finely as activations are rounded to int8 elsewhere. BF16 weights are used as they lie; their
+// activations come in two parts, so that nothing is lost.
+
+// Weights are cut to bfloat16, not rounded. Stretched by this they are right in the mean, and values that fit into
+// bfloat16 stay what they are: the stretch is less than the distance to the next.
+constexpr float kCutStretch = 1.0f + 0x1p-8f * 0.72f;
+
+constexpr int kStepBytes = 1024;  // of a tile of weights: 32 columns x 16 rows
+constexpr int kChunkSteps = kChunkGroups;
+
+// Group g of a tile of weights as [16 pairs of columns][16 rows][2] bfloat16.
+template <class F>
+MOESAIC_INLINE void expand_bf16_group(const uint8_t* tile, const typename F::Scales& scales, int g, uint8_t* out) {
+    vb quads[8];
+    quads_of_group<F>(tile, scales, g, quads);
+    constexpr float kZero = F::kZeroShift >= 0 ? static_cast<float>(1 << F::kZeroShift) : 0.0f;
+    vf scale, offset;
+    MOESAIC_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        if (i % (8 / kSubs<F>) == 0) {
+            const int sub = g * kSubs<F> + i / (8 / kSubs<F>);
+            scale = mul(F::scale(scales, sub), set1(kCutStretch));
+            offset = mul(scale, set1(-256.0f - kZero));
+            if constexpr (F::kHasOffset) offset = fma(F::offset(scales, sub), set1(kCutStretch), offset);
+        }
+        const vf w0 = fma(byte_of_lane_plus_256<0>(quads[i]), scale, offset);
+        const vf w1 = fma(byte_of_lane_plus_256<1>(quads[i]), scale, offset);
+        const vf w2 = fma(byte_of_lane_plus_256<2>(quads[i]), scale, offset);
+        const vf w3 = fma(byte_of_lane_plus_256<3>(quads[i]), scale, offset);
+        store_b(out + 128 * i, cut_to_bf16_pairs(w0, w1));
+        store_b(out + 128 * i + 64, cut_to_bf16_pairs(w2, w3));
+    }
+}
+
+// 32 columns of up to 2 panels and up to 2 tiles of tokens.
+struct TileStep {
+    const uint8_t* weights[2];
+    const uint16_t* tokens[2];  // of each tile
+    int64_t token_bytes;
+};
+
+template <int kTiles, int kPanels>
+MOESAIC_INLINE void tile_step(const TileStep& s) {
+    MOESAIC_TILE_LOAD(4, s.tokens[0], s.token_bytes);
+    MOESAIC_TILE_LOAD(6, s.weights[0], 64);
+    MOESAIC_TILE_DOT_BF16(0, 4, 6);
+    if constexpr (kTiles == 2) {
+        MOESAIC_TILE_LOAD(5, s.tokens[1], s.token_bytes);
+        MOESAIC_TILE_DOT_BF16(2, 5, 6);
+    }
+    if constexpr (kPanels == 2) {
+        MOESAIC_TILE_LOAD(7, s.weights[1], 64);
+        MOESAIC_TILE_DOT_BF16(1, 4, 7);
+        if constexpr (kTiles == 2) MOESAIC_TILE_DOT_BF16(3, 5, 7);
+    }
+}
+
+// Sums between tiles and out [tokens][kOutputStride]; `rows`: tokens of a tile.
+template <int kTiles, int kPanels>
+MOESAIC_INLINE void load_sums(const float* out, int64_t rows) {
+    constexpr int64_t kRowBytes = kOutputStride * 4;
+    MOESAIC_TILE_LOAD(0, out, kRowBytes);
+    if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(1, out + 16, kRowBytes);
+    if constexpr (kTiles == 2) {
+        MOESAIC_TILE_LOAD(2, out + rows * kOutputStride, kRowBytes);
+        if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(3, out + rows * kOutputStride + 16, kRowBytes);
+    }
+}
+
+template <int kTiles, int kPanels>
+MOESAIC_INLINE void store_sums(float* out, int64_t rows) {
+    constexpr int64_t kRowBytes = kOutputStride * 4;
+    MOESAIC_TILE_STORE(0, out, kRowBytes);
+    if constexpr (kPanels == 2) MOESAIC_TILE_STORE(1, out + 16, kRowBytes);
+    if constexpr (kTiles == 2) {
+        MOESAIC_TILE_STORE(2, out + rows * kOutputStride, kRowBytes);
+        if constexpr (kPanels == 2) MOESAIC_TILE_STORE(3, out + rows * kOutputStride + 16, kRowBytes);
+    }
+}
+
+MOESAIC_INLINE void zero_sums() {
+    MOESAIC_TILE_ZERO(0);
+    MOESAIC_TILE_ZERO(1);
+    MOESAIC_TILE_ZERO(2);
+    MOESAIC_TILE_ZERO(3);
+}
+
+// A part of the columns: num_steps x 32 of both panels' weights, step_bytes apart.
+struct TileChunk {
+    const uint8_t* weights[2];
+    int64_t first_col;
+    int num_steps;
+    bool starts;  // the sums are not there yet
+};
+
+// One pass of one or two tiles of tokens over a chunk. prepare(s) is called before step s - 1 is computed: work that
+// overlaps with the tile unit's.
+template <int kTiles, int kPanels, class Prepare>
+MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_token, int64_t rows,
+                               float* out, Prepare&& prepare) {
+    const int64_t at = first_token * x.stride + chunk.first_col;
+    TileStep step{{chunk.weights[0], chunk.weights[1]},
+                  {x.upper + at, x.upper + at + rows * x.stride},
+                  x.stride * static_cast<int64_t>(sizeof(uint16_t))};
+    out += first_token * kOutputStride;
+    if (chunk.starts) {
+        zero_sums();
+    } else {
+        load_sums<kTiles, kPanels>(out, rows);
+    }
+    const int64_t lower = x.lower != nullptr ? x.lower - x.upper : 0;
+    prepare(0);
+    MOESAIC_UNROLL  // so that a group's place in its block is a constant
+    for (int s = 0; s < kChunkSteps; ++s) {
+        if (s == chunk.num_steps) break;
+        prepare(s + 1);
+        tile_step<kTiles, kPanels>(step);
+        if (lower != 0) {
+            TileStep rest = step;
+            for (const uint16_t*& tokens : rest.tokens) tokens += lower;
+            tile_step<kTiles, kPanels>(rest);
+        }
+        for (const uint8_t*& weights : step.weights) weights += kStepBytes;
+        for (const uint16_t*& tokens : step.tokens) tokens += 32;
+    }
+    store_sums<kTiles, kPanels>(out, rows);
+}
+
+// All tokens from tile `first_tile` on.
+template <int kPanels>
+void tile_blocks(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, int64_t num_tiles, int64_t rows,
+                 float* out) {
+    const auto nothing = [](int) {};
+    int64_t i = first_tile;
+    for (; i + 2 <= num_tiles; i += 2) tile_block<2, kPanels>(chunk, x, i * rows, rows, out, nothing);
+    if (i < num_tiles) tile_block<1, kPanels>(chunk, x, i * rows, rows, out, nothing);
+}
+
+// kChunkSteps groups of up to two panels in bfloat16, made one step at a time.
+template <class F>
+class Bf16Panels {
+  public:
+    void start(const uint8_t* tile, int64_t panel_bytes, int num_panels, int num_steps) {
+        tile_ = tile;
+        panel_bytes_ = panel_bytes;
+        num_panels_ = num_panels;
+        num_steps_ = num_steps;
+    }
+    __attribute__((always_inline)) void expand(int step) {
+        constexpr int kGroups = F::kBlock / 32;
+        if (step >= num_steps_) return;
+        for (int p = 0; p < num_panels_; ++p) {
+            const uint8_t* tile = tile_ + p * panel_bytes_ + step / kGroups * (16 * F::kBlockBytes);
+            if (step % kGroups == 0) scales_[p] = F::load_scales(tile);
+            expand_bf16_group<F>(tile, scales_[p], step % kGroups, weights_[p][step]);
+        }
+    }
+    const uint8_t* weights(int panel) const { return weights_[panel][0]; }
+
+  private:
+    const uint8_t* tile_;
+    int64_t panel_bytes_;
+    int num_panels_, num_steps_;
+    typename F::Scales scales_[2];
+    alignas(64) uint8_t weights_[2][kChunkSteps][kStepBytes];
+};
+
+template <class F>
+void quantized_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
+                           float* out, const uint8_t* next) {
+    constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
+    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+    const int64_t rows = (num_tokens + num_tiles - 1) / num_tiles;
+    const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
+    Bf16Panels<F> expanded;
+    configure_tiles(static_cast<int>(rows), 64);
+    for (int64_t first = 0; first < total; first += kChunkSteps) {
+        const int here = static_cast<int>(total - first < kChunkSteps ? total - first : kChunkSteps);
+        const uint8_t* tile = panels + first / kChunkSteps * kChunkBytes;
+        const bool last = first + kChunkSteps >= total;
+        for (int p = 0; p < num_panels; ++p) {
+            prefetch_chunk(last ? next + p * panel_bytes : tile + p * panel_bytes + kChunkBytes, kChunkBytes);
+        }
+        const TileChunk chunk{{expanded.weights(0), expanded.weights(1)}, 32 * first, here, first == 0};
+        expanded.start(tile, panel_bytes, num_panels, here);
+        if (num_panels == 2 && num_tiles >= 2) {
+            tile_block<2, 2>(chunk, x, 0, rows, out, [&](int s) { expanded.expand(s); });
+            tile_blocks<2>(chunk, x, 2, num_tiles, rows, out);
+            continue;
+        }
+        MOESAIC_UNROLL
+        for (int s = 0; s < kChunkSteps; ++s) expanded.expand(s);
+        if (num_panels == 2) {
+            tile_blocks<2>(chunk, x, 0, num_tiles, rows, out);
+        } else {
+            tile_blocks<1>(chunk, x, 0, num_tiles, rows, out);
+        }
+    }
+    release_tiles();
+}
+
+// BF16 weights lie as tiles want them; columns beyond the last multiple of 32 are not done.
+template <class F>
+void bf16_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
+                      float* out, const uint8_t* next) {
+    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+    const int64_t rows = (num_tokens + num_tiles - 1) / num_tiles;
+    const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
+    configure_tiles(static_cast<int>(rows), 64);
+    for (int64_t first = 0; first < cols / 32; first += kChunkSteps) {
+        const int64_t left = cols / 32 - first;
+        const int here = static_cast<int>(left < kChunkSteps ? left : kChunkSteps);
+        const uint8_t* at = panels + first * kStepBytes;
+        const uint8_t* then = left > kChunkSteps ? at + kChunkSteps * kStepBytes : next;
+        for (int p = 0; p < num_panels; ++p) prefetch_chunk(then + p * panel_bytes, kChunkSteps * kStepBytes);
+        const TileChunk chunk{{at, at + panel_bytes}, 32 * first, here, first == 0};
+        if (num_panels == 2) {
+            tile_blocks<2>(chunk, x, 0, num_tiles, rows, out);
+        } else {
+            tile_blocks<1>(chunk, x, 0, num_tiles, rows, out);
+        }
+    }
+    release_tiles();
+}

@@ -10,7 +10,8 @@
 #include <algorithm>
 #include <cstring>
 #include <fstream>
-#include <set>
+#include <map>
+#include <mutex>
 
 namespace moesaic {
 
@@ -84,24 +85,6 @@ bool cpu_supports_isa(const char* name) { return std::strcmp(name, "generic") ==
 
 namespace {
 
-// The cores of the affinity mask; two hyperthreads of one core count once because both wait for the same memory.
-int num_cores_in_affinity() {
-    cpu_set_t mask;
-    CPU_ZERO(&mask);
-    if (sched_getaffinity(0, sizeof(mask), &mask) != 0) {
-        return static_cast<int>(std::max(1L, sysconf(_SC_NPROCESSORS_ONLN)));
-    }
-    std::set<std::string> cores;
-    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-        if (!CPU_ISSET(cpu, &mask)) continue;
-        std::string siblings;
-        std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
-        if (!std::getline(file, siblings)) siblings = "cpu" + std::to_string(cpu);
-        cores.insert(siblings);
-    }
-    return std::max<int>(1, static_cast<int>(cores.size()));
-}
-
 // CPUs that the cgroup (version 2) grants, rounded up; a very large number without a limit.
 int cgroup_quota() {
     std::ifstream file("/sys/fs/cgroup/cpu.max");
@@ -110,8 +93,44 @@ int cgroup_quota() {
     return static_cast<int>(std::min<long long>((quota + period - 1) / period, 1 << 20));
 }
 
+// Of the main thread: those of workers are narrower.
+cpu_set_t affinity_mask() {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    if (sched_getaffinity(getpid(), sizeof(mask), &mask) != 0) {
+        for (long cpu = 0; cpu < sysconf(_SC_NPROCESSORS_ONLN) && cpu < CPU_SETSIZE; ++cpu) CPU_SET(cpu, &mask);
+    }
+    return mask;
+}
+
+std::vector<std::vector<int>> cores_of(const cpu_set_t& mask) {
+    std::map<std::string, std::size_t> index;  // of the core, by the list of its CPUs
+    std::vector<std::vector<int>> cores;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (!CPU_ISSET(cpu, &mask)) continue;
+        std::string siblings;
+        std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+        if (!std::getline(file, siblings)) siblings = "cpu" + std::to_string(cpu);
+        const auto [at, is_new] = index.emplace(siblings, cores.size());
+        if (is_new) cores.emplace_back();
+        cores[at->second].push_back(cpu);
+    }
+    return cores;
+}
+
 }  // namespace
 
-int num_usable_cores() { return std::max(1, std::min(num_cores_in_affinity(), cgroup_quota())); }
+std::vector<std::vector<int>> usable_cores() {
+    static std::mutex mutex;
+    static cpu_set_t known;
+    static std::vector<std::vector<int>> cores;  // of the mask `known`
+    const cpu_set_t mask = affinity_mask();
+    std::lock_guard lock(mutex);
+    if (cores.empty() || !CPU_EQUAL(&mask, &known)) cores = cores_of(mask);
+    known = mask;
+    return cores;
+}
+
+int num_usable_cores() { return std::max(1, std::min(static_cast<int>(usable_cores().size()), cgroup_quota())); }
 
 }  // namespace moesaic

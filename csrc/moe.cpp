@@ -1,13 +1,17 @@
 #include "moe.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <memory>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
 #include "kernels/matmul.h"
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
+#include "moe_assignment.h"
 #include "thread_pool.h"
 #include "work_queue.h"
 
@@ -15,72 +19,57 @@ namespace moesaic {
 
 namespace {
 
-constexpr std::int64_t kPair = kOutputStride;  // rows of one work item: two panels, one activation group
+constexpr std::int64_t kPair = kOutputStride;  // rows of an item of gate and up: two panels, one activation group
+constexpr std::int64_t kPanel = 16;            // rows of an item of down, which threads take in pairs
 
-// A token's choice of an expert.
-struct Slot {
-    std::int64_t token;
-    float weight;
-};
-
-// The slots sorted by expert: those of active expert a are [first[a], first[a + 1]).
-struct Assignment {
-    std::vector<std::int64_t> experts;  // active ones, those with most tokens first: no long item starts last
-    std::vector<std::int64_t> first;
-    std::vector<Slot> slots;
-};
-
-Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t num_experts) {
-    std::vector<std::int64_t> counts(static_cast<std::size_t>(num_experts), 0);
-    const std::int64_t num_choices = num_tokens * routing.top_k;
-    auto is_expert = [&](std::int64_t e) { return e >= 0 && e < num_experts; };
-    for (std::int64_t i = 0; i < num_choices; ++i) {
-        if (is_expert(routing.experts[i])) ++counts[static_cast<std::size_t>(routing.experts[i])];
-    }
-    Assignment a;
-    for (std::int64_t e = 0; e < num_experts; ++e) {
-        if (counts[static_cast<std::size_t>(e)] > 0) a.experts.push_back(e);
-    }
-    std::stable_sort(a.experts.begin(), a.experts.end(), [&](std::int64_t x, std::int64_t y) {
-        return counts[static_cast<std::size_t>(x)] > counts[static_cast<std::size_t>(y)];
-    });
-    a.first.assign(1, 0);
-    std::vector<std::int64_t> next(static_cast<std::size_t>(num_experts), 0);
-    for (std::int64_t e : a.experts) {
-        next[static_cast<std::size_t>(e)] = a.first.back();
-        a.first.push_back(a.first.back() + counts[static_cast<std::size_t>(e)]);
-    }
-    a.slots.resize(static_cast<std::size_t>(a.first.back()));
-    for (std::int64_t i = 0; i < num_choices; ++i) {
-        const std::int64_t e = routing.experts[i];
-        if (!is_expert(e)) continue;
-        const auto slot = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
-        a.slots[slot] = {i / routing.top_k, routing.weights[i]};
-    }
-    return a;
-}
-
-// Up to 32 rows of a matrix.
+// Up to 32 rows of a matrix, from a panel's first on.
 struct Rows {
-    std::int64_t first, of_matrix, cols;
-    std::int64_t here() const { return std::min(kPair, of_matrix - first); }
+    std::int64_t first, count, cols;
+    int num_panels() const { return static_cast<int>((count + kPanel - 1) / kPanel); }
 };
 
-// out[t][0..31] = those rows of an expert's matrix, which begin at `panels`, times the tokens, plus the bias. `next`:
-// what this thread will probably read afterwards.
+// out[t][0..31] = those rows of an expert's matrix times the tokens, plus the bias. `next`: what this thread will
+// probably read afterwards.
 void multiply_rows(const ExpertMatrices& m, const MatmulKernels* kernels, const Rows& rows, std::int64_t expert,
-                   const std::uint8_t* panels, const void* const* tokens, std::int64_t num_tokens, float* out,
-                   const std::uint8_t* next) {
-    const int num_panels = static_cast<int>((rows.here() + 15) / 16);
-    kernels[m.format->index].matmul(panels, num_panels, rows.cols, tokens, num_tokens, out, next);
+                   const void* const* tokens, std::int64_t num_tokens, float* out, const std::uint8_t* next) {
+    const std::uint8_t* panels =
+        m.weights + expert * m.matrix_bytes + rows.first / kPanel * m.format->panel_bytes(rows.cols);
+    kernels[m.format->index].matmul(panels, rows.num_panels(), rows.cols, tokens, num_tokens, out, next);
     for (std::int64_t t = 0; t < num_tokens; ++t) {
         float* y = out + t * kOutputStride;
-        std::fill(y + 16 * num_panels, y + kOutputStride, 0.0f);
+        std::fill(y + kPanel * rows.num_panels(), y + kOutputStride, 0.0f);
         if (m.bias == nullptr) continue;
-        const float* bias = m.bias + expert * rows.of_matrix + rows.first;
-        for (std::int64_t r = 0; r < rows.here(); ++r) y[r] += bias[r];
+        const float* bias = m.bias + expert * m.bias_stride + rows.first;
+        for (std::int64_t r = 0; r < rows.count; ++r) y[r] += bias[r];
     }
 }
+
+// A slice in one call: its items of gate and up, and what they leave for down.
+struct SliceWork {
+    const ExpertSlice& slice;
+    std::int64_t first_item;    // of gate and up
+    std::int64_t num_pairs;     // of the intermediate rows
+    std::int64_t stride;        // pairs from slot to slot; odd, so that slots fall into different cache sets
+    AlignedArray<float> inner;  // input of down for every slot, in the form
+    AlignedArray<ActivationGroup> inner_quantized;  // that its format wants
+
+    SliceWork(const ExpertSlice& s, std::int64_t first, std::size_t num_slots)
+        : slice(s), first_item(first), num_pairs((s.intermediate + kPair - 1) / kPair), stride(num_pairs | 1) {
+        const auto size = static_cast<std::size_t>(stride) * num_slots;
+        if (s.down.format->quantized) {
+            inner_quantized.reserve(size);
+        } else {
+            inner.reserve(size * kPair);
+        }
+    }
+
+    // Input of down of one slot, from a pair of rows on.
+    const void* input(std::int64_t slot, std::int64_t pair = 0) const {
+        const std::int64_t at = slot * stride + pair;
+        return slice.down.format->quantized ? static_cast<const void*>(inner_quantized.data() + at)
+                                            : inner.data() + at * kPair;
+    }
+};
 
 // One call in flight: what its work items share.
 class Forward {
@@ -95,24 +84,43 @@ class Forward {
         AlignedArray<float> sums;      // [num_tokens, 32]
         std::vector<const void*> tokens;
     };
+    struct alignas(64) Arrivals {
+        std::atomic<std::size_t> count{0};
+    };
 
     void expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers);
-    void contract_item(std::int64_t pair, Buffers& buffers);
-    const std::uint8_t* inner_address(const ExpertMatrices& m, std::int64_t item) const;
-    const std::uint8_t* down_address(std::int64_t active, std::int64_t pair) const;
-    std::int64_t num_slots(std::int64_t active) const { return a_.first[active + 1] - a_.first[active]; }
+    void contract_items(WorkQueue::Range items, Buffers& buffers);
+    void store(std::size_t slice, const Rows& rows, const float* sums);
+    void add_slices(std::int64_t panel);
+
+    std::size_t slice_of(std::int64_t item) const;
+    const std::uint8_t* inner_address(std::int64_t item) const;
+    const std::uint8_t* down_address(std::size_t slice, std::int64_t active, std::int64_t panel) const;
+    const std::uint8_t* outer_address(std::int64_t item) const {
+        return down_address(static_cast<std::size_t>(item / num_panels_), 0, item % num_panels_);
+    }
+    float* partial(std::int64_t panel, std::size_t slice) {
+        return partial_.data() +
+               (panel * static_cast<std::int64_t>(slices_.size()) + static_cast<std::int64_t>(slice)) * num_tokens_ *
+                   kPanel;
+    }
 
     const Experts& e_;
     const Assignment& a_;
     std::int64_t num_tokens_;
     float* out_;
     const MatmulKernels* kernels_;
-    PreparedTokens input_;       // of gate and up
-    std::int64_t inner_pairs_;   // of the intermediate rows
-    std::int64_t inner_stride_;  // pairs from slot to slot; odd, so that slots fall into different cache sets
-    AlignedArray<float> inner_;  // input of down for every slot, in the form
-    AlignedArray<ActivationGroup> inner_quantized_;  // that its format wants
+    PreparedTokens input_;  // of gate and up
+    std::vector<SliceWork> slices_;
+    std::int64_t num_items_ = 0;            // of gate and up
+    std::int64_t num_panels_;               // of the output
+    AlignedArray<float> partial_;           // [num_panels, slices, num_tokens, 16] if there are several slices
+    std::unique_ptr<Arrivals[]> arrivals_;  // at each panel
 };
+
+bool any_quantized(const ExpertSlice& s) {
+    return s.up.format->quantized || (s.gate.format != nullptr && s.gate.format->quantized);
+}
 
 Forward::Forward(const Experts& experts, const Assignment& assignment, const float* x, std::int64_t x_stride,
                  std::int64_t num_tokens, float* out)
@@ -121,121 +129,178 @@ Forward::Forward(const Experts& experts, const Assignment& assignment, const flo
       num_tokens_(num_tokens),
       out_(out),
       kernels_(matmul_table().formats),
-      input_(num_tokens, experts.hidden,
-             experts.up.format->quantized || (experts.gate.format != nullptr && experts.gate.format->quantized),
+      input_(num_tokens, experts.hidden, any_quantized(experts.slices.front()),
              [&](std::int64_t t) { return x + t * x_stride; }),
-      inner_pairs_((experts.intermediate + kPair - 1) / kPair),
-      inner_stride_(inner_pairs_ | 1) {
-    const auto size = static_cast<std::size_t>(inner_stride_) * a_.slots.size();
-    if (e_.down.format->quantized) {
-        inner_quantized_.reserve(size);
-    } else {
-        inner_.reserve(size * kPair);
+      num_panels_((experts.hidden + kPanel - 1) / kPanel) {
+    slices_.reserve(experts.slices.size());
+    for (const ExpertSlice& slice : experts.slices) {
+        slices_.emplace_back(slice, num_items_, a_.slots.size());
+        num_items_ += a_.num_active() * slices_.back().num_pairs;
     }
+    if (slices_.size() == 1) return;
+    partial_.reserve(static_cast<std::size_t>(num_panels_ * num_tokens * kPanel) * slices_.size());
+    arrivals_ = std::make_unique<Arrivals[]>(static_cast<std::size_t>(num_panels_));
 }
 
-// Where the panels of an item of gate or up begin.
-const std::uint8_t* Forward::inner_address(const ExpertMatrices& m, std::int64_t item) const {
-    const std::int64_t expert = a_.experts[item / inner_pairs_], pair = item % inner_pairs_;
-    return m.weights + expert * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden);
+std::size_t Forward::slice_of(std::int64_t item) const {
+    std::size_t s = slices_.size() - 1;
+    while (item < slices_[s].first_item) --s;
+    return s;
 }
 
-const std::uint8_t* Forward::down_address(std::int64_t active, std::int64_t pair) const {
-    return e_.down.weights + a_.experts[active] * e_.down.matrix_bytes +
-           pair * kMaxPanels * e_.down.format->panel_bytes(e_.intermediate);
+// Where the panels begin that an item of gate and up reads first.
+const std::uint8_t* Forward::inner_address(std::int64_t item) const {
+    const SliceWork& w = slices_[slice_of(item)];
+    const ExpertMatrices& m = w.slice.gate.format != nullptr ? w.slice.gate : w.slice.up;
+    const std::int64_t active = (item - w.first_item) / w.num_pairs, pair = (item - w.first_item) % w.num_pairs;
+    return m.weights + a_.experts[active] * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden);
+}
+
+const std::uint8_t* Forward::down_address(std::size_t slice, std::int64_t active, std::int64_t panel) const {
+    const ExpertSlice& s = slices_[slice].slice;
+    return s.down.weights + a_.experts[active] * s.down.matrix_bytes +
+           panel * s.down.format->panel_bytes(s.intermediate);
 }
 
 // 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
 void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers) {
+    SliceWork& w = slices_[slice_of(item)];
     const ActivationKernels& kernels = activation_kernels();
-    const std::int64_t active = item / inner_pairs_, pair = item % inner_pairs_;
-    const std::int64_t count = num_slots(active), first = a_.first[active];
+    const std::int64_t active = (item - w.first_item) / w.num_pairs, pair = (item - w.first_item) % w.num_pairs;
+    const std::int64_t count = a_.num_slots(active), first = a_.first[active];
+    const Rows rows{pair * kPair, std::min(kPair, w.slice.intermediate - pair * kPair), e_.hidden};
     buffers.tokens.resize(static_cast<std::size_t>(count));
     auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
         const void* const* all = input_.tokens(m.format->quantized);
         for (std::int64_t i = 0; i < count; ++i) buffers.tokens[i] = all[a_.slots[first + i].token];
-        const Rows rows{pair * kPair, e_.intermediate, e_.hidden};
-        multiply_rows(m, kernels_, rows, a_.experts[active], inner_address(m, item), buffers.tokens.data(), count, out,
-                      then);
+        multiply_rows(m, kernels_, rows, a_.experts[active], buffers.tokens.data(), count, out, then);
     };
     float* up = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
     float* gate = nullptr;
-    if (e_.gate.format != nullptr) {
+    if (w.slice.gate.format != nullptr) {
+        const ExpertMatrices& m = w.slice.up;
         gate = buffers.gate.reserve(static_cast<std::size_t>(count * kPair));
-        project(e_.gate, gate, inner_address(e_.up, item));
+        project(w.slice.gate, gate,
+                m.weights + a_.experts[active] * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden));
     }
-    project(e_.up, up, next);
+    project(w.slice.up, up, next);
     kernels.activate(e_.activation, gate, up, count * kPair, up);
     for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = (first + i) * inner_stride_ + pair;
-        if (e_.down.format->quantized) {
-            kernels.quantize(up + i * kPair, 1, inner_quantized_.data() + at);
+        const std::int64_t at = (first + i) * w.stride + pair;
+        if (w.slice.down.format->quantized) {
+            kernels.quantize(up + i * kPair, 1, w.inner_quantized.data() + at);
         } else {
-            std::memcpy(inner_.data() + at * kPair, up + i * kPair, kPair * sizeof(float));
+            std::memcpy(w.inner.data() + at * kPair, up + i * kPair, kPair * sizeof(float));
         }
     }
 }
 
-// 32 rows of the output: the weighted sum of down over all experts.
-void Forward::contract_item(std::int64_t pair, Buffers& buffers) {
-    const auto num_active = static_cast<std::int64_t>(a_.experts.size());
-    const Rows rows{pair * kPair, e_.hidden, e_.intermediate};
+// One or two panels of the output: the weighted sum of a slice of down over all experts.
+void Forward::contract_items(WorkQueue::Range items, Buffers& buffers) {
+    const auto slice = static_cast<std::size_t>(items.begin / num_panels_);
+    const SliceWork& w = slices_[slice];
+    const std::int64_t panel = items.begin % num_panels_, num_active = a_.num_active();
+    const std::int64_t num_rows = std::min((items.end - items.begin) * kPanel, e_.hidden - panel * kPanel);
+    const Rows rows{panel * kPanel, num_rows, w.slice.intermediate};
     const ActivationKernels& kernels = activation_kernels();
     // Summed apart: the rows of out are often a power of two apart, where caches hold few of them.
     float* sums = buffers.sums.reserve(static_cast<std::size_t>(num_tokens_ * kPair));
     std::fill_n(sums, num_tokens_ * kPair, 0.0f);
     for (std::int64_t active = 0; active < num_active; ++active) {
-        const std::int64_t count = num_slots(active), first = a_.first[active];
+        const std::int64_t count = a_.num_slots(active), first = a_.first[active];
         buffers.tokens.resize(static_cast<std::size_t>(count));
-        for (std::int64_t i = 0; i < count; ++i) {
-            const std::int64_t at = (first + i) * inner_stride_;
-            buffers.tokens[i] = e_.down.format->quantized ? static_cast<const void*>(inner_quantized_.data() + at)
-                                                          : inner_.data() + at * kPair;
-        }
+        for (std::int64_t i = 0; i < count; ++i) buffers.tokens[i] = w.input(first + i);
         float* y = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
         const bool last = active + 1 == num_active;
-        multiply_rows(e_.down, kernels_, rows, a_.experts[active], down_address(active, pair), buffers.tokens.data(),
-                      count, y, last ? down_address(0, pair + 1) : down_address(active + 1, pair));
+        multiply_rows(
+            w.slice.down, kernels_, rows, a_.experts[active], buffers.tokens.data(), count, y,
+            last ? down_address(slice, 0, panel + rows.num_panels()) : down_address(slice, active + 1, panel));
         for (std::int64_t i = 0; i < count; ++i) {
             const Slot& slot = a_.slots[first + i];
             kernels.add_scaled(y + i * kPair, slot.weight, kPair, sums + slot.token * kPair);
         }
     }
-    for (std::int64_t t = 0; t < num_tokens_; ++t) {
-        std::copy_n(sums + t * kPair, rows.here(), out_ + t * e_.hidden + rows.first);
+    store(slice, rows, sums);
+}
+
+// Rows of the output, or of a slice's part of it.
+void Forward::store(std::size_t slice, const Rows& rows, const float* sums) {
+    if (slices_.size() == 1) {
+        for (std::int64_t t = 0; t < num_tokens_; ++t) {
+            std::copy_n(sums + t * kPair, rows.count, out_ + t * e_.hidden + rows.first);
+        }
+        return;
+    }
+    for (int p = 0; p < rows.num_panels(); ++p) {
+        const std::int64_t panel = rows.first / kPanel + p;
+        float* part = partial(panel, slice);
+        for (std::int64_t t = 0; t < num_tokens_; ++t)
+            std::copy_n(sums + t * kPair + p * kPanel, kPanel, part + t * kPanel);
+        const std::size_t arrived =
+            arrivals_[static_cast<std::size_t>(panel)].count.fetch_add(1, std::memory_order_acq_rel);
+        if (arrived + 1 == slices_.size()) add_slices(panel);
     }
 }
 
+// The output's rows of a panel whose parts are all there.
+void Forward::add_slices(std::int64_t panel) {
+    const std::int64_t num_rows = std::min(kPanel, e_.hidden - panel * kPanel);
+    for (std::int64_t t = 0; t < num_tokens_; ++t) {
+        float* out = out_ + t * e_.hidden + panel * kPanel;
+        std::copy_n(partial(panel, 0) + t * kPanel, num_rows, out);
+        for (std::size_t s = 1; s < slices_.size(); ++s) {
+            const float* part = partial(panel, s) + t * kPanel;
+            for (std::int64_t r = 0; r < num_rows; ++r) out[r] += part[r];
+        }
+    }
+}
+
+// Items of each slice go to the threads of its node first.
+WorkQueue queue_of(std::span<const std::int64_t> items_of_slices, const ThreadPool& pool) {
+    return WorkQueue(group_work(items_of_slices, pool.threads_per_node()));
+}
+
 void Forward::run() {
-    const std::int64_t num_items = static_cast<std::int64_t>(a_.experts.size()) * inner_pairs_;
-    const std::int64_t outer_pairs = (e_.hidden + kPair - 1) / kPair;
-    const ExpertMatrices& read_first = e_.gate.format != nullptr ? e_.gate : e_.up;
+    std::vector<std::int64_t> inner(slices_.size()), outer(slices_.size(), num_panels_);
+    for (std::size_t s = 0; s < slices_.size(); ++s) inner[s] = a_.num_active() * slices_[s].num_pairs;
     ThreadPool& pool = thread_pool();
-    WorkQueue inner_items(num_items, pool.num_threads()), outer_items(outer_pairs, pool.num_threads());
+    WorkQueue inner_items = queue_of(inner, pool), outer_items = queue_of(outer, pool);
     pool.run([&](Team& team) {
         static thread_local Buffers buffers;
+        const std::int64_t outer_first = std::min(outer_items.share(team.thread()).begin,
+                                                  static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
         for (std::int64_t item; (item = inner_items.next(team.thread())) >= 0;) {
-            const std::uint8_t* next = item + 1 < num_items
-                                           ? inner_address(read_first, item + 1)
-                                           : down_address(0, team.thread() * outer_pairs / team.num_threads());
-            expand_item(item, next, buffers);
+            expand_item(item, item + 1 < num_items_ ? inner_address(item + 1) : outer_address(outer_first), buffers);
         }
         team.barrier();
-        for (std::int64_t item; (item = outer_items.next(team.thread())) >= 0;) contract_item(item, buffers);
+        for (WorkQueue::Range items; outer_items.next(team.thread(), kMaxPanels, items);) {
+            const std::int64_t end_of_slice = (items.begin / num_panels_ + 1) * num_panels_;
+            contract_items({items.begin, std::min(items.end, end_of_slice)}, buffers);
+            if (items.end > end_of_slice) contract_items({end_of_slice, items.end}, buffers);
+        }
     });
 }
 
 }  // namespace
 
 void check_experts(const Experts& e) {
-    if (e.num_experts < 1 || e.up.format == nullptr || e.down.format == nullptr) {
-        throw std::invalid_argument("experts need at least one expert and the projections up and down");
-    }
-    check_matrix(*e.up.format, e.intermediate, e.hidden);
-    check_matrix(*e.down.format, e.hidden, e.intermediate);
-    if (e.gate.format != nullptr) check_matrix(*e.gate.format, e.intermediate, e.hidden);
-    if (e.gate.format == nullptr && e.activation.kind == ActivationKind::kSwigluOai) {
-        throw std::invalid_argument("the activation swiglu_oai needs a gate projection");
+    if (e.num_experts < 1 || e.slices.empty())
+        throw std::invalid_argument("experts need at least one expert and slice");
+    for (const ExpertSlice& s : e.slices) {
+        if (s.up.format == nullptr || s.down.format == nullptr) {
+            throw std::invalid_argument("experts need the projections up and down");
+        }
+        const ExpertSlice& first = e.slices.front();
+        if (s.gate.format != first.gate.format || s.up.format != first.up.format ||
+            s.down.format != first.down.format) {
+            throw std::invalid_argument("the slices of experts must have the same formats");
+        }
+        check_matrix(*s.up.format, s.intermediate, e.hidden);
+        check_matrix(*s.down.format, e.hidden, s.intermediate);
+        if (s.gate.format != nullptr) check_matrix(*s.gate.format, s.intermediate, e.hidden);
+        if (s.gate.format == nullptr && e.activation.kind == ActivationKind::kSwigluOai) {
+            throw std::invalid_argument("the activation swiglu_oai needs a gate projection");
+        }
     }
 }
 

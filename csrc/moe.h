@@ -3,9 +3,14 @@
 // Knows no instruction set and no model. The work is cut by (expert, 32 rows): first all rows of gate and up, which end
 // as quantised pieces of the down projection's input, then, after the only barrier, the rows of the output, each of
 // which one thread sums over all experts. Tokens that chose the same expert share each read of its weights.
+//
+// On several memory nodes every expert is cut along its intermediate dimension: a slice has rows of gate and up and the
+// columns of down that belong to them, on one node, whose threads compute its part of the output. Whoever completes the
+// last part of some rows adds the parts up, always in the same order.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "formats/registry.h"
 #include "kernels/activations.h"
@@ -17,12 +22,20 @@ struct ExpertMatrices {
     const FormatInfo* format;  // null: there is no such projection
     const std::uint8_t* weights;
     std::int64_t matrix_bytes;  // between experts
-    const float* bias;          // [num_experts, rows] or null
+    const float* bias;          // of the first row of the first expert; null: none
+    std::int64_t bias_stride;   // between experts
+};
+
+// Some intermediate rows of all experts.
+struct ExpertSlice {
+    ExpertMatrices gate, up, down;  // gate and up [intermediate, hidden], down [hidden, intermediate]
+    std::int64_t intermediate;      // of the slice
 };
 
 struct Experts {
-    ExpertMatrices gate, up, down;  // gate and up [intermediate, hidden], down [hidden, intermediate]
-    std::int64_t num_experts, hidden, intermediate;
+    std::vector<ExpertSlice>
+        slices;  // slice s lies on node s; formats are the same in all, biases of down in the first
+    std::int64_t num_experts, hidden;
     Activation activation;
 };
 

@@ -1,19 +1,23 @@
 #include "thread_pool.h"
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <chrono>
 #include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
 
+#include "barrier.h"
 #include "cpu.h"
+#include "spin.h"
 
 namespace moesaic {
 
@@ -21,52 +25,63 @@ namespace {
 
 // A worker that finds no work spins this long, then sleeps: the gap between two layers is microseconds.
 constexpr auto kSpinTime = std::chrono::milliseconds(2);
-// Pauses before a waiting thread offers its core to others; bounds the loss when cores are oversubscribed.
-constexpr int kPausesBeforeYield = 2000;
 
 thread_local bool in_task = false;
-
-void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
-// Spins until ready(); yields the core now and then.
-template <class Ready>
-void spin_until(Ready&& ready) {
-    for (int pauses = 0; !ready();) {
-        pause();
-        if (++pauses >= kPausesBeforeYield) {
-            sched_yield();
-            pauses = 0;
-        }
-    }
-}
 
 // Thrown at a barrier when another thread of the team failed.
 struct TeamAborted {};
 
+// Where a thread belongs: a node, and a core there.
+struct Seat {
+    std::size_t node;
+    std::vector<int> cpus;
+};
+
+// Seats of all threads, spread evenly over the cores, neighbours on the same node.
+std::vector<Seat> seats_of(int num_threads, const std::vector<NumaNode>& nodes) {
+    std::vector<Seat> cores, seats;
+    for (std::size_t n = 0; n < nodes.size(); ++n) {
+        for (const auto& cpus : nodes[n].cores) cores.push_back({n, cpus});
+    }
+    const auto count = static_cast<std::size_t>(num_threads);
+    for (std::size_t t = 0; t < count; ++t) seats.push_back(cores[t * cores.size() / count]);
+    return seats;
+}
+
+std::size_t num_cores(const std::vector<NumaNode>& nodes) {
+    std::set<int> first_cpus;  // pretended nodes may share cores
+    for (const NumaNode& node : nodes) {
+        for (const auto& cpus : node.cores) first_cpus.insert(cpus.front());
+    }
+    return first_cpus.size();
+}
+
 }  // namespace
 
+// What is written during a run and what is polled lie on cache lines apart.
 struct ThreadPool::State {
-    explicit State(int n) : num_threads(n) {}
+    State(int n, const std::vector<NumaNode>& nodes, bool pin);
 
     int num_threads;
+    int patience;  // pauses before a waiting thread offers its core
+    std::vector<Seat> seats;
+    std::vector<int> threads_per_node;
     std::mutex callers;  // one task at a time
     std::vector<std::thread> workers;
 
-    alignas(64) std::atomic<std::uint32_t> epoch{0};  // grows by one per task; workers wait for it
-    std::atomic<int> parked{0};
-    std::atomic<bool> stop{false};
-    void (*task)(void*, Team&) = nullptr;
+    alignas(64) void (*task)(void*, Team&) = nullptr;
     void* context = nullptr;
 
-    alignas(64) std::atomic<int> running{0};  // workers that have not finished the task
-    alignas(64) std::atomic<int> arrived{0};  // threads at the barrier
-    alignas(64) std::atomic<std::uint32_t> barrier_epoch{0};
+    alignas(64) std::atomic<std::uint32_t> epoch{0};  // grows by one per task; workers wait for it
+    alignas(64) std::atomic<int> parked{0};
+    std::atomic<bool> stop{false};
+
+    struct alignas(64) Done {
+        std::atomic<std::uint32_t> epoch{0};  // of the last task that the worker has finished
+    };
+    std::unique_ptr<Done[]> done;  // of each thread
+    Barrier barrier;
+
     alignas(64) std::atomic<bool> failed{false};
     std::mutex error_mutex;
     std::exception_ptr error;
@@ -76,12 +91,34 @@ struct ThreadPool::State {
     void fail(std::exception_ptr e);
     bool wait_for_task(std::uint32_t seen);
     void start_workers(ThreadPool* pool);
+    void rethrow_error();
 };
+
+ThreadPool::State::State(int n, const std::vector<NumaNode>& nodes, bool pin)
+    : num_threads(n),
+      seats(seats_of(n, nodes)),
+      done(std::make_unique<Done[]>(static_cast<std::size_t>(n))),
+      barrier(n) {
+    const bool own_cores = static_cast<std::size_t>(n) <= num_cores(nodes);
+    patience = own_cores ? kPausesWithOwnCore : kPausesWithSharedCore;
+    for (std::size_t t = 0; t < seats.size(); ++t) {
+        if (t == 0 || seats[t].node != seats[t - 1].node) threads_per_node.push_back(0);
+        ++threads_per_node.back();
+        if (!pin || !own_cores) seats[t].cpus.clear();
+    }
+}
 
 void ThreadPool::State::fail(std::exception_ptr e) {
     std::lock_guard lock(error_mutex);
     if (!error) error = std::move(e);
     failed.store(true, std::memory_order_release);
+}
+
+// After a task that failed, which some threads left before others: all as if it had not been.
+void ThreadPool::State::rethrow_error() {
+    barrier.reset();
+    failed.store(false, std::memory_order_relaxed);
+    std::rethrow_exception(std::exchange(error, nullptr));
 }
 
 void ThreadPool::State::execute(Team& team) {
@@ -98,13 +135,15 @@ void ThreadPool::State::execute(Team& team) {
 
 // Wait until a task newer than `seen` is there: spin first, then sleep. False when the pool ends.
 bool ThreadPool::State::wait_for_task(std::uint32_t seen) {
-    const auto deadline = std::chrono::steady_clock::now() + kSpinTime;
+    std::chrono::steady_clock::time_point deadline{};
     for (int pauses = 0; epoch.load(std::memory_order_acquire) == seen;) {
         pause();
-        if (++pauses < kPausesBeforeYield) continue;
+        if (++pauses < patience) continue;
         pauses = 0;
         sched_yield();
-        if (std::chrono::steady_clock::now() < deadline) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (deadline.time_since_epoch().count() == 0) deadline = now + kSpinTime;
+        if (now < deadline) continue;
         parked.fetch_add(1, std::memory_order_seq_cst);
         epoch.wait(seen, std::memory_order_seq_cst);
         parked.fetch_sub(1, std::memory_order_relaxed);
@@ -113,10 +152,12 @@ bool ThreadPool::State::wait_for_task(std::uint32_t seen) {
 }
 
 void ThreadPool::State::work(ThreadPool* pool, int thread) {
+    const auto index = static_cast<std::size_t>(thread);
+    if (!seats[index].cpus.empty()) confine_thread(seats[index].cpus);  // a wish: a container may forbid it
     Team team(pool, thread, num_threads);
     for (std::uint32_t seen = 0; wait_for_task(seen); ++seen) {
         execute(team);
-        running.fetch_sub(1, std::memory_order_release);
+        done[index].epoch.store(seen + 1, std::memory_order_release);
     }
 }
 
@@ -126,7 +167,10 @@ void ThreadPool::State::start_workers(ThreadPool* pool) {
     }
 }
 
-ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>(num_threads)) { state_->start_workers(this); }
+ThreadPool::ThreadPool(int num_threads, const std::vector<NumaNode>& nodes, bool pin)
+    : state_(std::make_unique<State>(num_threads, nodes, pin)) {
+    state_->start_workers(this);
+}
 
 ThreadPool::~ThreadPool() {
     std::lock_guard lock(state_->callers);
@@ -138,6 +182,8 @@ ThreadPool::~ThreadPool() {
 
 int ThreadPool::num_threads() const { return state_->num_threads; }
 
+const std::vector<int>& ThreadPool::threads_per_node() const { return state_->threads_per_node; }
+
 void ThreadPool::run_erased(void (*task)(void*, Team&), void* context) {
     if (in_task || state_->num_threads == 1) {
         Team alone(nullptr, 0, 1);
@@ -148,45 +194,41 @@ void ThreadPool::run_erased(void (*task)(void*, Team&), void* context) {
     std::lock_guard lock(s.callers);
     s.task = task;
     s.context = context;
-    s.error = nullptr;
-    s.failed.store(false, std::memory_order_relaxed);
-    s.arrived.store(0, std::memory_order_relaxed);
-    s.running.store(s.num_threads - 1, std::memory_order_relaxed);
-    s.epoch.fetch_add(1, std::memory_order_seq_cst);
+    const std::uint32_t epoch = s.epoch.fetch_add(1, std::memory_order_seq_cst) + 1;
     if (s.parked.load(std::memory_order_seq_cst) > 0) s.epoch.notify_all();
     Team team(this, 0, s.num_threads);
     s.execute(team);
-    spin_until([&] { return s.running.load(std::memory_order_acquire) == 0; });
-    if (s.error) std::rethrow_exception(s.error);
+    for (std::size_t t = 1; t < static_cast<std::size_t>(s.num_threads); ++t) {
+        spin_until(s.patience, [&] { return s.done[t].epoch.load(std::memory_order_acquire) == epoch; });
+    }
+    if (s.failed.load(std::memory_order_relaxed)) s.rethrow_error();
 }
 
 void Team::barrier() {
     if (pool_ == nullptr) return;
     ThreadPool::State& s = *pool_->state_;
-    const std::uint32_t epoch = s.barrier_epoch.load(std::memory_order_acquire);
-    if (s.arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads_) {
-        s.arrived.store(0, std::memory_order_relaxed);
-        s.barrier_epoch.fetch_add(1, std::memory_order_release);
-        return;
-    }
-    spin_until([&] {
+    s.barrier.wait(thread_, s.patience, [&] {
         if (s.failed.load(std::memory_order_acquire)) throw TeamAborted{};
-        return s.barrier_epoch.load(std::memory_order_acquire) != epoch;
     });
 }
 
 namespace {
 
-// The pools that were ever asked for, by number of threads. None is destroyed, so that a reference to one stays good
-// while another thread changes the number; those not in use are asleep.
+// The pools that were ever asked for, by what was asked. None is destroyed, so that a reference to one stays good while
+// another thread changes the settings; those not in use are asleep.
 struct Pools {
     std::mutex mutex;
-    std::map<int, std::unique_ptr<ThreadPool>> by_size;
-    ThreadPool* current = nullptr;
+    int num_threads = 0;  // 0: the usable cores
+    int num_nodes = 0;    // 0: those of the system
+    bool pin = true;
+    std::map<std::tuple<int, int, bool>, std::unique_ptr<ThreadPool>> by_settings;
+    ThreadPool* current = nullptr;  // null: not made since the settings changed
 
-    ThreadPool& use(int num_threads) {
-        auto& pool = by_size[num_threads];
-        if (!pool) pool = std::make_unique<ThreadPool>(num_threads);
+    ThreadPool& use() {
+        if (current != nullptr) return *current;
+        if (num_threads == 0) num_threads = num_usable_cores();
+        auto& pool = by_settings[{num_threads, num_nodes, pin}];
+        if (!pool) pool = std::make_unique<ThreadPool>(num_threads, numa_nodes(), pin);
         return *(current = pool.get());
     }
 };
@@ -199,7 +241,13 @@ Pools& pools_of_process() {
     std::call_once(once, [] {
         pools = new Pools;
         // A forked child has the memory of the pools but not their threads: it leaves them alone and starts afresh.
-        pthread_atfork(nullptr, nullptr, [] { pools = new Pools; });
+        pthread_atfork(nullptr, nullptr, [] {
+            auto* own = new Pools;
+            own->num_threads = pools->num_threads;
+            own->num_nodes = pools->num_nodes;
+            own->pin = pools->pin;
+            pools = own;
+        });
     });
     return *pools;
 }
@@ -209,7 +257,7 @@ Pools& pools_of_process() {
 ThreadPool& thread_pool() {
     Pools& all = pools_of_process();
     std::lock_guard lock(all.mutex);
-    return all.current != nullptr ? *all.current : all.use(num_usable_cores());
+    return all.use();
 }
 
 int num_threads() { return thread_pool().num_threads(); }
@@ -220,7 +268,23 @@ void set_num_threads(int num_threads) {
     }
     Pools& all = pools_of_process();
     std::lock_guard lock(all.mutex);
-    all.use(num_threads);
+    all.num_threads = num_threads;
+    all.current = nullptr;
+}
+
+void set_num_nodes(int count) {
+    Pools& all = pools_of_process();
+    std::lock_guard lock(all.mutex);
+    set_numa_nodes(count);
+    all.num_nodes = count;
+    all.current = nullptr;
+}
+
+void set_pinning(bool pin) {
+    Pools& all = pools_of_process();
+    std::lock_guard lock(all.mutex);
+    all.pin = pin;
+    all.current = nullptr;
 }
 
 }  // namespace moesaic

@@ -6,6 +6,9 @@
 //       ...
 //   });
 //
+// Threads are divided over the memory nodes of numa.h, neighbours on one node, and each but the first is confined to a
+// core of its own if there are enough; the first is the caller's, whose affinity is the caller's business.
+//
 // An exception in any thread stops the others at their next barrier and is rethrown by run(). Callers of several
 // threads are served one after the other. A call made from inside a task runs on that one thread.
 #pragma once
@@ -13,6 +16,9 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
+
+#include "numa.h"
 
 namespace moesaic {
 
@@ -52,12 +58,16 @@ class Counter {
 
 class ThreadPool {
   public:
-    explicit ThreadPool(int num_threads);
+    // Threads on the cores of `nodes`, confined to them if `pin` and there are at least as many cores.
+    ThreadPool(int num_threads, const std::vector<NumaNode>& nodes, bool pin);
+    explicit ThreadPool(int num_threads) : ThreadPool(num_threads, numa_nodes(), true) {}
     ~ThreadPool();
     ThreadPool(const ThreadPool&) = delete;
     ThreadPool& operator=(const ThreadPool&) = delete;
 
     int num_threads() const;
+    // Those of each node that has any, in order: threads 0 to threads_per_node()[0] - 1 are on the first.
+    const std::vector<int>& threads_per_node() const;
 
     // Run task(Team&) once on every thread and return when all are done.
     template <class Task>
@@ -86,5 +96,9 @@ ThreadPool& thread_pool();
 int num_threads();
 // Use another number of threads from the next call on. Throws std::invalid_argument unless 1 <= num_threads <= 1024.
 void set_num_threads(int num_threads);
+// set_numa_nodes(count) of numa.h, and threads divided like that from the next call on.
+void set_num_nodes(int count);
+// Whether threads are confined to cores, from the next call on; they are unless this says otherwise.
+void set_pinning(bool pin);
 
 }  // namespace moesaic

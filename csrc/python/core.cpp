@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "numa.h"
 #include "packing.h"
 #include "python/bindings.h"
 #include "thread_pool.h"
@@ -32,6 +33,28 @@ void bind_machine(nb::module_& m) {
         "Processor features that kernels may use, and whether they are present.");
     m.def("num_threads", &num_threads, "Threads of the pool.");
     m.def("set_num_threads", &set_num_threads, "num_threads"_a, Release(), "Replace the pool of threads.");
+    m.def("set_pinning", &set_pinning, "pin"_a, Release(), "Whether threads are confined to a core each.");
+    m.def(
+        "numa_nodes",
+        [] {
+            nb::list nodes;
+            for (const NumaNode& node : numa_nodes()) {
+                std::vector<int> cpus;
+                for (const auto& core : node.cores) cpus.insert(cpus.end(), core.begin(), core.end());
+                nodes.append(nb::make_tuple(node.id, cpus));
+            }
+            return nodes;
+        },
+        "Memory nodes that threads and experts are divided over: (the system's number, CPUs); number -1: pretended.");
+    m.def("set_num_nodes", &set_num_nodes, "count"_a, Release(),
+          "Pretend that the cores belong to so many nodes; 0: the nodes of the system.");
+    m.def(
+        "place_memory",
+        [](std::uintptr_t ptr, std::size_t num_bytes, int node) {
+            place_memory(as_pointer<void>(ptr), num_bytes, node);
+        },
+        "ptr"_a, "num_bytes"_a, "node"_a, Release(),
+        "Let untouched memory lie on a node of numa_nodes(), by its position there; -1: spread over all.");
     m.def("num_usable_cores", &num_usable_cores, "Physical cores that this process may use.");
     m.def(
         "native_seconds", [] { return 1e-9 * static_cast<double>(native_nanoseconds.load()); },

@@ -86,26 +86,33 @@ void bind_heads(nb::module_& m, const char* name, const char* doc) {
         "out_head_stride"_a, "num_tokens"_a, Release(), doc);
 }
 
-// The projections of one layer's experts, described once; the weights belong to the caller.
-Experts make_experts(Int num_experts, Int hidden, Int intermediate,
-                     const std::vector<std::tuple<int, Address, Int, Address>>& matrices, int activation, float alpha,
-                     float limit) {
+// format, weights_ptr, matrix_bytes, bias_ptr, bias_stride
+using MatricesTuple = std::tuple<int, Address, Int, Address, Int>;
+// intermediate rows, then gate, up and down
+using SliceTuple = std::tuple<Int, std::vector<MatricesTuple>>;
+
+ExpertSlice make_slice(Int intermediate, const std::vector<MatricesTuple>& matrices) {
     if (matrices.size() != 3) throw nb::value_error("experts have three projections: gate, up and down");
+    ExpertSlice slice{};
+    slice.intermediate = intermediate;
+    ExpertMatrices* parts[] = {&slice.gate, &slice.up, &slice.down};
+    for (std::size_t i = 0; i < 3; ++i) {
+        const auto& [format, weights, matrix_bytes, bias, bias_stride] = matrices[i];
+        if (weights == 0) continue;
+        *parts[i] = {&format_info(format), as_pointer<const std::uint8_t>(weights), matrix_bytes,
+                     as_pointer<const float>(bias), bias_stride};
+    }
+    return slice;
+}
+
+// The projections of one layer's experts, described once; the weights belong to the caller.
+Experts make_experts(Int num_experts, Int hidden, const std::vector<SliceTuple>& slices, int activation, float alpha,
+                     float limit) {
     if (activation < 0 || activation > static_cast<int>(ActivationKind::kSwigluOai)) {
         throw nb::value_error("unknown activation");
     }
-    Experts experts{};
-    experts.num_experts = num_experts;
-    experts.hidden = hidden;
-    experts.intermediate = intermediate;
-    experts.activation = {static_cast<ActivationKind>(activation), alpha, limit};
-    ExpertMatrices* parts[] = {&experts.gate, &experts.up, &experts.down};
-    for (std::size_t i = 0; i < 3; ++i) {
-        const auto& [format, weights, matrix_bytes, bias] = matrices[i];
-        if (weights == 0) continue;
-        *parts[i] = {&format_info(format), as_pointer<const std::uint8_t>(weights), matrix_bytes,
-                     as_pointer<const float>(bias)};
-    }
+    Experts experts{{}, num_experts, hidden, {static_cast<ActivationKind>(activation), alpha, limit}};
+    for (const SliceTuple& slice : slices) experts.slices.push_back(std::apply(make_slice, slice));
     check_experts(experts);
     return experts;
 }
@@ -121,13 +128,13 @@ void bind_experts(nb::module_& m) {
     nb::class_<Experts>(m, "Experts", "The projections of one layer's experts, described once.")
         .def(
             "__init__",
-            [](Experts* self, Int num_experts, Int hidden, Int intermediate,
-               const std::vector<std::tuple<int, Address, Int, Address>>& matrices, int activation, float alpha,
-               float limit) {
-                new (self) Experts(make_experts(num_experts, hidden, intermediate, matrices, activation, alpha, limit));
+            [](Experts* self, Int num_experts, Int hidden, const std::vector<SliceTuple>& slices, int activation,
+               float alpha, float limit) {
+                new (self) Experts(make_experts(num_experts, hidden, slices, activation, alpha, limit));
             },
-            "num_experts"_a, "hidden"_a, "intermediate"_a, "matrices"_a, "activation"_a, "alpha"_a, "limit"_a,
-            "matrices: (format, weights_ptr, matrix_bytes, bias_ptr) of gate, up and down; weights_ptr 0: no gate.");
+            "num_experts"_a, "hidden"_a, "slices"_a, "activation"_a, "alpha"_a, "limit"_a,
+            "slices: of the intermediate rows, one per node: their number, and (format, weights_ptr, matrix_bytes, "
+            "bias_ptr, bias_stride in floats) of gate, up and down; weights_ptr 0: no gate.");
     m.def(
         "moe_forward",
         [](const Experts& experts, Address experts_ptr, Address weights_ptr, Int top_k, Address x_ptr, Int x_stride,

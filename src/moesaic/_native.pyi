@@ -24,11 +24,31 @@ def num_threads() -> int:
 def set_num_threads(num_threads: int) -> None:
     """Replace the pool of threads."""
 
+def set_pinning(pin: bool) -> None:
+    """Whether threads are confined to a core each."""
+
+def numa_nodes() -> list:
+    """
+    Memory nodes that threads and experts are divided over: (the system's number, CPUs); number -1: pretended.
+    """
+
+def set_num_nodes(count: int) -> None:
+    """
+    Pretend that the cores belong to so many nodes; 0: the nodes of the system.
+    """
+
+def place_memory(ptr: int, num_bytes: int, node: int) -> None:
+    """
+    Let untouched memory lie on a node of numa_nodes(), by its position there; -1: spread over all.
+    """
+
 def num_usable_cores() -> int:
     """Physical cores that this process may use."""
 
 def native_seconds() -> float:
-    """Seconds that calls of this module have spent computing since it was loaded."""
+    """
+    Seconds that calls of this module have spent computing since it was loaded.
+    """
 
 def formats() -> list:
     """
@@ -84,9 +104,9 @@ class ActivationKind(enum.Enum):
 class Experts:
     """The projections of one layer's experts, described once."""
 
-    def __init__(self, num_experts: int, hidden: int, intermediate: int, matrices: Sequence[tuple[int, int, int, int]], activation: int, alpha: float, limit: float) -> None:
+    def __init__(self, num_experts: int, hidden: int, slices: Sequence[tuple[int, Sequence[tuple[int, int, int, int, int]]]], activation: int, alpha: float, limit: float) -> None:
         """
-        matrices: (format, weights_ptr, matrix_bytes, bias_ptr) of gate, up and down; weights_ptr 0: no gate.
+        slices: of the intermediate rows, one per node: their number, and (format, weights_ptr, matrix_bytes, bias_ptr, bias_stride in floats) of gate, up and down; weights_ptr 0: no gate.
         """
 
 def moe_forward(experts: Experts, experts_ptr: int, weights_ptr: int, top_k: int, x_ptr: int, x_stride: int, num_tokens: int, out_ptr: int) -> None:

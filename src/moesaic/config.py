@@ -2,6 +2,8 @@
 
     MOESAIC_ISA        force an instruction set ("generic", "avx2", "avx512")
     MOESAIC_THREADS    number of worker threads (default: the physical cores this process may use)
+    MOESAIC_NUMA_NODES pretend so many memory nodes (default: those of the computer; 1: do not divide over nodes)
+    MOESAIC_PIN        0: leave the threads to the system's scheduler instead of confining each to a core
     XDG_STATE_HOME     folder for what programs remember, such as the chat's line history (default: ~/.local/state)
 
 It does not know what the settings are used for.
@@ -26,11 +28,15 @@ class Settings:
     Attributes:
         isa: name of the instruction set to force.
         threads: number of worker threads, at least 1.
+        numa_nodes: number of memory nodes to pretend, at least 1.
+        pin: whether threads are confined to cores.
         state_dir: folder of what Moesaic remembers between runs; it need not exist.
     """
 
     isa: str | None = None
     threads: int | None = None
+    numa_nodes: int | None = None
+    pin: bool = True
     state_dir: Path = Path()
 
 
@@ -41,15 +47,25 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         ConfigError: a variable is set to something that is not of its form.
     """
     env = os.environ if environ is None else environ
-    threads_text = env.get("MOESAIC_THREADS", "").strip()
-    threads: int | None = None
-    if threads_text:
-        if not threads_text.isdecimal() or int(threads_text) < 1:
-            raise ConfigError(f"MOESAIC_THREADS is '{threads_text}': expected a whole number of at least 1.")
-        threads = int(threads_text)
+    pin = env.get("MOESAIC_PIN", "").strip() or "1"
+    if pin not in ("0", "1"):
+        raise ConfigError(f"MOESAIC_PIN is '{pin}': expected 0 or 1.")
     state_home = env.get("XDG_STATE_HOME", "")
     # The XDG specification: a relative path is invalid and to be ignored.
     state = Path(state_home) if state_home.startswith("/") else Path.home() / ".local" / "state"
     return Settings(
-        isa=env.get("MOESAIC_ISA", "").strip().lower() or None, threads=threads, state_dir=state / "moesaic"
+        isa=env.get("MOESAIC_ISA", "").strip().lower() or None,
+        threads=_positive(env, "MOESAIC_THREADS"),
+        numa_nodes=_positive(env, "MOESAIC_NUMA_NODES"),
+        pin=pin == "1",
+        state_dir=state / "moesaic",
     )
+
+
+def _positive(env: Mapping[str, str], name: str) -> int | None:
+    text = env.get(name, "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"{name} is '{text}': expected a whole number of at least 1.")
+    return int(text)

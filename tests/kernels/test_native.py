@@ -77,7 +77,8 @@ def test_thread_pool(tmp_path):
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "check"
-    sources = [ROOT / "csrc/thread_pool.cpp", ROOT / "csrc/cpu.cpp", Path(__file__).with_name("thread_pool_check.cpp")]
+    units = [ROOT / f"csrc/{name}.cpp" for name in ("thread_pool", "work_queue", "numa", "cpu")]
+    sources = [*units, Path(__file__).with_name("thread_pool_check.cpp")]
     subprocess.run(
         [compiler, "-std=c++20", "-O1", "-pthread", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True
     )

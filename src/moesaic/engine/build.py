@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moesaic.engine.packing import Job, pack_matrix
 from moesaic.errors import UnsupportedModelError
-from moesaic.kernels import PackedExperts, PackedTensor
+from moesaic.kernels import PackedExperts, PackedTensor, SlicedTensor, cut_intermediate, empty_stack
 from moesaic.models import TensorRef, WeightMap, stock_experts
 from moesaic.modules import FAMILIES, SPLIT_KV_B, PackedEmbedding, PackedLinear, RoutedExperts, activation_of
 from moesaic.placement import Placement, Plan
@@ -122,15 +122,19 @@ class _Builder:
         yield _matrix_job(self._weight_map.parameter(f"{name}.weight"), weight)
 
     def _experts(self, name: str, module: nn.Module, placement: Placement) -> Iterator[Job]:
-        stacks: dict[str, PackedTensor] = {}
+        stacks: dict[str, PackedTensor | SlicedTensor] = {}
         biases: dict[str, torch.Tensor] = {}
-        for key, refs in self._weight_map.experts(name).named().items():
+        parts = self._weight_map.experts(name)
+        sizes = cut_intermediate(parts.down[0].shape[1], get_format(placement.formats["down"]))
+        for key, refs in parts.named().items():
             if key.endswith("_bias"):
                 bias = biases[key] = torch.empty(len(refs), *refs[0].shape)
                 yield from (_float_job(ref, bias[expert]) for expert, ref in enumerate(refs))
             else:
                 rows, cols = refs[0].shape
-                stack = stacks[key] = PackedTensor.empty(get_format(placement.formats[key]), rows, cols, len(refs))
+                fmt = get_format(placement.formats[key])
+                stack = empty_stack(fmt, rows, cols, len(refs), sizes, "cols" if key == "down" else "rows")
+                stacks[key] = stack
                 yield from (_matrix_job(ref, stack, expert) for expert, ref in enumerate(refs))
         packed = PackedExperts(
             stacks.get("gate"),
@@ -200,7 +204,7 @@ def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
 
-def _matrix_job(ref: TensorRef, packed: PackedTensor, index: int = 0) -> Job:
+def _matrix_job(ref: TensorRef, packed: PackedTensor | SlicedTensor, index: int = 0) -> Job:
     return Job.of(ref, lambda checkpoint: pack_matrix(ref, checkpoint, packed, index), ref.format != packed.format)
 
 

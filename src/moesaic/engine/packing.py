@@ -17,7 +17,7 @@ from types import TracebackType
 import numpy as np
 from tqdm import tqdm
 
-from moesaic.kernels import PackedTensor
+from moesaic.kernels import PackedTensor, SlicedTensor
 from moesaic.models import TensorRef
 from moesaic.quant import WeightFormat, dequantize, quantize
 from moesaic.weights import Checkpoint
@@ -56,7 +56,7 @@ class Job:
         return Job(ref.sources, ref.nbytes, ref.index or 0, run, requantises)
 
 
-def pack_matrix(ref: TensorRef, checkpoint: Checkpoint, packed: PackedTensor, index: int = 0) -> None:
+def pack_matrix(ref: TensorRef, checkpoint: Checkpoint, packed: PackedTensor | SlicedTensor, index: int = 0) -> None:
     """Pack one matrix into `packed[index]`; its blocks keep their bits unless the plan wants another format."""
     packed.pack_(index, _raw_in_format(ref, checkpoint, packed.format))
 

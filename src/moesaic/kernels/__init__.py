@@ -12,17 +12,32 @@ from moesaic.kernels.cpu import (
     linear_transposed_heads,
     moe_forward,
 )
-from moesaic.kernels.native import active_isa, isas, native_seconds, num_threads, set_isa, set_num_threads
+from moesaic.kernels.experts import Activation, PackedExperts
+from moesaic.kernels.native import (
+    active_isa,
+    isas,
+    native_seconds,
+    num_nodes,
+    num_threads,
+    set_isa,
+    set_num_nodes,
+    set_num_threads,
+    set_pinning,
+)
 from moesaic.kernels.ops import rms_norm
-from moesaic.kernels.packed import Activation, PackedExperts, PackedTensor
+from moesaic.kernels.packed import PackedTensor
 from moesaic.kernels.probe import Rates, peak_ops, read_bandwidth
+from moesaic.kernels.sliced import SlicedTensor, cut_intermediate, empty_stack
 
 __all__ = [
     "Activation",
     "PackedExperts",
     "PackedTensor",
     "Rates",
+    "SlicedTensor",
     "active_isa",
+    "cut_intermediate",
+    "empty_stack",
     "gather_rows",
     "isas",
     "linear",
@@ -32,11 +47,14 @@ __all__ = [
     "linear_transposed_heads",
     "moe_forward",
     "native_seconds",
+    "num_nodes",
     "num_threads",
     "ops",
     "peak_ops",
     "read_bandwidth",
     "rms_norm",
     "set_isa",
+    "set_num_nodes",
     "set_num_threads",
+    "set_pinning",
 ]

@@ -13,7 +13,7 @@ from moesaic.errors import KernelError
 from moesaic.kernels._checks import choice, describe, vector_address
 from moesaic.kernels.attention_blocks import AttentionBlock, LatentAttentionBlock
 from moesaic.kernels.block_parts import NO_MATRIX, HeadLinears, Linear, Norm, RouteOptions
-from moesaic.kernels.packed import PackedExperts
+from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.routing import GROUP_SCORES, ROUTE_SCORES
 
 __all__ = [

@@ -13,7 +13,8 @@ import torch
 from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_float, check_shape, describe, vector_address
-from moesaic.kernels.packed import PackedExperts, PackedTensor
+from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.packed import PackedTensor
 
 __all__ = [
     "gather_rows",

@@ -10,7 +10,18 @@ from moesaic import _native
 from moesaic.config import Settings, read_settings
 from moesaic.errors import ConfigError
 
-__all__ = ["active_isa", "apply_settings", "isas", "native_seconds", "num_threads", "set_isa", "set_num_threads"]
+__all__ = [
+    "active_isa",
+    "apply_settings",
+    "isas",
+    "native_seconds",
+    "num_nodes",
+    "num_threads",
+    "set_isa",
+    "set_num_nodes",
+    "set_num_threads",
+    "set_pinning",
+]
 
 
 def isas() -> list[str]:
@@ -55,16 +66,43 @@ def set_num_threads(count: int) -> None:
     _native.set_num_threads(count)
 
 
+def num_nodes() -> int:
+    """Memory nodes that threads and experts are divided over."""
+    return len(_native.numa_nodes())
+
+
+def set_num_nodes(count: int) -> None:
+    """Pretend that the cores belong to `count` memory nodes, for the whole process; 0: the nodes of the system.
+
+    Memory is not bound to pretended nodes: 1 therefore leaves it to the system, and more serve tests.
+
+    Raises:
+        ConfigError: it is not between 0 and 64.
+    """
+    if not 0 <= count <= 64:
+        raise ConfigError(f"The number of memory nodes is {count}: expected 0 to 64.")
+    _native.set_num_nodes(count)
+
+
+def set_pinning(pin: bool) -> None:
+    """Whether each thread of the kernels but the caller's is confined to a core; more threads than cores never are."""
+    _native.set_pinning(pin)
+
+
 def apply_settings(settings: Settings) -> None:
     """Force what the settings ask for and leave the rest to the extension.
 
     Raises:
-        ConfigError: the instruction set or the number of threads cannot be used.
+        ConfigError: the instruction set, the number of threads or that of nodes cannot be used.
     """
     if settings.isa is not None:
         set_isa(settings.isa)
     if settings.threads is not None:
         set_num_threads(settings.threads)
+    if settings.numa_nodes is not None:
+        set_num_nodes(settings.numa_nodes)
+    if not settings.pin:
+        set_pinning(False)
 
 
 apply_settings(read_settings())

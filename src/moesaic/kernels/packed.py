@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,19 +14,18 @@ from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.quant import WeightFormat
 
-__all__ = ["Activation", "PackedExperts", "PackedTensor"]
-
-ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
+__all__ = ["PackedTensor"]
 
 _ALIGNMENT = 64  # a cache line: no matrix shares one with another
 _HUGE_PAGE = 2 << 20
-_ACTIVATION_KINDS = MappingProxyType(
-    {name: getattr(_native.ActivationKind, name).value for name in get_args(ActivationName)}
-)
+_ALL_NODES = -1
 
 
-def _allocate(nbytes: int) -> torch.Tensor:
-    """Uint8 [nbytes], aligned to cache lines; on huge pages where the system grants them: decode touches every page."""
+def _allocate(nbytes: int, node: int | None) -> torch.Tensor:
+    """Uint8 [nbytes], aligned to cache lines; on huge pages where the system grants them: decode touches every page.
+
+    It lies on one memory node, or spread over all of them so that every memory channel is read.
+    """
     if nbytes < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(nbytes, dtype=torch.uint8)
     try:
@@ -37,7 +34,9 @@ def _allocate(nbytes: int) -> torch.Tensor:
         raise KernelError(f"{nbytes / 2**30:.2f} GiB for packed weights cannot be allocated: {error}.") from error
     with contextlib.suppress(OSError):  # a system without huge pages is only slower
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    data = torch.frombuffer(memory, dtype=torch.uint8)
+    _native.place_memory(data.data_ptr(), nbytes, _ALL_NODES if node is None else node)
+    return data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -86,8 +85,15 @@ class PackedTensor:
         return (nbytes + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
 
     @staticmethod
-    def empty(fmt: WeightFormat, rows: int, cols: int, num_matrices: int = 1) -> PackedTensor:
+    def empty(fmt: WeightFormat, rows: int, cols: int, num_matrices: int = 1, node: int | None = None) -> PackedTensor:
         """Memory for a stack of matrices, whose weights are undefined until `pack_`.
+
+        Args:
+            fmt: format of the weights.
+            rows: output features of one matrix.
+            cols: input features.
+            num_matrices: how many.
+            node: position in `_native.numa_nodes()` of the memory node to lie on; None spreads them over all.
 
         Raises:
             UnsupportedFormatError: `cols` is not a multiple of the format's block size.
@@ -98,9 +104,13 @@ class PackedTensor:
                 f"A packed tensor of {num_matrices} matrices of {rows} x {cols}: expected at least 1 of each."
             )
         fmt.row_bytes(cols)
-        return PackedTensor(
-            fmt, num_matrices, rows, cols, _allocate(num_matrices * PackedTensor._matrix_bytes(fmt, rows, cols))
-        )
+        nbytes = num_matrices * PackedTensor._matrix_bytes(fmt, rows, cols)
+        return PackedTensor(fmt, num_matrices, rows, cols, _allocate(nbytes, node))
+
+    @property
+    def slices(self) -> tuple[PackedTensor, ...]:
+        """Itself: a stack that is not cut over memory nodes (see `SlicedTensor`)."""
+        return (self,)
 
     @property
     def nbytes(self) -> int:
@@ -149,109 +159,3 @@ class PackedTensor:
             out = values[index]
             _native.dequantize(self.format.ggml_type, self.rows, self.cols, raw.ctypes.data, out.data_ptr())
         return values
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """What experts do between up and down: `f(gate) * up`, or `f(up)` without a gate.
-
-    Attributes:
-        name: silu, gelu (with erf), gelu_tanh, relu, relu2 (its square), or swiglu_oai: gpt-oss's
-            `min(gate, limit) * sigmoid(alpha * gate) * (clamp(up, -limit, limit) + 1)`.
-        alpha: of swiglu_oai.
-        limit: of swiglu_oai.
-    """
-
-    name: ActivationName
-    alpha: float = 1.702
-    limit: float = 7.0
-
-    @property
-    def kind(self) -> int:
-        """The number that the extension knows it by.
-
-        Raises:
-            KernelError: there is no such activation.
-        """
-        if self.name not in _ACTIVATION_KINDS:
-            raise KernelError(f"The activation '{self.name}' is none of {', '.join(_ACTIVATION_KINDS)}.")
-        return int(_ACTIVATION_KINDS[self.name])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PackedExperts:
-    """The routed experts of one layer; each projection may have a format of its own.
-
-    Attributes:
-        gate: `[num_experts][intermediate, hidden]`, or None for ungated experts.
-        up: like gate.
-        down: `[num_experts][hidden, intermediate]`.
-        gate_bias, up_bias, down_bias: float32 `[num_experts, rows of the projection]`, or None.
-        activation: between up and down.
-    """
-
-    gate: PackedTensor | None
-    up: PackedTensor
-    down: PackedTensor
-    gate_bias: torch.Tensor | None = None
-    up_bias: torch.Tensor | None = None
-    down_bias: torch.Tensor | None = None
-    activation: Activation = Activation("silu")
-    handle: _native.Experts = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        parts = [
-            self._describe_part("gate", self.gate, self.gate_bias, transposed=False),
-            self._describe_part("up", self.up, self.up_bias, transposed=False),
-            self._describe_part("down", self.down, self.down_bias, transposed=True),
-        ]
-        if self.gate is None and self.activation.name == "swiglu_oai":
-            raise KernelError("The activation swiglu_oai needs a gate projection.")
-        handle = _native.Experts(
-            self.num_experts,
-            self.hidden,
-            self.intermediate,
-            parts,
-            self.activation.kind,
-            self.activation.alpha,
-            self.activation.limit,
-        )
-        object.__setattr__(self, "handle", handle)
-
-    @property
-    def num_experts(self) -> int:
-        """How many experts."""
-        return self.up.num_matrices
-
-    @property
-    def hidden(self) -> int:
-        """Width of the layer's input and output."""
-        return self.up.cols
-
-    @property
-    def intermediate(self) -> int:
-        """Width between up and down."""
-        return self.up.rows
-
-    def _describe_part(
-        self, name: str, part: PackedTensor | None, bias: torch.Tensor | None, transposed: bool
-    ) -> tuple[int, int, int, int]:
-        """What the extension has to know of one projection: format, address, bytes per expert, address of the bias."""
-        if part is None:
-            if bias is not None:
-                raise KernelError(f"Experts have {name}_bias but no {name}.")
-            return (0, 0, 0, 0)
-        shape = (self.hidden, self.intermediate) if transposed else (self.intermediate, self.hidden)
-        if (part.num_matrices, part.rows, part.cols) != (self.num_experts, *shape):
-            raise KernelError(
-                f"The experts' {name} is {part.num_matrices} matrices of {part.rows} x {part.cols}: expected "
-                f"{self.num_experts} of {shape[0]} x {shape[1]}, to go with up."
-            )
-        if bias is None:
-            return (part.format.ggml_type, part.address(), part.matrix_bytes, 0)
-        if bias.dtype != torch.float32 or bias.shape != (self.num_experts, shape[0]) or not bias.is_contiguous():
-            raise KernelError(
-                f"The experts' {name}_bias is {describe(bias)}: expected float32 [{self.num_experts}, {shape[0]}], "
-                "contiguous."
-            )
-        return (part.format.ggml_type, part.address(), part.matrix_bytes, bias.data_ptr())

@@ -13,7 +13,7 @@ from torch import nn
 
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels import Activation, PackedExperts, moe_forward
-from moesaic.kernels.packed import ActivationName
+from moesaic.kernels.experts import ActivationName
 
 __all__ = ["RoutedExperts", "activation_of"]
 

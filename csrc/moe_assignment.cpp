@@ -1,0 +1,37 @@
+#include "moe_assignment.h"
+
+#include <algorithm>
+
+namespace moesaic {
+
+Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t num_experts) {
+    std::vector<std::int64_t> counts(static_cast<std::size_t>(num_experts), 0);
+    const std::int64_t num_choices = num_tokens * routing.top_k;
+    auto is_expert = [&](std::int64_t e) { return e >= 0 && e < num_experts; };
+    for (std::int64_t i = 0; i < num_choices; ++i) {
+        if (is_expert(routing.experts[i])) ++counts[static_cast<std::size_t>(routing.experts[i])];
+    }
+    Assignment a;
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+        if (counts[static_cast<std::size_t>(e)] > 0) a.experts.push_back(e);
+    }
+    std::stable_sort(a.experts.begin(), a.experts.end(), [&](std::int64_t x, std::int64_t y) {
+        return counts[static_cast<std::size_t>(x)] > counts[static_cast<std::size_t>(y)];
+    });
+    a.first.assign(1, 0);
+    std::vector<std::int64_t> next(static_cast<std::size_t>(num_experts), 0);
+    for (std::int64_t e : a.experts) {
+        next[static_cast<std::size_t>(e)] = a.first.back();
+        a.first.push_back(a.first.back() + counts[static_cast<std::size_t>(e)]);
+    }
+    a.slots.resize(static_cast<std::size_t>(a.first.back()));
+    for (std::int64_t i = 0; i < num_choices; ++i) {
+        const std::int64_t e = routing.experts[i];
+        if (!is_expert(e)) continue;
+        const auto slot = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
+        a.slots[slot] = {i / routing.top_k, routing.weights[i]};
+    }
+    return a;
+}
+
+}  // namespace moesaic

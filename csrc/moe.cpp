@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <memory>
 #include <span>
 #include <stdexcept>
@@ -12,6 +11,7 @@
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
 #include "moe_assignment.h"
+#include "moe_tokens.h"
 #include "thread_pool.h"
 #include "work_queue.h"
 
@@ -19,7 +19,6 @@ namespace moesaic {
 
 namespace {
 
-constexpr std::int64_t kPair = kOutputStride;  // rows of an item of gate and up: two panels, one activation group
 constexpr std::int64_t kPanel = 16;            // rows of an item of down, which threads take in pairs
 
 // Up to 32 rows of a matrix, from a panel's first on.
@@ -30,12 +29,16 @@ struct Rows {
 
 // out[t][0..31] = those rows of an expert's matrix times the tokens, plus the bias. `next`: what this thread will
 // probably read afterwards.
-void multiply_rows(const ExpertMatrices& m, const MatmulKernels* kernels, const Rows& rows, std::int64_t expert,
-                   const void* const* tokens, std::int64_t num_tokens, float* out, const std::uint8_t* next) {
+void multiply_rows(const ExpertMatrices& m, const MatmulKernels& kernels, const Rows& rows, std::int64_t expert,
+                   const ExpertTokens& tokens, float* out, const std::uint8_t* next) {
     const std::uint8_t* panels =
         m.weights + expert * m.matrix_bytes + rows.first / kPanel * m.format->panel_bytes(rows.cols);
-    kernels[m.format->index].matmul(panels, rows.num_panels(), rows.cols, tokens, num_tokens, out, next);
-    for (std::int64_t t = 0; t < num_tokens; ++t) {
+    if (wants_bf16(kernels, rows.cols, tokens.count)) {
+        kernels.matmul_bf16(panels, rows.num_panels(), rows.cols, tokens.bf16, tokens.count, out, next);
+    } else {
+        kernels.matmul(panels, rows.num_panels(), rows.cols, tokens.rows, tokens.count, out, next);
+    }
+    for (std::int64_t t = 0; t < tokens.count; ++t) {
         float* y = out + t * kOutputStride;
         std::fill(y + kPanel * rows.num_panels(), y + kOutputStride, 0.0f);
         if (m.bias == nullptr) continue;
@@ -47,28 +50,15 @@ void multiply_rows(const ExpertMatrices& m, const MatmulKernels* kernels, const 
 // A slice in one call: its items of gate and up, and what they leave for down.
 struct SliceWork {
     const ExpertSlice& slice;
-    std::int64_t first_item;    // of gate and up
-    std::int64_t num_pairs;     // of the intermediate rows
-    std::int64_t stride;        // pairs from slot to slot; odd, so that slots fall into different cache sets
-    AlignedArray<float> inner;  // input of down for every slot, in the form
-    AlignedArray<ActivationGroup> inner_quantized;  // that its format wants
+    std::int64_t first_item;  // of gate and up
+    std::int64_t num_pairs;   // of the intermediate rows
+    InnerTokens inner;        // input of down for every slot
 
-    SliceWork(const ExpertSlice& s, std::int64_t first, std::size_t num_slots)
-        : slice(s), first_item(first), num_pairs((s.intermediate + kPair - 1) / kPair), stride(num_pairs | 1) {
-        const auto size = static_cast<std::size_t>(stride) * num_slots;
-        if (s.down.format->quantized) {
-            inner_quantized.reserve(size);
-        } else {
-            inner.reserve(size * kPair);
-        }
-    }
-
-    // Input of down of one slot, from a pair of rows on.
-    const void* input(std::int64_t slot, std::int64_t pair = 0) const {
-        const std::int64_t at = slot * stride + pair;
-        return slice.down.format->quantized ? static_cast<const void*>(inner_quantized.data() + at)
-                                            : inner.data() + at * kPair;
-    }
+    SliceWork(const ExpertSlice& s, std::int64_t first, const Assignment& assignment)
+        : slice(s),
+          first_item(first),
+          num_pairs((s.intermediate + kPair - 1) / kPair),
+          inner(*s.down.format, s.intermediate, assignment) {}
 };
 
 // One call in flight: what its work items share.
@@ -110,17 +100,13 @@ class Forward {
     std::int64_t num_tokens_;
     float* out_;
     const MatmulKernels* kernels_;
-    PreparedTokens input_;  // of gate and up
+    SlotTokens input_;  // of gate and up
     std::vector<SliceWork> slices_;
     std::int64_t num_items_ = 0;            // of gate and up
     std::int64_t num_panels_;               // of the output
     AlignedArray<float> partial_;           // [num_panels, slices, num_tokens, 16] if there are several slices
     std::unique_ptr<Arrivals[]> arrivals_;  // at each panel
 };
-
-bool any_quantized(const ExpertSlice& s) {
-    return s.up.format->quantized || (s.gate.format != nullptr && s.gate.format->quantized);
-}
 
 Forward::Forward(const Experts& experts, const Assignment& assignment, const float* x, std::int64_t x_stride,
                  std::int64_t num_tokens, float* out)
@@ -129,12 +115,12 @@ Forward::Forward(const Experts& experts, const Assignment& assignment, const flo
       num_tokens_(num_tokens),
       out_(out),
       kernels_(matmul_table().formats),
-      input_(num_tokens, experts.hidden, any_quantized(experts.slices.front()),
-             [&](std::int64_t t) { return x + t * x_stride; }),
+      input_(assignment, {experts.slices.front().gate.format, experts.slices.front().up.format}, experts.hidden,
+             num_tokens, [&](std::int64_t t) { return x + t * x_stride; }),
       num_panels_((experts.hidden + kPanel - 1) / kPanel) {
     slices_.reserve(experts.slices.size());
     for (const ExpertSlice& slice : experts.slices) {
-        slices_.emplace_back(slice, num_items_, a_.slots.size());
+        slices_.emplace_back(slice, num_items_, a_);
         num_items_ += a_.num_active() * slices_.back().num_pairs;
     }
     if (slices_.size() == 1) return;
@@ -169,30 +155,21 @@ void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& 
     const std::int64_t active = (item - w.first_item) / w.num_pairs, pair = (item - w.first_item) % w.num_pairs;
     const std::int64_t count = a_.num_slots(active), first = a_.first[active];
     const Rows rows{pair * kPair, std::min(kPair, w.slice.intermediate - pair * kPair), e_.hidden};
-    buffers.tokens.resize(static_cast<std::size_t>(count));
     auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
-        const void* const* all = input_.tokens(m.format->quantized);
-        for (std::int64_t i = 0; i < count; ++i) buffers.tokens[i] = all[a_.slots[first + i].token];
-        multiply_rows(m, kernels_, rows, a_.experts[active], buffers.tokens.data(), count, out, then);
+        const ExpertTokens tokens = input_.of_expert(active, m.format->quantized, buffers.tokens);
+        multiply_rows(m, kernels_[m.format->index], rows, a_.experts[active], tokens, out, then);
     };
-    float* up = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
+    float* up = buffers.up.reserve(output_size(count));
     float* gate = nullptr;
     if (w.slice.gate.format != nullptr) {
         const ExpertMatrices& m = w.slice.up;
-        gate = buffers.gate.reserve(static_cast<std::size_t>(count * kPair));
+        gate = buffers.gate.reserve(output_size(count));
         project(w.slice.gate, gate,
                 m.weights + a_.experts[active] * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden));
     }
     project(w.slice.up, up, next);
     kernels.activate(e_.activation, gate, up, count * kPair, up);
-    for (std::int64_t i = 0; i < count; ++i) {
-        const std::int64_t at = (first + i) * w.stride + pair;
-        if (w.slice.down.format->quantized) {
-            kernels.quantize(up + i * kPair, 1, w.inner_quantized.data() + at);
-        } else {
-            std::memcpy(w.inner.data() + at * kPair, up + i * kPair, kPair * sizeof(float));
-        }
-    }
+    for (std::int64_t i = 0; i < count; ++i) w.inner.store(first + i, pair, up + i * kPair, count);
 }
 
 // One or two panels of the output: the weighted sum of a slice of down over all experts.
@@ -208,12 +185,11 @@ void Forward::contract_items(WorkQueue::Range items, Buffers& buffers) {
     std::fill_n(sums, num_tokens_ * kPair, 0.0f);
     for (std::int64_t active = 0; active < num_active; ++active) {
         const std::int64_t count = a_.num_slots(active), first = a_.first[active];
-        buffers.tokens.resize(static_cast<std::size_t>(count));
-        for (std::int64_t i = 0; i < count; ++i) buffers.tokens[i] = w.input(first + i);
-        float* y = buffers.up.reserve(static_cast<std::size_t>(count * kPair));
+        const ExpertTokens tokens = w.inner.of_expert(first, count, buffers.tokens);
+        float* y = buffers.up.reserve(output_size(count));
         const bool last = active + 1 == num_active;
         multiply_rows(
-            w.slice.down, kernels_, rows, a_.experts[active], buffers.tokens.data(), count, y,
+            w.slice.down, kernels_[w.slice.down.format->index], rows, a_.experts[active], tokens, y,
             last ? down_address(slice, 0, panel + rows.num_panels()) : down_address(slice, active + 1, panel));
         for (std::int64_t i = 0; i < count; ++i) {
             const Slot& slot = a_.slots[first + i];

@@ -1,6 +1,12 @@
 // The products with any format, written once; included by each matmul_<family>.isa.cpp inside its anonymous namespace,
 // after the vocabulary and the formats.
 
+#ifdef MOESAIC_HAS_TILES
+constexpr bool kHasTiles = true;
+#else
+constexpr bool kHasTiles = false;
+#endif
+
 // clang-format off: each uses constants of those before
 #include "kernels/weight_stream.h"
 #include "kernels/quantized_matmul.h"

@@ -58,6 +58,7 @@ inline bool wants_bf16(const MatmulKernels& kernels, std::int64_t cols, std::int
 struct MatmulFamily {
     const MatmulKernels* kernels;
     int num_formats;
+    bool wants_even_rows;
 };
 
 #define MOESAIC_DECLARE_FAMILIES(isa)           \
@@ -73,6 +74,7 @@ MOESAIC_FOR_EACH_ISA(MOESAIC_DECLARE_FAMILIES)
 // The kernels of each format, in the order of formats.h.
 struct MatmulTable {
     const MatmulKernels* formats;
+    bool wants_even_rows;  // kernels are faster on tokens that lie equally far apart
 };
 const MatmulTable& matmul_table();
 

@@ -21,7 +21,8 @@ constexpr MatmulKernels kFormatKernels[] = {MOESAIC_FOR_EACH_FORMAT_OF_FAMILY(X)
 }  // namespace
 
 const MatmulFamily& MOESAIC_CONCAT(MOESAIC_FAMILY, _kernels)() {
-    static constexpr MatmulFamily family{kFormatKernels, sizeof(kFormatKernels) / sizeof(kFormatKernels[0]) - 1};
+    static constexpr MatmulFamily family{kFormatKernels, sizeof(kFormatKernels) / sizeof(kFormatKernels[0]) - 1,
+                                         kHasTiles};
     return family;
 }
 

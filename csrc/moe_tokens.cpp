@@ -1,0 +1,93 @@
+#include "moe_tokens.h"
+
+#include <cstring>
+
+namespace moesaic {
+
+namespace {
+
+constexpr std::int64_t kRowsByExpert = 6;  // tokens of an expert from which on it gains from rows of its own
+
+}  // namespace
+
+TokenForms forms_of(const Assignment& assignment, const FormatInfo& format, std::int64_t cols) {
+    const MatmulKernels& kernels = matmul_table().formats[format.index];
+    TokenForms forms;
+    if (assignment.num_active() == 0) return forms;
+    forms.add(kernels, format.quantized, cols, assignment.num_slots(0));  // of the expert with most tokens
+    forms.add(kernels, format.quantized, cols, assignment.num_slots(assignment.num_active() - 1));
+    return forms;
+}
+
+bool SlotTokens::lays_out_by_slot(const Assignment& assignment) {
+    return matmul_table().wants_even_rows && assignment.num_active() > 0 && assignment.num_slots(0) >= kRowsByExpert;
+}
+
+TokenForms SlotTokens::forms_of_all(const Assignment& assignment, std::initializer_list<const FormatInfo*> formats,
+                                    std::int64_t cols) {
+    TokenForms all;
+    for (const FormatInfo* format : formats) {
+        if (format == nullptr) continue;
+        const TokenForms forms = forms_of(assignment, *format, cols);
+        all.groups |= forms.groups;
+        all.bf16 |= forms.bf16;
+        all.bf16_lower |= forms.bf16_lower;
+    }
+    return all;
+}
+
+ExpertTokens SlotTokens::of_expert(std::int64_t active, bool quantized, std::vector<const void*>& pointers) const {
+    const std::int64_t count = a_.num_slots(active), first = a_.first[static_cast<std::size_t>(active)];
+    const void* const* all = rows_.tokens(quantized);
+    if (by_slot_) return {count, all + first, rows_.bf16(first)};
+    pointers.resize(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+        pointers[static_cast<std::size_t>(i)] = all[a_.slots[static_cast<std::size_t>(first + i)].token];
+    }
+    return {count, pointers.data(), {}};
+}
+
+InnerTokens::InnerTokens(const FormatInfo& format, std::int64_t cols, const Assignment& assignment)
+    : format_(format),
+      kernels_(matmul_table().formats[format.index]),
+      cols_(cols),
+      stride_((cols + kPair - 1) / kPair | 1),
+      forms_(forms_of(assignment, format, cols)) {
+    const auto padded = static_cast<std::int64_t>(assignment.slots.size()) + kTokenPadding;
+    const auto size = static_cast<std::size_t>(padded * stride_);
+    if (forms_.groups) groups_.reserve(size);
+    if (!format.quantized) floats_.reserve(size * kPair);
+    if (forms_.bf16) {
+        lower_offset_ = padded * bf16_stride();
+        upper_.reserve(size * kPair * (forms_.bf16_lower ? 2 : 1));
+    }
+}
+
+void InnerTokens::store(std::int64_t slot, std::int64_t pair, const float* values, std::int64_t count) {
+    const ActivationKernels& kernels = activation_kernels();
+    const std::int64_t at = slot * stride_ + pair;
+    if (wants_bf16(kernels_, cols_, count)) {
+        std::uint16_t* upper = upper_.data() + at * kPair;
+        kernels.to_bf16(values, kPair, upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr);
+    } else if (format_.quantized) {
+        kernels.quantize(values, 1, groups_.data() + at);
+    } else {
+        std::memcpy(floats_.data() + at * kPair, values, kPair * sizeof(float));
+    }
+}
+
+ExpertTokens InnerTokens::of_expert(std::int64_t first, std::int64_t count, std::vector<const void*>& pointers) const {
+    if (wants_bf16(kernels_, cols_, count)) {
+        const std::uint16_t* upper = upper_.data() + first * bf16_stride();
+        return {count, nullptr, {upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr, bf16_stride()}};
+    }
+    pointers.resize(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+        const std::int64_t at = (first + i) * stride_;
+        pointers[static_cast<std::size_t>(i)] = format_.quantized ? static_cast<const void*>(groups_.data() + at)
+                                                                  : floats_.data() + at * kPair;
+    }
+    return {count, pointers.data(), {}};
+}
+
+}  // namespace moesaic

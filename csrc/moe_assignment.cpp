@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "kernels/matmul.h"
+
 namespace moesaic {
 
 Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t num_experts) {
@@ -30,6 +32,11 @@ Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t 
         if (!is_expert(e)) continue;
         const auto slot = static_cast<std::size_t>(next[static_cast<std::size_t>(e)]++);
         a.slots[slot] = {i / routing.top_k, routing.weights[i]};
+    }
+    a.tiled_slots.reserve(a.slots.size());
+    for (std::int64_t active = 0; active < a.num_active(); ++active) {
+        for (std::int64_t i = 0; i < a.num_slots(active); ++i) a.tiled_slots.push_back(a.num_tiled + i);
+        a.num_tiled += padded_tokens(a.num_slots(active));
     }
     return a;
 }

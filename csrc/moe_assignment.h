@@ -19,6 +19,9 @@ struct Assignment {
     std::vector<std::int64_t> experts;  // active ones, those with most tokens first: no long item starts last
     std::vector<std::int64_t> first;
     std::vector<Slot> slots;
+    // Where slots are when those of each expert begin with a tile of rows (Bf16Tokens), and how many places there are.
+    std::vector<std::int64_t> tiled_slots;
+    std::int64_t num_tiled = 0;
 
     std::int64_t num_active() const { return static_cast<std::int64_t>(experts.size()); }
     std::int64_t num_slots(std::int64_t active) const {

@@ -4,12 +4,6 @@
 
 namespace moesaic {
 
-namespace {
-
-constexpr std::int64_t kRowsByExpert = 6;  // tokens of an expert from which on it gains from rows of its own
-
-}  // namespace
-
 TokenForms forms_of(const Assignment& assignment, const FormatInfo& format, std::int64_t cols) {
     const MatmulKernels& kernels = matmul_table().formats[format.index];
     TokenForms forms;
@@ -17,10 +11,6 @@ TokenForms forms_of(const Assignment& assignment, const FormatInfo& format, std:
     forms.add(kernels, format.quantized, cols, assignment.num_slots(0));  // of the expert with most tokens
     forms.add(kernels, format.quantized, cols, assignment.num_slots(assignment.num_active() - 1));
     return forms;
-}
-
-bool SlotTokens::lays_out_by_slot(const Assignment& assignment) {
-    return matmul_table().wants_even_rows && assignment.num_active() > 0 && assignment.num_slots(0) >= kRowsByExpert;
 }
 
 TokenForms SlotTokens::forms_of_all(const Assignment& assignment, std::initializer_list<const FormatInfo*> formats,
@@ -39,7 +29,7 @@ TokenForms SlotTokens::forms_of_all(const Assignment& assignment, std::initializ
 ExpertTokens SlotTokens::of_expert(std::int64_t active, bool quantized, std::vector<const void*>& pointers) const {
     const std::int64_t count = a_.num_slots(active), first = a_.first[static_cast<std::size_t>(active)];
     const void* const* all = rows_.tokens(quantized);
-    if (by_slot_) return {count, all + first, rows_.bf16(first)};
+    if (by_slot_) return {count, all + first, rows_.bf16(a_.tiled_slots[static_cast<std::size_t>(first)])};
     pointers.resize(static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) {
         pointers[static_cast<std::size_t>(i)] = all[a_.slots[static_cast<std::size_t>(first + i)].token];
@@ -48,18 +38,18 @@ ExpertTokens SlotTokens::of_expert(std::int64_t active, bool quantized, std::vec
 }
 
 InnerTokens::InnerTokens(const FormatInfo& format, std::int64_t cols, const Assignment& assignment)
-    : format_(format),
+    : a_(assignment),
+      format_(format),
       kernels_(matmul_table().formats[format.index]),
       cols_(cols),
       stride_((cols + kPair - 1) / kPair | 1),
       forms_(forms_of(assignment, format, cols)) {
-    const auto padded = static_cast<std::int64_t>(assignment.slots.size()) + kTokenPadding;
-    const auto size = static_cast<std::size_t>(padded * stride_);
+    const auto size = static_cast<std::size_t>(stride_) * assignment.slots.size();
     if (forms_.groups) groups_.reserve(size);
     if (!format.quantized) floats_.reserve(size * kPair);
     if (forms_.bf16) {
-        lower_offset_ = padded * bf16_stride();
-        upper_.reserve(size * kPair * (forms_.bf16_lower ? 2 : 1));
+        lower_offset_ = assignment.num_tiled * cols;
+        upper_.reserve(static_cast<std::size_t>(lower_offset_ * (forms_.bf16_lower ? 2 : 1)));
     }
 }
 
@@ -67,8 +57,9 @@ void InnerTokens::store(std::int64_t slot, std::int64_t pair, const float* value
     const ActivationKernels& kernels = activation_kernels();
     const std::int64_t at = slot * stride_ + pair;
     if (wants_bf16(kernels_, cols_, count)) {
-        std::uint16_t* upper = upper_.data() + at * kPair;
-        kernels.to_bf16(values, kPair, upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr);
+        const std::int64_t row = a_.tiled_slots[static_cast<std::size_t>(slot)];
+        std::uint16_t* upper = upper_.data() + bf16_offset(row, pair, cols_);
+        kernels.to_bf16(values, 1, 0, upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr);
     } else if (format_.quantized) {
         kernels.quantize(values, 1, groups_.data() + at);
     } else {
@@ -78,8 +69,9 @@ void InnerTokens::store(std::int64_t slot, std::int64_t pair, const float* value
 
 ExpertTokens InnerTokens::of_expert(std::int64_t first, std::int64_t count, std::vector<const void*>& pointers) const {
     if (wants_bf16(kernels_, cols_, count)) {
-        const std::uint16_t* upper = upper_.data() + first * bf16_stride();
-        return {count, nullptr, {upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr, bf16_stride()}};
+        const std::int64_t row = a_.tiled_slots[static_cast<std::size_t>(first)];
+        const std::uint16_t* upper = upper_.data() + bf16_offset(row, 0, cols_);
+        return {count, nullptr, {upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr}};
     }
     pointers.resize(static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) {

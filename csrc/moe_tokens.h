@@ -26,29 +26,32 @@ struct ExpertTokens {
 // The forms that the experts of an assignment want for a matrix with these many columns.
 TokenForms forms_of(const Assignment& assignment, const FormatInfo& format, std::int64_t cols);
 
-// Input of gate and up. Kernels are fastest on rows that lie one after the other, so rows are laid out by expert where an
-// expert has enough tokens to gain from that; otherwise each token is prepared once and experts point to theirs.
+// Input of gate and up. Products in bfloat16 take rows that lie one after the other: rows are laid out by expert if there
+// are any; otherwise each token is prepared once and experts point to theirs.
 class SlotTokens {
   public:
     template <class RowAddress>
     SlotTokens(const Assignment& assignment, std::initializer_list<const FormatInfo*> formats, std::int64_t cols,
                std::int64_t num_tokens, RowAddress&& row_address)
         : a_(assignment),
-          by_slot_(lays_out_by_slot(assignment)),
-          rows_(by_slot_ ? static_cast<std::int64_t>(assignment.slots.size()) : num_tokens, cols,
-                forms_of_all(assignment, formats, cols), [&](std::int64_t i) {
+          forms_(forms_of_all(assignment, formats, cols)),
+          by_slot_(forms_.bf16),
+          rows_(by_slot_ ? static_cast<std::int64_t>(assignment.slots.size()) : num_tokens, cols, forms_,
+                [&](std::int64_t i) {
                     return row_address(by_slot_ ? assignment.slots[static_cast<std::size_t>(i)].token : i);
-                }) {}
+                },
+                assignment.num_tiled,
+                [&](std::int64_t i) { return assignment.tiled_slots[static_cast<std::size_t>(i)]; }) {}
 
     // `pointers` is scratch that must outlive the use.
     ExpertTokens of_expert(std::int64_t active, bool quantized, std::vector<const void*>& pointers) const;
 
   private:
-    static bool lays_out_by_slot(const Assignment& assignment);
     static TokenForms forms_of_all(const Assignment& assignment, std::initializer_list<const FormatInfo*> formats,
                                    std::int64_t cols);
 
     const Assignment& a_;
+    TokenForms forms_;
     bool by_slot_;
     PreparedTokens rows_;
 };
@@ -65,8 +68,7 @@ class InnerTokens {
     ExpertTokens of_expert(std::int64_t first, std::int64_t count, std::vector<const void*>& pointers) const;
 
   private:
-    std::int64_t bf16_stride() const { return stride_ * kPair; }
-
+    const Assignment& a_;
     const FormatInfo& format_;
     const MatmulKernels& kernels_;
     std::int64_t cols_;

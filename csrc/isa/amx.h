@@ -1,9 +1,8 @@
-// AMX (tiles of int8 and bfloat16) beside AVX-512: the vocabulary of avx512.h and, under MOESAIC_HAS_TILES, words for
+// AMX (tiles of bfloat16) beside AVX-512: the vocabulary of avx512.h and, under MOESAIC_HAS_TILES, words for
 // tiles.
 //
-// A product of tiles: c [tokens][16 rows] += a [tokens][depth] b [depth / 4 or 2][16 rows][4 or 2]. Tiles 0 to 3 are for
-// sums, 4 and 5 for activations, 6 and 7 for weights; those of sums and activations have as many tokens as
-// configure_tiles() was told. Numbers of tiles are constants of the instruction.
+// A product of tiles: c [tokens][16 rows] += a [tokens][32] b [16][16 rows][2], float32 from bfloat16. Tiles 4 and 5 are for
+// activations, 6 and 7 for weights, 0 and 1 for the sums of 4 with 6 and 7, 2 and 3 for those of 5.
 #pragma once
 
 #include "isa/avx512.h"
@@ -21,12 +20,12 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {};
 };
 
-// depth_bytes: of a token in a tile of activations, at most 64. What tiles held before is lost.
-MOESAIC_INLINE void configure_tiles(int num_tokens, int depth_bytes) {
+// Tokens of the first tile of activations and of the second, with their sums; what tiles held before is lost.
+MOESAIC_INLINE void configure_tiles(int first_tokens, int second_tokens) {
     TileConfig config;
     for (int i = 0; i < 8; ++i) {
-        config.row_bytes[i] = static_cast<uint16_t>(i == 4 || i == 5 ? depth_bytes : 64);
-        config.rows[i] = static_cast<uint8_t>(i < 6 ? num_tokens : depth_bytes / 4);
+        config.row_bytes[i] = 64;
+        config.rows[i] = static_cast<uint8_t>(i >= 6 ? 16 : (i == 2 || i == 3 || i == 5 ? second_tokens : first_tokens));
     }
     asm volatile("" ::: "memory");
     _tile_loadconfig(&config);
@@ -44,11 +43,7 @@ MOESAIC_INLINE void release_tiles() { _tile_release(); }
 #define MOESAIC_TILE_STORE(tile, p, row_bytes) \
     _tile_stored(tile, p, row_bytes);          \
     MOESAIC_MEMORY_FENCE
-#define MOESAIC_TILE_DOT_I8(sum, activations, weights) _tile_dpbssd(sum, activations, weights)
 #define MOESAIC_TILE_DOT_BF16(sum, activations, weights) _tile_dpbf16ps(sum, activations, weights)
-
-// bytes: a - b
-MOESAIC_INLINE vb sub_b(vb a, vb b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 
 // 256 + byte `kByte` of each lane's four: the byte becomes the top of the mantissa of a float of [256, 512).
 template <int kByte>

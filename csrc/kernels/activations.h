@@ -34,9 +34,10 @@ struct Activation {
 struct ActivationKernels {
     // num_groups groups of 32 floats at x.
     void (*quantize)(const float* x, std::int64_t num_groups, ActivationGroup* out);
-    // `count` floats, a multiple of 16, in bfloat16: to nearest, and what is left of them unless lower is null. Null where
-    // no kernel wants them.
-    void (*to_bf16)(const float* x, std::int64_t count, std::uint16_t* upper, std::uint16_t* lower);
+    // 32 num_steps floats in bfloat16: to nearest, and what is left of them unless lower is null. Each 32 of them go
+    // step_stride values further. Null where no kernel wants them.
+    void (*to_bf16)(const float* x, std::int64_t num_steps, std::int64_t step_stride, std::uint16_t* upper,
+                    std::uint16_t* lower);
     // out[i] = f(gate[i]) * up[i], or f(up[i]) if gate is null, for a multiple of 16 floats.
     void (*activate)(const Activation& activation, const float* gate, const float* up, std::int64_t count, float* out);
     // sums[i] += factor * x[i] for a multiple of 16 floats.

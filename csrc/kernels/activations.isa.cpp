@@ -28,11 +28,14 @@ void quantize(const float* x, int64_t num_groups, ActivationGroup* out) {
 }
 
 #ifdef MOESAIC_HAS_TILES
-void to_bf16(const float* x, int64_t count, uint16_t* upper, uint16_t* lower) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const vf value = load(x + i);
-        store_as_bf16(upper + i, value);
-        if (lower != nullptr) store_as_bf16(lower + i, sub(value, load_bf16(upper + i)));
+void to_bf16(const float* x, int64_t num_steps, int64_t step_stride, uint16_t* upper, uint16_t* lower) {
+    for (int64_t s = 0; s < num_steps; ++s, x += 32) {
+        uint16_t* to = upper + s * step_stride;
+        for (int i = 0; i < 32; i += 16) {
+            const vf value = load(x + i);
+            store_as_bf16(to + i, value);
+            if (lower != nullptr) store_as_bf16(lower + s * step_stride + i, sub(value, load_bf16(to + i)));
+        }
     }
 }
 #else

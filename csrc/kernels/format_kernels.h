@@ -1,12 +1,6 @@
 // The products with any format, written once; included by each matmul_<family>.isa.cpp inside its anonymous namespace,
 // after the vocabulary and the formats.
 
-#ifdef MOESAIC_HAS_TILES
-constexpr bool kHasTiles = true;
-#else
-constexpr bool kHasTiles = false;
-#endif
-
 // clang-format off: each uses constants of those before
 #include "kernels/weight_stream.h"
 #include "kernels/quantized_matmul.h"
@@ -50,12 +44,9 @@ void transposed(const uint8_t* panels, int64_t panel_bytes, int64_t num_panels, 
 }
 
 #ifdef MOESAIC_HAS_TILES
-// From how many tokens on rounding weights to bfloat16 is faster than scaling integer sums.
+// From how many tokens on tiles are faster than dot products of integers, or than float32.
 template <class F>
-constexpr int64_t bf16_from() {
-    if constexpr (F::kQuantized) return F::kScaleGroup == 16 ? 24 : 40;
-    return 8;
-}
+constexpr int64_t kTilesFrom = F::kQuantized ? 24 : 8;
 #endif
 
 template <class F>
@@ -73,7 +64,7 @@ constexpr MatmulKernels kernels_of() {
     } else if constexpr (F::kGgmlType == BF16::kGgmlType) {
         kernels.matmul_bf16 = bf16_matmul_bf16<F>;
     }
-    kernels.bf16_from = bf16_from<F>();
+    kernels.bf16_from = kTilesFrom<F>;
 #endif
     return kernels;
 }

@@ -42,11 +42,13 @@ void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int6
         const std::int64_t here = std::min(kTokensPerPass, num_tokens - first);
         float* y = sums.reserve(output_size(here));
         const bool last = first + here == num_tokens;
-        const std::int64_t row = job.input * num_tokens + first;
         if (bf16) {
-            kernels.matmul_bf16(panels, num_panels, job.cols, prepared.bf16(row), here, y, last ? next : panels);
+            kernels.matmul_bf16(panels, num_panels, job.cols,
+                                prepared.bf16(job.input * padded_tokens(num_tokens) + first), here, y,
+                                last ? next : panels);
         } else {
-            kernels.matmul(panels, num_panels, job.cols, prepared.tokens(job.format->quantized) + row, here, y,
+            kernels.matmul(panels, num_panels, job.cols,
+                           prepared.tokens(job.format->quantized) + job.input * num_tokens + first, here, y,
                            last ? next : panels);
         }
         for (std::int64_t t = 0; t < here; ++t) {
@@ -91,9 +93,13 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
         first_item.push_back(first_item.back() + num_pairs(job));
         forms.add(kernels[job.format->index], job.format->quantized, job.cols, num_tokens);
     }
-    const PreparedTokens prepared(inputs.num_inputs * num_tokens, jobs[0].cols, forms, [&](std::int64_t i) {
-        return inputs.x + i / num_tokens * inputs.input_stride + i % num_tokens * inputs.token_stride;
-    });
+    const PreparedTokens prepared(
+        inputs.num_inputs * num_tokens, jobs[0].cols, forms,
+        [&](std::int64_t i) {
+            return inputs.x + i / num_tokens * inputs.input_stride + i % num_tokens * inputs.token_stride;
+        },
+        inputs.num_inputs * padded_tokens(num_tokens),
+        [&](std::int64_t i) { return i / num_tokens * padded_tokens(num_tokens) + i % num_tokens; });
     ThreadPool& pool = thread_pool();
     WorkQueue items(first_item.back(), pool.num_threads());
     pool.run([&](Team& team) {

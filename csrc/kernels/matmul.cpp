@@ -23,7 +23,7 @@ const MatmulTable& matmul_table() {
           isa_##isa::codebook_kernels(), isa_##isa::grouped_kernels()}),
     static const std::vector<MatmulKernels> kernels[] = {MOESAIC_FOR_EACH_ISA(X)};
 #undef X
-#define X(isa) MatmulTable{kernels[next++].data(), isa_##isa::float_kernels().wants_even_rows},
+#define X(isa) MatmulTable{kernels[next++].data()},
     static const std::vector<MatmulTable> tables = [] {
         int next = 0;
         return std::vector<MatmulTable>{MOESAIC_FOR_EACH_ISA(X)};

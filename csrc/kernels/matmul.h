@@ -19,24 +19,31 @@ constexpr std::size_t output_size(std::int64_t num_tokens) {
     return static_cast<std::size_t>((num_tokens + kTokenPadding - 1) / kTokenPadding * kTokenPadding * kOutputStride);
 }
 
-// Rows of activations in bfloat16, `stride` apart: x = upper + lower, or only its upper half where lower is null. As many
-// rows more as kTokenPadding rounds to can be read.
+// Rows of activations in bfloat16, as tiles [16 rows][32 values] that a processor's tile unit loads whole: x = upper +
+// lower, or only its upper half where lower is null. Rows begin with a tile; the last may be partly filled.
 struct Bf16Tokens {
     const std::uint16_t *upper, *lower;
-    std::int64_t stride;
 };
+constexpr std::int64_t kBf16Step = 32;  // values of a row that lie together
+
+// Where 32 values of a row are, in values from the first tile on.
+constexpr std::int64_t bf16_offset(std::int64_t row, std::int64_t step, std::int64_t cols) {
+    return ((row / kTokenPadding * (cols / kBf16Step) + step) * kTokenPadding + row % kTokenPadding) * kBf16Step;
+}
+constexpr std::int64_t padded_tokens(std::int64_t num_tokens) {
+    return (num_tokens + kTokenPadding - 1) / kTokenPadding * kTokenPadding;
+}
 
 struct MatmulKernels {
     // out[t][16 p + r] = row r of panel p times token t. A token is `cols` floats for a float format, `cols / 32`
     // ActivationGroups for a quantised one. Panels lie one after the other from `panels` on; weights are read once
-    // whatever num_tokens. `next` is where the caller will read afterwards, fetched ahead of time. out has
-    // output_size(num_tokens) floats, of which those beyond the tokens become undefined. If all tokens lie equally far
-    // apart, as many more as kTokenPadding rounds to can be read; they are fastest so.
+    // whatever num_tokens. `next` is where the caller will read afterwards, fetched ahead of time.
     void (*matmul)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const void* const* tokens,
                    std::int64_t num_tokens, float* out, const std::uint8_t* next);
 
     // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple of
-    // 32. Float formats want the lower parts too. Null where there is none, else the faster one from bf16_from tokens on.
+    // 32. Float formats want the lower parts too. out has output_size(num_tokens) floats, of which those beyond the tokens
+    // become undefined. Null where there is none, else the faster one from bf16_from tokens on.
     void (*matmul_bf16)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const Bf16Tokens& tokens,
                         std::int64_t num_tokens, float* out, const std::uint8_t* next);
     std::int64_t bf16_from;
@@ -58,7 +65,6 @@ inline bool wants_bf16(const MatmulKernels& kernels, std::int64_t cols, std::int
 struct MatmulFamily {
     const MatmulKernels* kernels;
     int num_formats;
-    bool wants_even_rows;
 };
 
 #define MOESAIC_DECLARE_FAMILIES(isa)           \
@@ -74,7 +80,6 @@ MOESAIC_FOR_EACH_ISA(MOESAIC_DECLARE_FAMILIES)
 // The kernels of each format, in the order of formats.h.
 struct MatmulTable {
     const MatmulKernels* formats;
-    bool wants_even_rows;  // kernels are faster on tokens that lie equally far apart
 };
 const MatmulTable& matmul_table();
 

@@ -21,8 +21,7 @@ constexpr MatmulKernels kFormatKernels[] = {MOESAIC_FOR_EACH_FORMAT_OF_FAMILY(X)
 }  // namespace
 
 const MatmulFamily& MOESAIC_CONCAT(MOESAIC_FAMILY, _kernels)() {
-    static constexpr MatmulFamily family{kFormatKernels, sizeof(kFormatKernels) / sizeof(kFormatKernels[0]) - 1,
-                                         kHasTiles};
+    static constexpr MatmulFamily family{kFormatKernels, sizeof(kFormatKernels) / sizeof(kFormatKernels[0]) - 1};
     return family;
 }
 

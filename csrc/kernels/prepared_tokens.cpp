@@ -20,20 +20,20 @@ void PreparedTokens::convert(std::int64_t row) {
         kernels.quantize(x, cols_ / kActivationGroup, groups);
     }
     if (forms_.bf16) {
-        std::uint16_t* upper = upper_.data() + row * bf16_stride();
-        kernels.to_bf16(x, cols_, upper, forms_.bf16_lower ? upper + lower_offset_ : nullptr);
+        std::uint16_t* upper = upper_.data() + bf16_offset(tiled_rows_[static_cast<std::size_t>(row)], 0, cols_);
+        kernels.to_bf16(x, cols_ / kBf16Step, kTokenPadding * kBf16Step, upper,
+                        forms_.bf16_lower ? upper + lower_offset_ : nullptr);
     }
 }
 
 void PreparedTokens::convert_all() {
     const auto num_rows = static_cast<std::int64_t>(float_rows_.size());
-    const std::int64_t padded = num_rows + kTokenPadding;
     if (forms_.groups) {
-        groups_.reserve(static_cast<std::size_t>(padded * group_stride()));
+        groups_.reserve(static_cast<std::size_t>(num_rows * group_stride()));
         quantized_rows_.resize(float_rows_.size());
     }
     if (forms_.bf16) {
-        lower_offset_ = padded * bf16_stride();
+        lower_offset_ = padded_tokens(num_tiled_) * cols_;
         upper_.reserve(static_cast<std::size_t>(lower_offset_ * (forms_.bf16_lower ? 2 : 1)));
     }
     if (num_rows * cols_ <= kAloneValues) {

@@ -74,17 +74,8 @@ struct Expanded {
     alignas(64) float offsets[2 * kChunkGroups][16];
 };
 
-// What is stored of a quad: for tiles of signed bytes the weights around their zero point.
-template <class F, bool kSigned>
-MOESAIC_INLINE vb stored_quad(vb quad) {
-#ifdef MOESAIC_HAS_TILES
-    if constexpr (kSigned && F::kZeroShift >= 0) return sub_b(quad, set1_b(1 << F::kZeroShift));
-#endif
-    return quad;
-}
-
 // Groups [0, num_groups) of the panel whose first tile is `tile`.
-template <class F, bool kSigned>
+template <class F>
 void expand(const uint8_t* tile, int num_groups, Expanded& out) {
     constexpr int kGroups = F::kBlock / 32;
     for (int first = 0; first < num_groups; first += kGroups, tile += 16 * F::kBlockBytes) {
@@ -94,7 +85,7 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
             vb quads[8];
             quads_of_group<F>(tile, scales, g, quads);
             MOESAIC_UNROLL
-            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], stored_quad<F, kSigned>(quads[i]));
+            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quads[i]);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 const int sub = (first + g) * kSubs<F> + h;
@@ -191,58 +182,30 @@ void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup
     }
 }
 
-#ifdef MOESAIC_HAS_TILES
-#include "kernels/tile_matmul_i8.h"
-#endif
-
-// Passes over expanded weights, 256 columns at a time: expand_panel(tile, num_groups, expanded) then
-// multiply_panels(expanded, num_panels, num_groups, first_group).
-template <class F, class Expand, class Multiply>
-MOESAIC_INLINE void for_each_chunk(const uint8_t* panels, int num_panels, int64_t cols, const uint8_t* next,
-                                   Expand&& expand_panel, Multiply&& multiply_panels) {
+template <class F>
+void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
+                     int64_t num_tokens, float* out, const uint8_t* next) {
+    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, F::kFullRange>;
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     Expanded expanded[kMaxPanels];
+    for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
     const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
     for (int64_t first = 0; first < total; first += kChunkGroups) {
         const int here = static_cast<int>(total - first < kChunkGroups ? total - first : kChunkGroups);
         const uint8_t* tile = panels + first / kChunkGroups * kChunkBytes;
         const bool last = first + kChunkGroups >= total;
         for (int p = 0; p < num_panels; ++p, tile += panel_bytes) {
-            expand_panel(tile, here, expanded[p]);
+            expand<F>(tile, here, expanded[p]);
             prefetch_chunk(last ? next + p * panel_bytes : tile + kChunkBytes, kChunkBytes);
         }
-        multiply_panels(expanded, here, first);
+        if (num_panels == kBlockPanels) {
+            multiply_all<Traits, kBlockPanels>(expanded, here, tokens, num_tokens, first, out);
+            continue;
+        }
+        for (int p = 0; p < num_panels; ++p) {
+            multiply_all<Traits, 1>(expanded + p, here, tokens, num_tokens, first, out + 16 * p);
+        }
     }
-}
-
-template <class F>
-void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
-                     int64_t num_tokens, float* out, const uint8_t* next) {
-    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, F::kFullRange>;
-    for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
-#ifdef MOESAIC_HAS_TILES
-    int64_t stride = 0;
-    if (num_tokens >= kTileMinTokens && find_token_stride(tokens, num_tokens, stride)) {
-        for_each_chunk<F>(
-            panels, num_panels, cols, next, expand<F, true>, [&](const Expanded* expanded, int here, int64_t first) {
-                for (int p = 0; p < num_panels; ++p) {
-                    multiply_tiles<Traits>(expanded[p], here, tokens[0] + first, stride, num_tokens, out + 16 * p);
-                }
-            });
-        release_tiles();
-        return;
-    }
-#endif
-    for_each_chunk<F>(panels, num_panels, cols, next, expand<F, false>,
-                      [&](const Expanded* expanded, int here, int64_t first) {
-                          if (num_panels == kBlockPanels) {
-                              multiply_all<Traits, kBlockPanels>(expanded, here, tokens, num_tokens, first, out);
-                              return;
-                          }
-                          for (int p = 0; p < num_panels; ++p) {
-                              multiply_all<Traits, 1>(expanded + p, here, tokens, num_tokens, first, out + 16 * p);
-                          }
-                      });
 }
 
 template <class F>

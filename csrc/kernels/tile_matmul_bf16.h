@@ -36,20 +36,21 @@ MOESAIC_INLINE void expand_bf16_group(const uint8_t* tile, const typename F::Sca
     }
 }
 
+constexpr int64_t kTileValues = kTokenPadding * kBf16Step;  // of activations
+
 // 32 columns of up to 2 panels and up to 2 tiles of tokens.
 struct TileStep {
     const uint8_t* weights[2];
     const uint16_t* tokens[2];  // of each tile
-    int64_t token_bytes;
 };
 
 template <int kTiles, int kPanels>
 MOESAIC_INLINE void tile_step(const TileStep& s) {
-    MOESAIC_TILE_LOAD(4, s.tokens[0], s.token_bytes);
+    MOESAIC_TILE_LOAD(4, s.tokens[0], 64);
     MOESAIC_TILE_LOAD(6, s.weights[0], 64);
     MOESAIC_TILE_DOT_BF16(0, 4, 6);
     if constexpr (kTiles == 2) {
-        MOESAIC_TILE_LOAD(5, s.tokens[1], s.token_bytes);
+        MOESAIC_TILE_LOAD(5, s.tokens[1], 64);
         MOESAIC_TILE_DOT_BF16(2, 5, 6);
     }
     if constexpr (kPanels == 2) {
@@ -59,26 +60,26 @@ MOESAIC_INLINE void tile_step(const TileStep& s) {
     }
 }
 
-// Sums between tiles and out [tokens][kOutputStride]; `rows`: tokens of a tile.
+// Sums between tiles and out [tokens][kOutputStride].
 template <int kTiles, int kPanels>
-MOESAIC_INLINE void load_sums(const float* out, int64_t rows) {
+MOESAIC_INLINE void load_sums(const float* out) {
     constexpr int64_t kRowBytes = kOutputStride * 4;
     MOESAIC_TILE_LOAD(0, out, kRowBytes);
     if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(1, out + 16, kRowBytes);
     if constexpr (kTiles == 2) {
-        MOESAIC_TILE_LOAD(2, out + rows * kOutputStride, kRowBytes);
-        if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(3, out + rows * kOutputStride + 16, kRowBytes);
+        MOESAIC_TILE_LOAD(2, out + kTileTokens * kOutputStride, kRowBytes);
+        if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
     }
 }
 
 template <int kTiles, int kPanels>
-MOESAIC_INLINE void store_sums(float* out, int64_t rows) {
+MOESAIC_INLINE void store_sums(float* out) {
     constexpr int64_t kRowBytes = kOutputStride * 4;
     MOESAIC_TILE_STORE(0, out, kRowBytes);
     if constexpr (kPanels == 2) MOESAIC_TILE_STORE(1, out + 16, kRowBytes);
     if constexpr (kTiles == 2) {
-        MOESAIC_TILE_STORE(2, out + rows * kOutputStride, kRowBytes);
-        if constexpr (kPanels == 2) MOESAIC_TILE_STORE(3, out + rows * kOutputStride + 16, kRowBytes);
+        MOESAIC_TILE_STORE(2, out + kTileTokens * kOutputStride, kRowBytes);
+        if constexpr (kPanels == 2) MOESAIC_TILE_STORE(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
     }
 }
 
@@ -92,52 +93,58 @@ MOESAIC_INLINE void zero_sums() {
 // A part of the columns: num_steps x 32 of both panels' weights, step_bytes apart.
 struct TileChunk {
     const uint8_t* weights[2];
-    int64_t first_col;
+    int64_t first_step, total_steps;  // of all columns
     int num_steps;
-    bool starts;  // the sums are not there yet
+    bool starts, loads_sums, stores_sums;  // sums begin at zero, are in `out` before, have to be there afterwards
 };
 
-// One pass of one or two tiles of tokens over a chunk. prepare(s) is called before step s - 1 is computed: work that
-// overlaps with the tile unit's.
+// prepare(s) is called so many steps before step s is computed: its vector work overlaps with the tile unit's, and what
+// it stored has left the store buffer, from which tiles cannot be loaded.
+constexpr int kPrepareAhead = 2;
+
+// One pass over a chunk of one or two tiles of tokens, of which the first is number first_tile.
 template <int kTiles, int kPanels, class Prepare>
-MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_token, int64_t rows,
-                               float* out, Prepare&& prepare) {
-    const int64_t at = first_token * x.stride + chunk.first_col;
-    TileStep step{{chunk.weights[0], chunk.weights[1]},
-                  {x.upper + at, x.upper + at + rows * x.stride},
-                  x.stride * static_cast<int64_t>(sizeof(uint16_t))};
-    out += first_token * kOutputStride;
-    if (chunk.starts) {
-        zero_sums();
-    } else {
-        load_sums<kTiles, kPanels>(out, rows);
-    }
+MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, float* out,
+                               Prepare&& prepare) {
+    const uint16_t* tokens = x.upper + (first_tile * chunk.total_steps + chunk.first_step) * kTileValues;
+    TileStep step{{chunk.weights[0], chunk.weights[1]}, {tokens, tokens + chunk.total_steps * kTileValues}};
+    out += first_tile * kTileTokens * kOutputStride;
+    if (chunk.starts) zero_sums();
+    if (chunk.loads_sums) load_sums<kTiles, kPanels>(out);
     const int64_t lower = x.lower != nullptr ? x.lower - x.upper : 0;
-    prepare(0);
+    for (int s = 0; s < kPrepareAhead; ++s) prepare(s);
     MOESAIC_UNROLL  // so that a group's place in its block is a constant
     for (int s = 0; s < kChunkSteps; ++s) {
         if (s == chunk.num_steps) break;
-        prepare(s + 1);
+        prepare(s + kPrepareAhead);
         tile_step<kTiles, kPanels>(step);
         if (lower != 0) {
             TileStep rest = step;
-            for (const uint16_t*& tokens : rest.tokens) tokens += lower;
+            for (const uint16_t*& values : rest.tokens) values += lower;
             tile_step<kTiles, kPanels>(rest);
         }
         for (const uint8_t*& weights : step.weights) weights += kStepBytes;
-        for (const uint16_t*& tokens : step.tokens) tokens += 32;
+        for (const uint16_t*& values : step.tokens) values += kTileValues;
     }
-    store_sums<kTiles, kPanels>(out, rows);
+    if (chunk.stores_sums) store_sums<kTiles, kPanels>(out);
 }
 
-// All tokens from tile `first_tile` on.
+// All tiles of tokens from first_tile on.
 template <int kPanels>
-void tile_blocks(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, int64_t num_tiles, int64_t rows,
-                 float* out) {
+void tile_blocks(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, int64_t num_tiles, float* out) {
     const auto nothing = [](int) {};
     int64_t i = first_tile;
-    for (; i + 2 <= num_tiles; i += 2) tile_block<2, kPanels>(chunk, x, i * rows, rows, out, nothing);
-    if (i < num_tiles) tile_block<1, kPanels>(chunk, x, i * rows, rows, out, nothing);
+    for (; i + 2 <= num_tiles; i += 2) tile_block<2, kPanels>(chunk, x, i, out, nothing);
+    if (i < num_tiles) tile_block<1, kPanels>(chunk, x, i, out, nothing);
+}
+
+// For the tokens of a call; all tiles but those of one or two in all are full.
+MOESAIC_INLINE int64_t configure_for(int64_t num_tokens) {
+    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
+    const int64_t last = num_tokens - (num_tiles - 1) * kTileTokens;
+    configure_tiles(static_cast<int>(num_tiles == 1 ? last : kTileTokens),
+                    static_cast<int>(num_tiles == 2 ? last : kTileTokens));
+    return num_tiles;
 }
 
 // kChunkSteps groups of up to two panels in bfloat16, made one step at a time.
@@ -173,11 +180,9 @@ template <class F>
 void quantized_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
                            float* out, const uint8_t* next) {
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
-    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
-    const int64_t rows = (num_tokens + num_tiles - 1) / num_tiles;
+    const int64_t num_tiles = configure_for(num_tokens);
     const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
     Bf16Panels<F> expanded;
-    configure_tiles(static_cast<int>(rows), 64);
     for (int64_t first = 0; first < total; first += kChunkSteps) {
         const int here = static_cast<int>(total - first < kChunkSteps ? total - first : kChunkSteps);
         const uint8_t* tile = panels + first / kChunkSteps * kChunkBytes;
@@ -185,19 +190,21 @@ void quantized_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, 
         for (int p = 0; p < num_panels; ++p) {
             prefetch_chunk(last ? next + p * panel_bytes : tile + p * panel_bytes + kChunkBytes, kChunkBytes);
         }
-        const TileChunk chunk{{expanded.weights(0), expanded.weights(1)}, 32 * first, here, first == 0};
+        const bool in_tiles = num_tiles <= 2;  // sums stay there from chunk to chunk
+        const TileChunk chunk{{expanded.weights(0), expanded.weights(1)}, first, cols / 32, here, first == 0,
+                              first > 0 && !in_tiles, last || !in_tiles};
         expanded.start(tile, panel_bytes, num_panels, here);
         if (num_panels == 2 && num_tiles >= 2) {
-            tile_block<2, 2>(chunk, x, 0, rows, out, [&](int s) { expanded.expand(s); });
-            tile_blocks<2>(chunk, x, 2, num_tiles, rows, out);
+            tile_block<2, 2>(chunk, x, 0, out, [&](int s) { expanded.expand(s); });
+            tile_blocks<2>(chunk, x, 2, num_tiles, out);
             continue;
         }
         MOESAIC_UNROLL
         for (int s = 0; s < kChunkSteps; ++s) expanded.expand(s);
         if (num_panels == 2) {
-            tile_blocks<2>(chunk, x, 0, num_tiles, rows, out);
+            tile_blocks<2>(chunk, x, 0, num_tiles, out);
         } else {
-            tile_blocks<1>(chunk, x, 0, num_tiles, rows, out);
+            tile_blocks<1>(chunk, x, 0, num_tiles, out);
         }
     }
     release_tiles();
@@ -207,21 +214,21 @@ void quantized_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, 
 template <class F>
 void bf16_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
                       float* out, const uint8_t* next) {
-    const int64_t num_tiles = (num_tokens + kTileTokens - 1) / kTileTokens;
-    const int64_t rows = (num_tokens + num_tiles - 1) / num_tiles;
+    const int64_t num_tiles = configure_for(num_tokens);
     const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
-    configure_tiles(static_cast<int>(rows), 64);
     for (int64_t first = 0; first < cols / 32; first += kChunkSteps) {
         const int64_t left = cols / 32 - first;
         const int here = static_cast<int>(left < kChunkSteps ? left : kChunkSteps);
         const uint8_t* at = panels + first * kStepBytes;
         const uint8_t* then = left > kChunkSteps ? at + kChunkSteps * kStepBytes : next;
         for (int p = 0; p < num_panels; ++p) prefetch_chunk(then + p * panel_bytes, kChunkSteps * kStepBytes);
-        const TileChunk chunk{{at, at + panel_bytes}, 32 * first, here, first == 0};
+        const bool in_tiles = num_tiles <= 2;
+        const TileChunk chunk{{at, at + panel_bytes}, first, cols / 32, here, first == 0,
+                              first > 0 && !in_tiles, left <= kChunkSteps || !in_tiles};
         if (num_panels == 2) {
-            tile_blocks<2>(chunk, x, 0, num_tiles, rows, out);
+            tile_blocks<2>(chunk, x, 0, num_tiles, out);
         } else {
-            tile_blocks<1>(chunk, x, 0, num_tiles, rows, out);
+            tile_blocks<1>(chunk, x, 0, num_tiles, out);
         }
     }
     release_tiles();

@@ -71,14 +71,15 @@ def test_objects_of_an_instruction_set_export_only_table_getters():
             assert name.startswith(f"moesaic::isa_{isa}::"), f"{path.name} of {isa} exports {name}"
 
 
-def test_thread_pool(tmp_path):
-    """tests/kernels/thread_pool_check.cpp: exceptions, barriers, nesting, callers of several threads, parking."""
+@pytest.mark.parametrize("check", ["thread_pool_check", "work_queue_check"])
+def test_threads_and_work(check, tmp_path):
+    """Programs in C++: barriers, exceptions, callers of several threads, parking, cores, nodes; shares of work."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "check"
     units = [ROOT / f"csrc/{name}.cpp" for name in ("thread_pool", "work_queue", "numa", "cpu")]
-    sources = [*units, Path(__file__).with_name("thread_pool_check.cpp")]
+    sources = [*units, Path(__file__).with_name(f"{check}.cpp")]
     subprocess.run(
         [compiler, "-std=c++20", "-O1", "-pthread", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True
     )

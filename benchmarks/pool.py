@@ -3,9 +3,9 @@
     python benchmarks/pool.py [--threads 1,2,4,8,16] [--seconds 1] [--csrc FOLDER] [--json]
 
 A decode step does both hundreds of times per token. Compiles pool.cpp with the sources of the pool; --csrc takes them
-from another checkout, so that two versions can be compared on one machine. run: an empty task on all threads, started and
-finished; barrier: one barrier inside a task; parked: the first run after the threads have gone to sleep. Medians, and the
-99th percentile of batches of 200.
+from another checkout, so that two versions can be compared on one machine. run: an empty task on all threads, started
+and finished; barrier: one barrier inside a task; parked: the first run after the threads have gone to sleep. Medians,
+and the 99th percentile of batches of 200.
 """
 
 from __future__ import annotations

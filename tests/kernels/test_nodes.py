@@ -14,8 +14,8 @@ from moesaic.errors import ConfigError, KernelError
 from moesaic.kernels import Activation, PackedExperts, PackedTensor, SlicedTensor, cut_intermediate, empty_stack
 from moesaic.quant import FORMATS
 
-# A slice makes the same input of down, bit by bit: groups of 32 lie within it. Only the float32 sums over the columns of
-# down are associated differently, a few roundings of 6e-8 of the largest partial sum each.
+# A slice makes the same input of down, bit by bit: groups of 32 lie within it. Only the float32 sums over the columns
+# of down are associated differently, a few roundings of 6e-8 of the largest partial sum each.
 REASSOCIATED = 2e-6
 
 
@@ -43,7 +43,7 @@ def cut(part, sizes, axis):
 
 def whole_experts(formats, hidden, intermediate, activation="silu", gated=True, biased=False):
     shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
-    parts = [packed(name, *shape, NUM_EXPERTS, seed=i)[0] for i, (name, shape) in enumerate(zip(formats, shapes))]
+    parts = [packed(name, *shapes[i], NUM_EXPERTS, seed=i)[0] for i, name in enumerate(formats)]
     biases = [tokens(NUM_EXPERTS, shape[0], seed=i) if biased else None for i, shape in enumerate(shapes)]
     if not gated:
         parts[0] = biases[0] = None

@@ -51,7 +51,10 @@ def main() -> None:
         weights = random_stack(name, ROWS, COLS, MATRICES)
         for isa in args.isas.split(","):
             kernels.set_isa(isa)
-            print(f"{name:8} {isa:12}" + "".join(f"{rate(weights, count, args.seconds):7.0f}" for count in counts), flush=True)
+            print(
+                f"{name:8} {isa:12}" + "".join(f"{rate(weights, count, args.seconds):7.0f}" for count in counts),
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

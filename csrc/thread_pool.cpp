@@ -58,7 +58,7 @@ std::size_t num_cores(const std::vector<NumaNode>& nodes) {
 
 }  // namespace
 
-// What is written during a run and what is polled lie on cache lines apart.
+// What different threads write lies on cache lines apart.
 struct ThreadPool::State {
     State(int n, const std::vector<NumaNode>& nodes, bool pin);
 
@@ -66,15 +66,17 @@ struct ThreadPool::State {
     int patience;  // pauses before a waiting thread offers its core
     std::vector<Seat> seats;
     std::vector<int> threads_per_node;
-    std::mutex callers;  // one task at a time
     std::vector<std::thread> workers;
 
-    alignas(64) void (*task)(void*, Team&) = nullptr;
+    alignas(64) std::mutex callers;  // one task at a time
+
+    // One line, which idle workers poll: they have the task when they see the epoch.
+    alignas(64) std::atomic<std::uint32_t> epoch{0};  // grows by one per task
+    std::atomic<bool> stop{false};
+    void (*task)(void*, Team&) = nullptr;
     void* context = nullptr;
 
-    alignas(64) std::atomic<std::uint32_t> epoch{0};  // grows by one per task; workers wait for it
     alignas(64) std::atomic<int> parked{0};
-    std::atomic<bool> stop{false};
 
     struct alignas(64) Done {
         std::atomic<std::uint32_t> epoch{0};  // of the last task that the worker has finished

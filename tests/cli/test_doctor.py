@@ -42,7 +42,7 @@ def test_a_good_machine_has_no_problem() -> None:
         ({"num_cores": 0}, "share 0 physical cores"),
         ({"dram_limited": True}, "a container limit leaves 64.0 GiB"),
         ({"dram_available": 8 * GIB}, "only 8.0 of 64.0 GiB"),
-        ({"numa_nodes": (NumaNode(0, (0,), GIB), NumaNode(1, (1,), GIB))}, "2 NUMA nodes"),
+        ({"numa_nodes": (NumaNode(0, (0,), GIB), NumaNode(1, (), GIB))}, "no CPU of NUMA node 1"),
         ({"gpus": (Gpu("RTX", 24 * GIB),)}, "CPU only"),
     ],
 )

@@ -140,9 +140,9 @@ print(prepared.plan.nbytes, peak() - before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize("plan", ["keep", "Q8_0"])
-def test_peak_memory_of_a_load(plan: str, tmp_path: Path) -> None:
-    """At most 1.10 times the plan's bytes, file pages included, also when matrices are requantised on the way."""
+@pytest.mark.parametrize(("plan", "nodes"), [("keep", 1), ("Q8_0", 1), ("keep", 2)])
+def test_peak_memory_of_a_load(plan: str, nodes: int, tmp_path: Path) -> None:
+    """At most 1.10 times the plan's bytes, file pages included, also when matrices are requantised or cut."""
     from tests.tiny_models import save_tiny
 
     folder = tmp_path / "model"
@@ -151,7 +151,7 @@ def test_peak_memory_of_a_load(plan: str, tmp_path: Path) -> None:
     (tmp_path / "plan.yaml").write_text(f"rules:\n  - match: {{name: '*'}}\n    format: {plan}\n")
     command = [sys.executable, "-c", _MEASURE, str(folder), str(tmp_path / "plan.yaml")]
     # Many threads even on a small computer: what a load needs beside the plan must not grow with them.
-    environment = os.environ | {"MOESAIC_THREADS": "16"}
+    environment = os.environ | {"MOESAIC_THREADS": "16", "MOESAIC_NUMA_NODES": str(nodes)}
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     planned, used = map(int, result.stdout.split())
     assert planned > (400 if plan == "keep" else 200) * 1024**2

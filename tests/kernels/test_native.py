@@ -31,11 +31,29 @@ def test_settings_that_cannot_be_used_are_refused():
             apply_settings(settings)
 
 
-def test_environment_forces_instruction_set_and_threads():
-    code = "from moesaic import kernels; print(kernels.active_isa(), kernels.num_threads())"
-    environment = os.environ | {"MOESAIC_ISA": "generic", "MOESAIC_THREADS": "3"}
+def test_environment_forces_instruction_set_threads_and_nodes():
+    code = "from moesaic import kernels; print(kernels.active_isa(), kernels.num_threads(), kernels.num_nodes())"
+    environment = os.environ | {"MOESAIC_ISA": "generic", "MOESAIC_THREADS": "3", "MOESAIC_NUMA_NODES": "2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["generic", "3"]
+    assert done.stdout.split() == ["generic", "3", "2"]
+
+
+@pytest.mark.parametrize("pin", ["0", "1"])
+def test_environment_leaves_threads_to_the_scheduler(pin):
+    """Each worker of a default pool is confined to its core; the caller's thread and those of others are not."""
+    code = """if True:
+        import os
+        from moesaic import _native, kernels
+        _native.read_bandwidth(1 << 20, 0.01)  # starts the pool
+        everywhere = os.sched_getaffinity(0)
+        masks = [os.sched_getaffinity(int(task)) for task in os.listdir("/proc/self/task")]
+        print(sum(mask != everywhere for mask in masks), kernels.num_threads() - 1)
+    """
+    environment = os.environ | {"MOESAIC_PIN": pin}
+    environment.pop("MOESAIC_THREADS", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    confined, workers = map(int, done.stdout.split())
+    assert confined == (workers if pin == "1" else 0)
 
 
 @pytest.fixture
@@ -71,14 +89,15 @@ def test_objects_of_an_instruction_set_export_only_table_getters():
             assert name.startswith(f"moesaic::isa_{isa}::"), f"{path.name} of {isa} exports {name}"
 
 
-def test_thread_pool(tmp_path):
-    """tests/kernels/thread_pool_check.cpp: exceptions, barriers, nesting, callers of several threads, parking."""
+@pytest.mark.parametrize("check", ["thread_pool_check", "work_queue_check"])
+def test_threads_and_work(check, tmp_path):
+    """Programs in C++: barriers, exceptions, callers of several threads, parking, cores, nodes; shares of work."""
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "check"
     units = [ROOT / f"csrc/{name}.cpp" for name in ("thread_pool", "work_queue", "numa", "cpu")]
-    sources = [*units, Path(__file__).with_name("thread_pool_check.cpp")]
+    sources = [*units, Path(__file__).with_name(f"{check}.cpp")]
     subprocess.run(
         [compiler, "-std=c++20", "-O1", "-pthread", f"-I{ROOT / 'csrc'}", *sources, "-o", program], check=True
     )

@@ -1,4 +1,5 @@
 // A program that exits with 0 if the thread pool keeps its promises; run by test_native.py.
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -11,9 +12,13 @@
 #include <thread>
 #include <vector>
 
+#include "cpu.h"
+#include "numa.h"
 #include "thread_pool.h"
 
 namespace {
+
+using moesaic::NumaNode;
 
 void require(bool condition, const char* what) {
     if (condition) return;
@@ -107,6 +112,75 @@ void survives_fork() {
     require(status == 0, "a forked child gets a pool of its own");
 }
 
+// CPUs that the calling thread may run on.
+std::vector<int> own_cpus() {
+    cpu_set_t mask;
+    CPU_ZERO(&mask);
+    sched_getaffinity(0, sizeof(mask), &mask);
+    std::vector<int> cpus;
+    for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+        if (CPU_ISSET(cpu, &mask)) cpus.push_back(cpu);
+    }
+    return cpus;
+}
+
+std::vector<std::vector<int>> cpus_of_threads(moesaic::ThreadPool& pool) {
+    std::vector<std::vector<int>> cpus(static_cast<std::size_t>(pool.num_threads()));
+    pool.run([&](moesaic::Team& team) { cpus[static_cast<std::size_t>(team.thread())] = own_cpus(); });
+    return cpus;
+}
+
+void threads_are_confined_to_cores() {
+    const auto cores = moesaic::usable_cores();
+    const auto all = own_cpus();
+    const int num_cores = static_cast<int>(cores.size());
+    moesaic::ThreadPool pinned(num_cores), free(num_cores, moesaic::numa_nodes(), false), crowded(2 * num_cores);
+    const auto of_pinned = cpus_of_threads(pinned);
+    for (std::size_t t = 1; t < of_pinned.size(); ++t) require(of_pinned[t] == cores[t], "a thread has its own core");
+    require(of_pinned[0] == all, "the caller's affinity stays as it is");
+    for (const auto& cpus : cpus_of_threads(free)) require(cpus == all, "threads are free where they should be");
+    for (const auto& cpus : cpus_of_threads(crowded)) require(cpus == all, "more threads than cores are not confined");
+    require(own_cpus() == all, "a pool leaves its maker's affinity alone");
+}
+
+void threads_are_divided_over_nodes() {
+    const std::vector<NumaNode> uneven = {{-1, {{0}, {0}, {0}}}, {-1, {{0}}}};
+    const auto division = [&](int num_threads) {
+        return moesaic::ThreadPool(num_threads, uneven, true).threads_per_node();
+    };
+    require(division(4) == std::vector<int>{3, 1}, "as many threads as cores");
+    require(division(8) == std::vector<int>{6, 2}, "twice as many");
+    require(division(2) == std::vector<int>{2}, "fewer: spread over the cores");
+    require(division(1) == std::vector<int>{1}, "one");
+    for (int count : {1, 2, 3}) {
+        moesaic::set_numa_nodes(count);
+        require(moesaic::numa_nodes().size() == static_cast<std::size_t>(count), "as many nodes as pretended");
+        for (const NumaNode& node : moesaic::numa_nodes()) {
+            require(!node.cores.empty() && node.id == moesaic::kPretended, "a pretended node has a core");
+        }
+        moesaic::ThreadPool pool(6);
+        require(pool.threads_per_node() == std::vector<int>(static_cast<std::size_t>(count), 6 / count), "even nodes");
+        every_item_once(pool);
+        phases(pool);
+    }
+    moesaic::set_numa_nodes(0);
+}
+
+// A pool of the process keeps its settings apart from those of the next one.
+void settings_hold_from_the_next_call_on() {
+    moesaic::ThreadPool& before = moesaic::thread_pool();
+    moesaic::set_num_threads(4);
+    moesaic::set_num_nodes(2);
+    moesaic::ThreadPool& two = moesaic::thread_pool();
+    require(two.threads_per_node() == std::vector<int>({2, 2}) && two.num_threads() == 4, "threads of two nodes");
+    moesaic::set_num_nodes(0);
+    moesaic::set_pinning(false);
+    require(&moesaic::thread_pool() != &two, "another pool for other settings");
+    moesaic::set_pinning(true);
+    every_item_once(two);
+    every_item_once(before);
+}
+
 }  // namespace
 
 int main() {
@@ -120,6 +194,9 @@ int main() {
         several_callers(pool);
         parks_when_idle(pool);
     }
+    threads_are_confined_to_cores();
+    threads_are_divided_over_nodes();
+    settings_hold_from_the_next_call_on();
     survives_fork();
     return 0;
 }

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from moesaic.errors import PlanDoesNotFitError, PlanError, RuleError
 from moesaic.models import WeightMap
 from moesaic.placement import Hardware, Plan, load_plan, make_plan
+from moesaic.placement.hardware import NumaNode
 from moesaic.placement.rules import parse_rules
 
 GIB = 1024**3
@@ -181,6 +182,16 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_shortfall(tiny: Tiny, hard
         plan.check_fits(small)
     with pytest.raises(PlanDoesNotFitError, match="cache for 100000000 tokens"):
         plan.check_fits(hardware, context=100_000_000)
+
+
+def test_a_share_that_a_memory_node_has_no_room_for_is_refused(tiny: Tiny, hardware: Hardware) -> None:
+    plan = plan_of(tiny, "mixtral", hardware)
+    big = dataclasses.replace(plan, entries=(dataclasses.replace(plan.entries[0], nbytes=40 * GIB),))
+    one, small, bare = NumaNode(0, (0,), 64 * GIB), NumaNode(1, (1,), 16 * GIB), NumaNode(2, (), GIB)
+    for nodes in ((one,), (one, bare), (one, dataclasses.replace(small, dram_total=32 * GIB))):
+        big.check_fits_nodes(dataclasses.replace(hardware, numa_nodes=nodes))
+    with pytest.raises(PlanDoesNotFitError, match=r"NUMA node 1.*20\.00 GiB.*15\.50 GiB.*4\.50 GiB too little"):
+        big.check_fits_nodes(dataclasses.replace(hardware, numa_nodes=(one, small)))
 
 
 def test_a_tight_plan_is_reported(tiny: Tiny, hardware: Hardware) -> None:

@@ -147,10 +147,11 @@ def _examine_memory(report: Report) -> None:
             f"only {hardware.dram_available / _GIB:.1f} of {hardware.dram_total / _GIB:.1f} GiB of DRAM are available"
         )
         report.problems.append(Problem(text, "close other programs before running a large model"))
-    if len(hardware.numa_nodes) > 1:
-        text = f"the DRAM lies on {len(hardware.numa_nodes)} NUMA nodes, which this version does not divide work over"
-        advice = "start with 'numactl --interleave=all moesaic ...' so that all memory channels are read"
-        report.problems.append(Problem(text, advice))
+    unused = [node for node in hardware.numa_nodes if not node.cpus]
+    if unused:
+        numbers = ", ".join(str(node.node) for node in unused)
+        text = f"this process may use no CPU of NUMA node {numbers}: experts are divided over the other nodes only"
+        report.problems.append(Problem(text, "let it use the CPUs of all nodes (taskset, the container's cpuset)"))
 
 
 def _examine_gpus(report: Report) -> None:

@@ -15,7 +15,7 @@ from moesaic.engine.build import build_modules, check_no_meta_tensors, initialis
 from moesaic.engine.causal_lm import finish_model
 from moesaic.engine.packing import Progress, run_jobs
 from moesaic.errors import CheckpointError
-from moesaic.kernels import num_threads
+from moesaic.kernels import binds_memory, num_threads
 from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for, generation_config_for
 from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan, make_plan
 from moesaic.weights import Checkpoint, open_checkpoint, resolve
@@ -122,11 +122,14 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
         The model in eval mode, float32 activations, its `generation_config` that of the checkpoint if it has one.
 
     Raises:
-        PlanDoesNotFitError: the plan needs more memory than this computer has.
+        PlanDoesNotFitError: the plan needs more memory than this computer, or one of its memory nodes, has.
         CheckpointError: a tensor is damaged.
         UnsupportedModelError: the model needs something that the kernels do not have.
     """
-    prepared.plan.check_fits(detect_hardware())
+    hardware = detect_hardware()
+    prepared.plan.check_fits(hardware)
+    if binds_memory():
+        prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
     try:
         jobs = build_modules(model, prepared.weight_map, prepared.plan, checkpoint)

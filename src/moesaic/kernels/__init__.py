@@ -15,6 +15,7 @@ from moesaic.kernels.cpu import (
 from moesaic.kernels.experts import Activation, PackedExperts
 from moesaic.kernels.native import (
     active_isa,
+    binds_memory,
     isas,
     native_seconds,
     num_nodes,
@@ -36,6 +37,7 @@ __all__ = [
     "Rates",
     "SlicedTensor",
     "active_isa",
+    "binds_memory",
     "cut_intermediate",
     "empty_stack",
     "gather_rows",

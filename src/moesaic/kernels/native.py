@@ -13,6 +13,7 @@ from moesaic.errors import ConfigError
 __all__ = [
     "active_isa",
     "apply_settings",
+    "binds_memory",
     "isas",
     "native_seconds",
     "num_nodes",
@@ -69,6 +70,12 @@ def set_num_threads(count: int) -> None:
 def num_nodes() -> int:
     """Memory nodes that threads and experts are divided over."""
     return len(_native.numa_nodes())
+
+
+def binds_memory() -> bool:
+    """Whether weights are bound to memory nodes: there are several, and they are not pretended."""
+    nodes = _native.numa_nodes()
+    return len(nodes) > 1 and nodes[0][0] >= 0
 
 
 def set_num_nodes(count: int) -> None:

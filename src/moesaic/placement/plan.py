@@ -121,6 +121,26 @@ class Plan:
             f"Q2_K: 2.6), or free memory."
         )
 
+    def check_fits_nodes(self, hardware: Hardware) -> None:
+        """Refuse a plan whose even share of the weights is more than the DRAM of a memory node that holds one.
+
+        Memory that is bound to a node cannot go elsewhere when that node is full: the system ends the process.
+
+        Raises:
+            PlanDoesNotFitError: naming the node, what it should hold and what it has.
+        """
+        nodes = [node for node in hardware.numa_nodes if node.cpus]
+        share = self.nbytes // max(1, len(nodes))
+        for node in nodes if len(nodes) > 1 else []:
+            room = node.dram_total - _WORKING_BYTES
+            if share > room:
+                raise PlanDoesNotFitError(
+                    f"{self.model_class} does not fit on NUMA node {node.node}: its share of the weights is "
+                    f"{_gib(share)}, but it has {_gib(max(0, room))} of DRAM for them: {_gib(share - room)} too "
+                    "little. Set MOESAIC_NUMA_NODES=1 to leave the division over nodes to the system (slower), or use a "
+                    "smaller format."
+                )
+
     def table(self) -> str:
         """The plan for people: one line per kind of module, totals, warnings."""
         return render(self)

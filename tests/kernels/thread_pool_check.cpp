@@ -1,5 +1,5 @@
-// A program that exits with 0 if the thread pool keeps its promises; run by test_native.py and by make sanitize. With the
-// argument no-fork it leaves out what qemu-user cannot do: threads in a forked child.
+// A program that exits with 0 if the thread pool keeps its promises; run by test_native.py and by make sanitize. With
+// the argument no-fork it leaves out what qemu-user cannot do: threads in a forked child.
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>

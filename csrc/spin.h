@@ -3,15 +3,9 @@
 
 #include <sched.h>
 
-namespace moesaic {
+#include "isa/pause.h"
 
-inline void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
+namespace moesaic {
 
 // Pauses before a waiting thread offers its core to others. With a core for each thread it hardly ever comes to that,
 // and a system call is the last thing to be in when the other one is ready; with fewer cores the thread that is waited

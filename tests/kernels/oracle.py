@@ -42,7 +42,7 @@ def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.nda
 
 
 def weights_of(raw: np.ndarray, fmt: WeightFormat, cols: int) -> np.ndarray:
-    """The float32 values that `gguf` reads from rows of blocks; of formats that it does not know, their definition's."""
+    """The float32 values of rows of blocks by `gguf`; of formats that it does not know, by their definition."""
     if not fmt.in_gguf:
         return own_values(raw, fmt)
     values = quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType(fmt.ggml_type))

@@ -35,7 +35,7 @@ def own_values(raw: np.ndarray, fmt: WeightFormat) -> np.ndarray:
 
 
 def random_own_blocks(fmt: WeightFormat, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """Blocks `[*shape, block_bytes]` of random codes, without NaN, with scales of both signs, zero and tiny ones too."""
+    """Blocks `[*shape, block_bytes]` of random codes without NaN; scales are of both signs, zero and tiny ones too."""
     blocks = rng.integers(0, 256, (*shape, fmt.block_bytes), dtype=np.uint8)
     scales = (rng.standard_normal(shape) * 0.01).astype(np.float32)
     scales[rng.random(shape) < 0.05] = 0

@@ -89,7 +89,7 @@ def measure(name: str, dims: Dims, num_tokens: int, seconds: float) -> Result:
     bandwidth, peak = 0.0, 0.0
     decode = batch4 = prefill = dense = float("inf")
     index = torch.stack([torch.randperm(dims.num_experts)[: dims.top_k] for _ in range(num_tokens)])
-    kind = "dot_i8" if get_format(name).is_quantized else "fma_f32"
+    kind = "dot_i8" if get_format(name).rounds_activations else "fma_f32"
     same = [choice.expand(4, -1).contiguous() for choice in choices]
     part = seconds / 3
     for _ in range(3):

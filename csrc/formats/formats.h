@@ -1,7 +1,7 @@
 // The one list of weight formats. A format is one header here and one row below, in the family of its likes.
 //
 // A header holds a struct with
-//   kName, kGgmlType     name and number in ggml
+//   kName, kGgmlType     name and number in ggml; from 1000 on, numbers of formats that GGUF files do not have
 //   kBlock, kBlockBytes  weights and bytes of a block along a row
 //   kFields              the block's parts in the order of the tile (layout.h); pack and unpack follow from it
 //   dequantize()         one block to floats, the same operations in the same order as the reference: bit-exact
@@ -10,12 +10,15 @@
 //   value(row, k) = scale(s, k / kScaleGroup) * (q - zero) + offset(s, k / kScaleGroup),  zero = 2^kZeroShift or 0 (-1)
 //   quad(tile, g, i)     16 rows x weights 4 i .. 4 i + 3 of group g as unsigned bytes q, below 128 unless kFullRange
 //   or, where a group is best made at once, group(tile, scales, g, quads): its 8 quads
-// float formats give kStep columns of 16 weights: load_weights(tile, w).
+// float formats give kStep columns of 16 weights: load_weights(tile, w); those in blocks, with float activations all
+// the same, also load_scale(tile), by which a block's weights are multiplied.
 #pragma once
 
 #include "formats/bf16.h"
 #include "formats/f16.h"
 #include "formats/f32.h"
+#include "formats/fp8.h"
+#include "formats/int4.h"
 #include "formats/iq4_nl.h"
 #include "formats/iq4_xs.h"
 #include "formats/mxfp4.h"
@@ -35,7 +38,9 @@
 #define MOESAIC_FOR_EACH_FLOAT_FORMAT(X) \
     X(F32)                               \
     X(F16)                               \
-    X(BF16)
+    X(BF16)                              \
+    X(FP8)                               \
+    X(FP8_32)
 #define MOESAIC_FOR_EACH_BLOCK32_FORMAT(X) \
     X(Q4_0)                                \
     X(Q4_1)                                \
@@ -52,7 +57,19 @@
     X(Q6_K)                                \
     X(IQ4_XS)
 #define MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X)
-#define MOESAIC_FOR_EACH_GROUPED_FORMAT(X)
+#define MOESAIC_FOR_EACH_GROUPED_FORMAT(X) \
+    X(INT4_32_F16)                         \
+    X(INT4_64_F16)                         \
+    X(INT4_128_F16)                        \
+    X(INT4_32_BF16)                        \
+    X(INT4_64_BF16)                        \
+    X(INT4_128_BF16)                       \
+    X(UINT4_32_F16)                        \
+    X(UINT4_64_F16)                        \
+    X(UINT4_128_F16)                       \
+    X(UINT4_32_BF16)                       \
+    X(UINT4_64_BF16)                       \
+    X(UINT4_128_BF16)
 // clang-format on
 
 #define MOESAIC_FOR_EACH_FORMAT(X)      \

@@ -11,7 +11,7 @@ struct FormatInfo {
     int ggml_type;
     int block;        // weights per block along a row
     int block_bytes;  // bytes per block
-    bool quantized;
+    bool quantized;   // its products take activations rounded to int8, not floats
 
     // One panel: rows [0, num_rows) of `src` (row stride in bytes) become 16 packed rows; missing ones are zero blocks.
     void (*pack_panel)(const std::uint8_t* src, std::int64_t stride, int num_rows, std::int64_t cols,

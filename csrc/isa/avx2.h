@@ -182,6 +182,20 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
 
+// float8: a float16 with the same bits has 2^-8 of the value, subnormal or not
+constexpr float kE4m3Scale = 0x1p8f;
+MOESAIC_INLINE vf widen_e4m3(__m256i high_bytes) {  // in the upper byte of each 16 bits
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(high_bytes, 1), _mm256_set1_epi16(-0x4080));
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+}
+MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
+    const vb x = load_b(p);
+    w[0] = widen_e4m3(_mm256_slli_epi16(x.a, 8));
+    w[1] = widen_e4m3(x.a);
+    w[2] = widen_e4m3(_mm256_slli_epi16(x.b, 8));
+    w[3] = widen_e4m3(x.b);
+}
+
 template <bool kFullRange>
 MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
 #ifdef __AVXVNNI__

@@ -119,6 +119,19 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
 }
 
+// float8: a float16 with the same bits has 2^-8 of the value, subnormal or not
+constexpr float kE4m3Scale = 0x1p8f;
+MOESAIC_INLINE void widen_e4m3(__m512i high_bytes, vf& first, vf& second) {  // in the upper byte of each 16 bits
+    const __m512i half = _mm512_and_si512(_mm512_srai_epi16(high_bytes, 1), _mm512_set1_epi16(-0x4080));
+    first = _mm512_cvtph_ps(_mm512_castsi512_si256(half));
+    second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1));
+}
+MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
+    const __m512i x = _mm512_loadu_si512(p);
+    widen_e4m3(_mm512_slli_epi16(x, 8), w[0], w[2]);
+    widen_e4m3(x, w[1], w[3]);
+}
+
 template <bool kFullRange>
 MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     int32_t x;

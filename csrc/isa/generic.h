@@ -168,6 +168,23 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     return load_b(bytes);
 }
 
+// float8 (e4m3): 64 bytes [2][16 lanes][2], lane by lane those of w[0], w[1] and of w[2], w[3], as floats divided by
+// kE4m3Scale; the NaN codes count as 480
+constexpr float kE4m3Scale = 0x1p8f;
+MOESAIC_INLINE vf widen_e4m3(generic_u32 x) {
+    const generic_u32 sign = (x & 0x80u) << 24, magnitude = x & 0x7fu;
+    const vf normal = (vf)((magnitude << 20) + (112u << 23));
+    const vf subnormal = __builtin_convertvector((generic_i32)magnitude, vf) * 0x1p-17f;
+    return (vf)((generic_u32)(magnitude < 8u ? subnormal : normal) | sign);
+}
+MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
+    for (int i = 0; i < 2; ++i) {
+        const generic_u32 pair = widen(reinterpret_cast<const uint16_t*>(p + 32 * i));
+        w[2 * i] = widen_e4m3(pair);
+        w[2 * i + 1] = widen_e4m3(pair >> 8);
+    }
+}
+
 // acc + the dot product, per lane, of four unsigned weight bytes (less kFullRangeBias if kFullRange) and the four
 // signed bytes at `four`. Weights stay below 128 unless kFullRange; signed bytes are in [-127, 127].
 template <bool kFullRange>

@@ -2,9 +2,30 @@
 
 constexpr int kFloatChunk = 256;  // columns that are converted together for many tokens
 
-// Columns [first_col, first_col + num_cols) of a panel as floats [num_cols][16]; first_col is even.
+// Bytes of `cols` columns of a panel.
 template <class F>
-void convert_cols(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
+constexpr int64_t float_panel_bytes(int64_t cols) {
+    return cols / F::kBlock * 16 * F::kBlockBytes;
+}
+
+// convert_cols() for a format in blocks; first_col and num_cols are multiples of the block.
+template <class F>
+void convert_blocks(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
+    const uint8_t* tile = panel + float_panel_bytes<F>(first_col);
+    for (int first = 0; first < num_cols; first += F::kBlock, tile += 16 * F::kBlockBytes) {
+        const vf scale = F::load_scale(tile);
+        for (int k = 0; k < F::kBlock; k += F::kStep, out += 16 * F::kStep) {
+            vf weights[F::kStep];
+            F::load_weights(tile + 16 * k, weights);
+            MOESAIC_UNROLL
+            for (int s = 0; s < F::kStep; ++s) store(out + 16 * s, mul(weights[s], scale));
+        }
+    }
+}
+
+// convert_cols() for a format without blocks; first_col is even.
+template <class F>
+void convert_floats(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
     const uint8_t* tile = panel + first_col * 16 * F::kBlockBytes;
     int k = 0;
     for (; k + F::kStep <= num_cols; k += F::kStep, tile += 16 * F::kStep * F::kBlockBytes) {
@@ -17,9 +38,57 @@ void convert_cols(const uint8_t* panel, int64_t first_col, int num_cols, float* 
     }
 }
 
+// Columns [first_col, first_col + num_cols) of a panel as floats [num_cols][16].
+template <class F>
+void convert_cols(const uint8_t* panel, int64_t first_col, int num_cols, float* out) {
+    if constexpr (F::kBlock > 1) {
+        convert_blocks<F>(panel, first_col, num_cols, out);
+    } else {
+        convert_floats<F>(panel, first_col, num_cols, out);
+    }
+}
+
 // Several sums per token hide the latency of fma.
 template <int T>
 constexpr int kChains = T == 1 ? 8 : (T == 2 ? 4 : 2);
+
+// direct_float() for a format in blocks: the sums of a block are scaled at its end.
+template <class F, int T>
+void direct_float_blocks(const uint8_t* panel, const WeightStream& stream, int64_t cols, const float* const* tokens,
+                         float* out) {
+    constexpr int kN = kChains<T>, kUnrolled = 2 * F::kStep;
+    constexpr int kScaleBytes = 16 * (F::kBlockBytes - F::kBlock);
+    for (int t = 0; t < T; ++t) store(out + t * kOutputStride, set1(0.0f));
+    for (int64_t first = 0; first < cols; first += F::kBlock, panel += 16 * F::kBlockBytes) {
+        const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
+        vf sums[T][kN];
+        for (int t = 0; t < T; ++t) {
+            for (int c = 0; c < kN; ++c) sums[t][c] = set1(0.0f);
+        }
+        for (int k = 0; k < F::kBlock; k += kUnrolled) {
+            prefetch_bytes<16 * kUnrolled>(ahead + 16 * k);
+            MOESAIC_UNROLL
+            for (int j = 0; j < kUnrolled; j += F::kStep) {
+                vf weights[F::kStep];
+                F::load_weights(panel + 16 * (k + j), weights);
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) {
+                    for (int s = 0; s < F::kStep; ++s) {
+                        vf& sum = sums[t][(j + s) % kN];
+                        sum = fma(weights[s], set1(tokens[t][first + k + j + s]), sum);
+                    }
+                }
+            }
+        }
+        prefetch_bytes<kScaleBytes>(ahead + 16 * F::kBlock);
+        const vf scale = F::load_scale(panel);
+        for (int t = 0; t < T; ++t) {
+            vf sum = sums[t][0];
+            for (int c = 1; c < kN; ++c) sum = add(sum, sums[t][c]);
+            store(out + t * kOutputStride, fma(sum, scale, load(out + t * kOutputStride)));
+        }
+    }
+}
 
 // out[t][0..15] for T tokens and one panel, straight from the packed bytes.
 template <class F, int T>
@@ -47,7 +116,7 @@ void direct_float(const uint8_t* panel, const WeightStream& stream, int64_t cols
     }
     float rest[16 * kN];
     const int num_rest = static_cast<int>(cols - k);
-    convert_cols<F>(panel, 0, num_rest, rest);
+    convert_floats<F>(panel, 0, num_rest, rest);
     for (int t = 0; t < T; ++t) {
         vf sum = sums[t][0];
         for (int c = 1; c < kN; ++c) sum = add(sum, sums[t][c]);
@@ -107,10 +176,10 @@ void multiply_float_all(const float (*weights)[16 * kFloatChunk], int num_cols, 
 template <class F>
 void float_matmul_many(const uint8_t* panels, int num_panels, int64_t cols, const float* const* tokens,
                        int64_t num_tokens, float* out, const uint8_t* next) {
-    constexpr int64_t kChunkBytes = int64_t{kFloatChunk} * 16 * F::kBlockBytes;
+    constexpr int64_t kChunkBytes = float_panel_bytes<F>(kFloatChunk);
     alignas(64) float weights[kMaxPanels][16 * kFloatChunk];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));
-    const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
+    const int64_t panel_bytes = float_panel_bytes<F>(cols);
     for (int64_t first = 0; first < cols; first += kFloatChunk) {
         const int here = static_cast<int>(cols - first < kFloatChunk ? cols - first : kFloatChunk);
         const bool last = first + kFloatChunk >= cols;
@@ -139,10 +208,14 @@ void direct_float_up_to(const uint8_t* panels, int num_panels, int64_t cols, con
             return direct_float_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out, next);
         }
     }
-    const int64_t panel_bytes = cols * 16 * F::kBlockBytes;
+    const int64_t panel_bytes = float_panel_bytes<F>(cols);
     const WeightStream stream{panels + num_panels * panel_bytes, next};
     for (int p = 0; p < num_panels; ++p) {
-        direct_float<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
+        if constexpr (F::kBlock > 1) {
+            direct_float_blocks<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
+        } else {
+            direct_float<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
+        }
     }
 }
 

@@ -70,7 +70,8 @@ nb::list formats() {
         row["ggml_type"] = format.ggml_type;
         row["block_size"] = format.block;
         row["block_bytes"] = format.block_bytes;
-        row["is_quantized"] = format.quantized;
+        row["is_quantized"] = format.block > 1;
+        row["rounds_activations"] = format.quantized;
         rows.append(row);
     }
     return rows;

@@ -103,7 +103,7 @@ def _with_rounding(linear: Callable[..., torch.Tensor], quantised: set[int]) -> 
     return rounding_linear
 
 
-def _error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+def error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over norm of the expected logits, of the median token.
 
     The median, because a token whose router stands between two experts may take the other one, which is a jump.
@@ -123,7 +123,7 @@ def _compare(family: str, rules: str, tmp_path: Path, monkeypatch: pytest.Monkey
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "linear", _with_rounding(torch.nn.functional.linear, quantised))
             rounded = stock(ids).logits
-    return _error(found, exact), _error(found, rounded)
+    return error(found, exact), error(found, rounded)
 
 
 @pytest.mark.parametrize("name", _FORMATS)

@@ -211,7 +211,7 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(
 
 
 def test_formats_without_a_quantiser_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    read_only = WeightFormat("IQ2_XXS", 16, 256, 66, True)
+    read_only = WeightFormat("IQ2_XXS", 16, 256, 66, True, True)
     with pytest.raises(UnsupportedFormatError, match="IQ2_XXS can be read but not written: choose one of F32"):
         quantize_checkpoint(open_checkpoint(checkpoints["qwen3_moe"]), tmp_path / "out.gguf", read_only)
 

@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import torch
 from gguf import quants
+from tests.quant.own_formats import own_values, random_own_blocks
 
 from moesaic.kernels import PackedTensor
 from moesaic.quant import FORMATS, WeightFormat
@@ -27,6 +28,8 @@ def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.nda
             return np.ascontiguousarray(values.view(np.uint16)[:, 1::2]).view(np.uint8)
         return values.astype(np.float16 if fmt.name == "F16" else np.float32).view(np.uint8)
     num_blocks = cols // fmt.block_size
+    if not fmt.in_gguf:
+        return random_own_blocks(fmt, (rows, num_blocks), rng).reshape(rows, -1)
     blocks = rng.integers(0, 256, (rows, num_blocks, fmt.block_bytes), dtype=np.uint8)
     for offset in HALF_OFFSETS[fmt.name]:
         scales = (rng.standard_normal((rows, num_blocks)) * 0.01).astype(np.float16)
@@ -39,7 +42,9 @@ def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.nda
 
 
 def weights_of(raw: np.ndarray, fmt: WeightFormat, cols: int) -> np.ndarray:
-    """The float32 values that `gguf` reads from rows of blocks."""
+    """The float32 values of rows of blocks by `gguf`; of formats that it does not know, by their definition."""
+    if not fmt.in_gguf:
+        return own_values(raw, fmt)
     values = quants.dequantize(np.ascontiguousarray(raw), gguf.GGMLQuantizationType(fmt.ggml_type))
     return np.asarray(values, np.float32).reshape(raw.shape[0], cols)
 
@@ -73,7 +78,7 @@ def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def seen_by(fmt_name: str, x: np.ndarray) -> np.ndarray:
     """The activations that a format's kernel multiplies, as float64."""
-    return rounded(x)[0] if FORMATS[fmt_name].is_quantized else x.astype(np.float64)
+    return rounded(x)[0] if FORMATS[fmt_name].rounds_activations else x.astype(np.float64)
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:

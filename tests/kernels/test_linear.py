@@ -40,7 +40,7 @@ def test_linear(name, each_isa):
             exact = x.numpy().astype(np.float64) @ values[0].T + bias.numpy()
             same_rounding = seen_by(name, x.numpy()) @ values[0].T + bias.numpy()
             assert relative_error(result, same_rounding) < FLOAT32_SUMS, (rows, cols, num_tokens)
-            if FORMATS[name].is_quantized:
+            if FORMATS[name].rounds_activations:
                 allowed = rounded(x.numpy())[1] @ np.abs(values[0]).T + FLOAT32_SUMS * np.abs(exact).max()
                 assert (np.abs(result.numpy() - exact) <= allowed).all()
 

@@ -12,6 +12,7 @@ from tests.kernels.oracle import packed, relative_error, seen_by, tokens
 
 from moesaic.errors import KernelError
 from moesaic.kernels import Activation, PackedExperts, moe_forward
+from moesaic.quant import FORMATS
 
 # The input of down is rounded after float32 sums, so a value may fall to the other side of a step than in the oracle:
 # one step in 127 of one of many terms.
@@ -26,6 +27,8 @@ FORMATS_OF_PARTS = [
     ("F32", "Q8_0", "BF16"),
     ("Q5_0", "F16", "Q2_K"),
     ("Q3_K", "Q5_K", "Q4_1"),
+    ("FP8", "FP8_32", "FP8"),
+    ("INT4_32_BF16", "UINT4_64_F16", "FP8"),
 ]
 
 
@@ -93,7 +96,7 @@ def check(layer, num_tokens, top_k=3, tolerance=None):
     x = tokens(num_tokens, layer.packed.hidden)
     index, weights = routing(num_tokens, top_k)
     result = moe_forward(x, index, weights, layer.packed)
-    exact = all(name in ("F32", "F16", "BF16") for name in layer.formats)
+    exact = not any(FORMATS[name].rounds_activations for name in layer.formats)
     assert relative_error(result, layer.expected(x, index, weights)) < (FLOAT32_SUMS if exact else ONE_STEP)
 
 

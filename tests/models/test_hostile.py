@@ -15,7 +15,7 @@ from tests.tiny_models import FAMILIES, save_tiny
 
 from moesaic.errors import MoesaicError
 from moesaic.models import build_meta_model, build_weight_map, config_for
-from moesaic.weights import Checkpoint, open_checkpoint
+from moesaic.weights import Checkpoint, Rows, open_checkpoint
 
 SECONDS = 20.0
 EXTREMES: tuple[object, ...] = (
@@ -31,8 +31,8 @@ class Altered:
         self.base, self.metadata = base, metadata
         self.path, self.kind, self.tensors = base.path, base.kind, base.tensors
 
-    def raw(self, name: str) -> np.ndarray:
-        return self.base.raw(name)
+    def raw(self, name: str, rows: Rows | None = None) -> np.ndarray:
+        return self.base.raw(name, rows)
 
     def release(self, name: str) -> None:
         self.base.release(name)

@@ -15,7 +15,7 @@ def test_the_formats_of_the_first_release_are_there() -> None:
     assert set(ISSUE_FORMATS) <= set(FORMATS)
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.in_gguf])
 def test_numbers_and_sizes_are_those_of_gguf(name: str) -> None:
     fmt = FORMATS[name]
     ggml_type = gguf.GGMLQuantizationType[name]
@@ -24,6 +24,22 @@ def test_numbers_and_sizes_are_those_of_gguf(name: str) -> None:
     assert fmt.is_quantized == (name not in {"F32", "F16", "BF16"})
     assert format_from_ggml(int(ggml_type)) is fmt
     assert get_format(name.lower()) is fmt
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if not fmt.in_gguf])
+def test_formats_of_safetensors_have_numbers_that_gguf_has_not(name: str) -> None:
+    fmt = FORMATS[name]
+    assert fmt.ggml_type >= 1000 and fmt.is_quantized
+    assert fmt.ggml_type not in {int(known) for known in gguf.GGMLQuantizationType}
+    with pytest.raises(UnsupportedFormatError, match=f"ggml type {fmt.ggml_type} cannot be read"):
+        format_from_ggml(fmt.ggml_type)
+
+
+def test_sizes_of_published_layouts() -> None:
+    assert get_format("FP8").nbytes(2, 256) == 2 * (256 + 2 * 4)
+    assert get_format("INT4_32_BF16").row_bytes(7168) == 7168 // 32 * 18
+    assert get_format("UINT4_128_F16").row_bytes(256) == 2 * 67
+    assert not get_format("FP8").rounds_activations and get_format("INT4_64_F16").rounds_activations
 
 
 def test_sizes_of_rows_and_matrices() -> None:

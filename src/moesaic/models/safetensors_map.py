@@ -182,7 +182,8 @@ def _from_stacks(layout: ExpertLayout, own: dict[str, _Target], checkpoint: Chec
 def _pieces(layout: ExpertLayout, info: TensorInfo, half: int | None) -> tuple[TensorRef, ...]:
     """Each expert's matrix or bias; of a fused gate and up the first (0) or second (1) half."""
     is_bias = len(info.shape) == 2
-    transposed = layout.is_transposed and not is_bias
+    # Blocks lie along K, so quantised matrices are never stored transposed.
+    transposed = layout.is_transposed and not is_bias and not info.format.is_quantized
     rows, cols = info.shape[1], info.shape[-1]
     if transposed:
         rows, cols = cols, rows

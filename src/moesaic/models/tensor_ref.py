@@ -18,12 +18,10 @@ import torch
 from moesaic.errors import CheckpointError
 from moesaic.quant.formats import WeightFormat, get_format
 from moesaic.quant.quantize import dequantize
-from moesaic.weights import Checkpoint, TensorInfo
+from moesaic.weights import Checkpoint, Rows, TensorInfo
 
 __all__ = ["ExpertRefs", "JoinedRef", "MlaRefs", "Rows", "TensorRef", "Transform", "whole"]
 
-Rows = slice | np.ndarray
-"""Rows of a matrix, in the order wanted: a slice or an int64 array of indices."""
 Transform = Callable[[torch.Tensor], torch.Tensor]
 """A rearrangement of float values, e.g. a transpose; it gets the stored shape."""
 
@@ -35,6 +33,15 @@ def _encode(values: torch.Tensor, weight_format: WeightFormat) -> np.ndarray:
     stored = values.to(_TORCH_DTYPES[weight_format.name]).contiguous()
     rows = math.prod(values.shape[:-1])
     return stored.reshape(-1).view(torch.uint8).numpy().reshape(rows, -1)
+
+
+def _rows_of_matrix(index: int, num_rows: int, rows: Rows | None) -> Rows:
+    """Rows of one matrix of a stack as rows of the whole stack."""
+    if isinstance(rows, np.ndarray):
+        return rows + index * num_rows
+    first, stop, step = (slice(None) if rows is None else rows).indices(num_rows)
+    assert step > 0
+    return slice(first + index * num_rows, stop + index * num_rows, step)
 
 
 def _derived(ref: TensorRef, rows: Rows, then: Transform | None, keeps: bool) -> dict[str, Any]:
@@ -113,14 +120,14 @@ class TensorRef:
 
     def _stored(self, checkpoint: Checkpoint) -> tuple[np.ndarray, tuple[int, ...]]:
         """The chosen rows as stored, and the shape that they have there."""
-        raw, shape = checkpoint.raw(self.name), checkpoint.tensors[self.name].shape
-        if self.index is not None:
-            rows = math.prod(shape[1:-1])
-            raw, shape = raw[self.index * rows : (self.index + 1) * rows], shape[1:]
-        if self.rows is not None:
-            raw = raw[self.rows]
-            shape = (len(raw), shape[-1])
-        return raw, shape
+        shape = checkpoint.tensors[self.name].shape
+        if self.index is None:
+            raw = checkpoint.raw(self.name, self.rows)
+        else:
+            num_rows = math.prod(shape[1:-1])
+            shape = shape[1:]
+            raw = checkpoint.raw(self.name, _rows_of_matrix(self.index, num_rows, self.rows))
+        return raw, shape if self.rows is None else (len(raw), shape[-1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

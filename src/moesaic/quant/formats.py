@@ -16,16 +16,21 @@ from moesaic.errors import UnsupportedFormatError
 __all__ = ["FORMATS", "WeightFormat", "format_from_ggml", "format_from_safetensors_dtype", "get_format"]
 
 
+_FIRST_OWN_NUMBER = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class WeightFormat:
     """A way to store the rows of a weight matrix.
 
     Attributes:
-        name: ggml's name, e.g. "Q4_K" or "BF16".
-        ggml_type: its number in a GGUF file, which is also the id that the native extension takes.
+        name: ggml's name, e.g. "Q4_K" or "BF16", or one of our own for formats that only safetensors hold.
+        ggml_type: its number in a GGUF file, which is also the id that the native extension takes; of formats that no
+            GGUF file holds a number from 1000 on.
         block_size: weights per block along a row; 1 for floats.
         block_bytes: bytes per block.
-        is_quantized: whether a block holds scaled integers; False for floats.
+        is_quantized: whether weights share scales, so that writing them needs a quantiser; False for plain floats.
+        rounds_activations: whether its products round activations to int8; those of the others keep them in float32.
     """
 
     name: str
@@ -33,6 +38,12 @@ class WeightFormat:
     block_size: int
     block_bytes: int
     is_quantized: bool
+    rounds_activations: bool
+
+    @property
+    def in_gguf(self) -> bool:
+        """Whether GGUF files can hold it."""
+        return self.ggml_type < _FIRST_OWN_NUMBER
 
     @property
     def bits_per_weight(self) -> float:
@@ -60,7 +71,9 @@ class WeightFormat:
 FORMATS: Mapping[str, WeightFormat] = MappingProxyType({row["name"]: WeightFormat(**row) for row in _native.formats()})
 """Every format that can be read, by name."""
 
-_BY_GGML_TYPE = MappingProxyType({weight_format.ggml_type: weight_format for weight_format in FORMATS.values()})
+_BY_GGML_TYPE = MappingProxyType(
+    {weight_format.ggml_type: weight_format for weight_format in FORMATS.values() if weight_format.in_gguf}
+)
 
 
 def get_format(name: str) -> WeightFormat:

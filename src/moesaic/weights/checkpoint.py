@@ -15,7 +15,10 @@ import numpy as np
 from moesaic.errors import CheckpointError, ModelNotFoundError
 from moesaic.quant.formats import WeightFormat
 
-__all__ = ["Checkpoint", "TensorInfo", "find_tensor", "open_checkpoint"]
+__all__ = ["Checkpoint", "Rows", "TensorInfo", "find_tensor", "open_checkpoint"]
+
+Rows = slice | np.ndarray
+"""Rows of a matrix, in the order wanted: a slice or an int64 array of indices."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class TensorInfo:
 
 @runtime_checkable
 class Checkpoint(Protocol):
-    """A model's tensors and metadata; reading a tensor costs no copy and no more memory than the pages touched.
+    """A model's tensors and metadata; reading a tensor costs no more memory than its own bytes.
 
     Attributes:
         path: what was opened (file or folder).
@@ -53,8 +56,12 @@ class Checkpoint(Protocol):
     metadata: Mapping[str, object]
     tensors: Mapping[str, TensorInfo]
 
-    def raw(self, name: str) -> np.ndarray:
-        """Stored bytes as read-only uint8 `[prod(shape[:-1]), row_bytes]`.
+    def raw(self, name: str, rows: Rows | None = None) -> np.ndarray:
+        """Stored bytes as uint8 `[prod(shape[:-1]), row_bytes]`, a view that must not be written to where it can be.
+
+        Args:
+            name: the tensor.
+            rows: which rows of those, in which order; None takes all.
 
         Raises:
             CheckpointError: there is no such tensor.
@@ -91,7 +98,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsupportedFormatError: a tensor has a weight format that this version cannot read.
     """
     from moesaic.weights.gguf_reader import GgufCheckpoint
-    from moesaic.weights.safetensors_reader import SafetensorsCheckpoint, holds_safetensors
+    from moesaic.weights.safetensors_file import holds_safetensors
+    from moesaic.weights.safetensors_reader import SafetensorsCheckpoint
 
     if not path.exists():
         raise ModelNotFoundError(f"{path}: no such file or folder.")

@@ -19,7 +19,7 @@ import numpy as np
 
 from moesaic.errors import CheckpointError, UnsupportedFormatError
 from moesaic.quant.formats import format_from_ggml
-from moesaic.weights.checkpoint import TensorInfo, find_tensor
+from moesaic.weights.checkpoint import Rows, TensorInfo, find_tensor
 from moesaic.weights.gguf_header import GgufHeader, GgufTensor, read_header
 from moesaic.weights.mapped_file import MappedFile
 
@@ -89,12 +89,13 @@ class GgufCheckpoint:
                 tensor="split.tensors.count",
             )
 
-    def raw(self, name: str) -> np.ndarray:
-        """Stored bytes as uint8 `[prod(shape[:-1]), row_bytes]`, a view of the mapped file."""
+    def raw(self, name: str, rows: Rows | None = None) -> np.ndarray:
+        """Stored bytes as uint8 `[prod(shape[:-1]), row_bytes]`, or some of the rows: views of the mapped file."""
         info = find_tensor(self, name)
         stored = self._stored[name]
-        rows = math.prod(info.shape[:-1])
-        return stored.file.view(stored.offset, info.nbytes).reshape(rows, info.nbytes // rows)
+        num_rows = math.prod(info.shape[:-1])
+        raw = stored.file.view(stored.offset, info.nbytes).reshape(num_rows, info.nbytes // num_rows)
+        return raw if rows is None else raw[rows]
 
     def release(self, name: str) -> None:
         """Let the kernel drop the tensor's pages."""

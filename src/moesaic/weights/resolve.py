@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from moesaic.errors import CheckpointError, ModelNotFoundError
 from moesaic.weights.hub import Hub
-from moesaic.weights.safetensors_reader import INDEX, SINGLE, read_shard_names
+from moesaic.weights.safetensors_file import INDEX, SINGLE, read_shard_names
 
 __all__ = ["ModelFiles", "quant_groups", "resolve"]
 

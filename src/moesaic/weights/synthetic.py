@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from moesaic.quant.formats import WeightFormat
 from moesaic.quant.quantize import quantize
-from moesaic.weights.checkpoint import TensorInfo, find_tensor
+from moesaic.weights.checkpoint import Rows, TensorInfo, find_tensor
 
 __all__ = ["SyntheticCheckpoint"]
 
@@ -58,16 +58,17 @@ class SyntheticCheckpoint:
         self._seed = seed
         self._pools: dict[str, np.ndarray] = {}
 
-    def raw(self, name: str) -> np.ndarray:
+    def raw(self, name: str, rows: Rows | None = None) -> np.ndarray:
         """Random blocks as uint8 `[prod(shape[:-1]), row_bytes]`; rows overlap in memory, one block apart."""
         info = find_tensor(self, name)
         row_bytes, block_bytes = info.format.row_bytes(info.shape[-1]), info.format.block_bytes
         if len(info.shape) < 2:
             return quantize(np.ones((1, info.shape[-1]), np.float32), info.format)
-        rows = math.prod(info.shape[:-1])
+        num_rows = math.prod(info.shape[:-1])
         start = zlib.crc32(name.encode()) % _NUM_STARTS
-        pool = self._pool(info.format, start + rows + row_bytes // block_bytes)
-        return as_strided(pool[start:], (rows, row_bytes), (block_bytes, 1), writeable=False)
+        pool = self._pool(info.format, start + num_rows + row_bytes // block_bytes)
+        raw = as_strided(pool[start:], (num_rows, row_bytes), (block_bytes, 1), writeable=False)
+        return raw if rows is None else raw[rows]
 
     def release(self, name: str) -> None:
         """Nothing to give back: a window costs nothing."""

@@ -29,6 +29,7 @@ from moesaic.kernels import num_threads, set_num_threads
 from moesaic.placement.hardware import detect_hardware
 
 _LAYERS = {"qwen3-30b-a3b": 12, "deepseek-v3": 3}
+_QUICK_LAYERS = {"qwen3-30b-a3b": 8, "deepseek-v3": 2}
 _MODEL_FORMATS = ["Q4_K", "Q2_K", "IQ1_S", "Q8_0", "BF16"]
 _QUICK = {
     "turns": 2,
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--model-repeat", type=int, default=3, help="runs in a turn of a whole model")
     parser.add_argument("--model-seconds", type=float, default=600.0, help="a turn that takes longer is given up")
     parser.add_argument("--budget", type=float, help="seconds for everything; what does not fit is listed as not run")
-    parser.add_argument("--quick", action="store_true", help="few and short turns, a budget of nine minutes")
+    parser.add_argument("--quick", action="store_true", help="few and short turns, fewer layers, nine minutes")
     parser.add_argument("--resume", action="store_true", help="keep what the folder holds")
     if "--quick" in argv:
         parser.set_defaults(**_QUICK)
@@ -89,6 +90,7 @@ def main(argv: list[str]) -> None:
     args.numa_nodes = args.numa_nodes or max(1, len(hardware.numa_nodes))
     memory = int(args.memory * 1e9 if args.memory else 0.8 * hardware.dram_available)
     args.probe_bytes = min(4 * cache + (1 << 28), memory // 4)
+    layers = {model: args.layers or (_QUICK_LAYERS if args.quick else _LAYERS)[model] for model in MODELS}
     args.out.mkdir(parents=True, exist_ok=True)
     stored = _start(args, argv, cache)
     finished = {_key(unit): unit for unit in stored["units"] if unit["state"] == "ok"}
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
         if unit is None and part == "experts":
             unit = compare_experts(model, name, args, cache, memory, budget)
         elif unit is None:
-            unit = compare_models(model, name, args.layers or _LAYERS[model], args, memory, budget)
+            unit = compare_models(model, name, layers[model], args, memory, budget)
         stored["units"].append(unit)
         print(f"{part} {model} {name}: {unit['state']}", flush=True)
         _store(args.out, {**stored, "units": [*stored["units"], *finished.values()]})

@@ -42,7 +42,7 @@ class _Side:
         """Start the process and let it fill its memory; it is stopped afterwards."""
         try:
             if not self._python or not Path(self._python).exists():
-                raise ToolError(f"missing: {self._python or 'no environment given'}")
+                raise ToolError("missing: " + ("no such environment" if self._python else "no environment given"))
             if self._request["format"] is None:
                 raise ToolError("refused: this build has no such format")
             self._worker = Worker(self._python, self._script)

@@ -24,6 +24,7 @@ from moesaic.kernels import read_bandwidth
 __all__ = ["compare_models"]
 
 HERE = Path(__file__).resolve().parent
+_FILE_RATE = 4e8  # bytes of the file per second that writing it and loading it take at worst, all together
 _HELD = 1.75  # bytes in memory per byte of the file: llama.cpp repacks some formats and keeps the file mapped
 Rates = dict[str, float]
 
@@ -41,6 +42,8 @@ def compare_models(
         return unit | {"state": f"not run: the file cannot be written: {error}"[:200]}
     if chosen is None:
         return unit | {"state": "not run: too little memory for one layer"}
+    if budget.left() < chosen.nbytes / _FILE_RATE:
+        return unit | {"state": f"not run: out of time for a file of {chosen.nbytes / 1e9:.1f} GB"}
     unit["num_layers"] = chosen.num_layers
     unit["note"] = "" if chosen.num_layers == num_layers else f"{chosen.num_layers} of {num_layers} layers (memory)"
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
@@ -73,7 +76,7 @@ def _programs(file: Path, args: argparse.Namespace) -> dict[str, Callable[[float
     def script(python: str, name: str) -> Callable[[float], Rates]:
         def turn(seconds: float) -> Rates:
             if not python or not Path(python).exists():
-                raise ToolError(f"missing: {python or 'no environment given'}")
+                raise ToolError("missing: " + ("no such environment" if python else "no environment given"))
             found: Rates = run_json([python, str(HERE / name), str(file), *options], seconds)
             return found
 

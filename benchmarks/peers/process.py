@@ -67,7 +67,7 @@ class Worker:
                     start_new_session=True,
                 )
             except OSError as error:
-                raise ToolError(f"missing: {python}: {error.strerror}") from error
+                raise ToolError(f"missing: {Path(python).name}: {error.strerror}") from error
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Answer of the worker; ToolError if it has none."""
@@ -121,7 +121,7 @@ def run_text(command: list[str], timeout: float) -> str:
         try:
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, timeout=timeout, check=False)
         except OSError as error:
-            raise ToolError(f"missing: {command[0]}: {error.strerror}") from error
+            raise ToolError(f"missing: {Path(command[0]).name}: {error.strerror}") from error
         except subprocess.TimeoutExpired as error:
             raise ToolError(f"not run: took more than {timeout:.0f} s") from error
         if done.returncode:

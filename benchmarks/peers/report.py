@@ -60,20 +60,26 @@ def _expert_table(units: list[Unit], stored: dict[str, Any]) -> list[str]:
             continue
         for label, row in unit["programs"].items():
             shown = label if row["format"] in (unit["format"], None) else f"{label} {row['format']}"
-            lines += _row([unit["format"], shown, *[_expert_cell(row["cells"], count) for count in tokens]])
+            lines += _row([unit["format"], shown, *_expert_cells(row["cells"], tokens)])
         lines += _row([unit["format"], "times kt-kernel", *_ratios(unit, tokens)])
         size = f"{unit['num_layers']} x {unit['num_experts']} experts"
         notes.append(f"- {unit['format']}: {size}, {unit['note'] or 'complete'}; {_details(unit)}")
     return [*lines, "", *notes]
 
 
-def _expert_cell(cells: dict[str, Any], count: int) -> str:
-    cell = cells[str(count)]
-    if "state" in cell:
-        return str(cell["state"])
-    if count <= _FEW_TOKENS:
-        return f"{cell['ms']:.2f} ({cell['share']:.0%}, {cell['gb_s']:.1f} GB/s)"
-    return f"{cell['ms']:.1f} ({cell['gmac_s']:.0f})"
+def _expert_cells(cells: dict[str, Any], tokens: list[int]) -> list[str]:
+    shown: list[str] = []
+    state = None
+    for count in tokens:
+        cell = cells[str(count)]
+        if "state" in cell:
+            shown.append("as left" if cell["state"] == state else str(cell["state"]))
+        elif count <= _FEW_TOKENS:
+            shown.append(f"{cell['ms']:.2f} ({cell['share']:.0%}, {cell['gb_s']:.1f} GB/s)")
+        else:
+            shown.append(f"{cell['ms']:.1f} ({cell['gmac_s']:.0f})")
+        state = cell.get("state")
+    return shown
 
 
 def _ratios(unit: Unit, tokens: list[int]) -> list[str]:

@@ -60,7 +60,7 @@ def serve(load: Callable[[dict[str, Any], Dims], Program]) -> None:
         except ImportError as error:
             reply = {"error": f"missing: {error}"}
         except Exception as error:  # whatever a program raises becomes a cell of the table
-            reply = {"error": f"refused: {type(error).__name__}: {error}"}
+            reply = {"error": f"refused: {str(error) or type(error).__name__}"}
         answers.write(json.dumps(reply) + "\n")
 
 

@@ -79,8 +79,8 @@ PAIRINGS = {
     "Q8_0": _gguf("Q8_0"),
     "AMXINT8": Pairing("AMXINT8", 1.0, 5.0, ("Q8_0",), scale_per_row=True),
     "BF16": Pairing("BF16", 2.0, 4.0, ("BF16",)),
-    "RAWINT4": Pairing("RAWINT4", 0.5 + 2 / 32, 1.6875, ("INT4_G32", "INT4", "Q4_0")),
-    "FP8": Pairing("FP8", 1.0 + 4 / 128**2, 2.01, ("FP8_B128", "FP8_E4M3", "FP8", "Q8_0")),
+    "RAWINT4": Pairing("RAWINT4", 0.5 + 2 / 32, 1.6875, ("INT4_32_BF16", "INT4_32_F16", "Q4_0")),
+    "FP8": Pairing("FP8", 1.0 + 4 / 128**2, 2.01, ("FP8", "Q8_0")),
 }
 
 

@@ -38,6 +38,7 @@ _QUICK = {
     "model_turns": 1,
     "model_repeat": 2,
     "decode": 16,
+    "max_experts": 128,
     "budget": 540.0,
 }
 
@@ -64,6 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--numa-nodes", type=int, help="that kt-kernel divides experts over (default: all)")
     parser.add_argument("--memory", type=float, help="GB to use (default: 80%% of what is available)")
     parser.add_argument("--scratch", help="folder for GGUF files (default: the system's)")
+    parser.add_argument("--max-experts", type=int, default=1 << 16, help="hold no more experts of a layer than these")
     parser.add_argument("--turns", type=int, default=3, help="turns of every program with experts")
     parser.add_argument("--seconds", type=float, default=0.5, help="for a cell in a turn")
     parser.add_argument("--repetitions", type=int, default=2, help="at least so many in a turn")

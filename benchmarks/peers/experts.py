@@ -116,7 +116,8 @@ def compare_experts(
     """
     dims, pairing = MODELS[model], PAIRINGS[name]
     unit: dict[str, Any] = {"part": "experts", "model": model, "format": name, "programs": {}}
-    size = choose_size(dims, pairing, cache, memory, 1 + len(args.kt_threads or [0]))
+    programs = 1 + len(args.kt_threads or [0])
+    size = choose_size(dims, pairing, cache, memory, programs, args.max_experts)
     if budget.left() <= 0:
         return unit | {"state": "not run: out of time"}
     if size is None:

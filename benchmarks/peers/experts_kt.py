@@ -147,7 +147,8 @@ class KtKernel:
         num_experts = self._request["num_experts"]
         distinct = num_experts if self._backend == "RAWINT4" else 1
         for name, shape in parts.items():
-            made = [_NATIVE[self._backend](*shape) for _ in range(distinct)]
+            made = [_NATIVE[self._backend](*shape)]
+            made += [tuple(part.clone() for part in made[0]) for _ in range(distinct - 1)]
             sources.extend(made)
             weights, scales = zip(*made, strict=True)
             repeat = num_experts // distinct

@@ -93,15 +93,17 @@ class Size:
     note: str = ""
 
 
-def choose_size(dims: Dims, pairing: Pairing, cache_bytes: int, memory_bytes: int, programs: int) -> Size | None:
-    """The largest part of a model that fits once per program, in layers enough to outgrow the cache.
+def choose_size(
+    dims: Dims, pairing: Pairing, cache_bytes: int, memory_bytes: int, programs: int, most: int
+) -> Size | None:
+    """The largest part of a model (at most `most` experts) that fits once per program, in layers to outgrow the cache.
 
     Returns:
-        None where not even two experts per token fit.
+        None where not even twice the experts of one token fit.
     """
     held = 1.1 * programs * pairing.expert_bytes(dims)  # our format may be a little larger
     loading = dims.weights * pairing.loading
-    num_experts = min(dims.num_experts, int(memory_bytes // max(held, loading)))
+    num_experts = min(dims.num_experts, most, int(memory_bytes // max(held, loading)))
     if num_experts < 2 * dims.top_k:
         return None
     wanted = math.ceil(WORKING_SET * cache_bytes / (num_experts * pairing.expert_bytes(dims)))
@@ -110,7 +112,8 @@ def choose_size(dims: Dims, pairing: Pairing, cache_bytes: int, memory_bytes: in
     num_layers = max(1, min(wanted, fitting, MAX_LAYERS))
     notes = []
     if num_experts < dims.num_experts:
-        notes.append(f"{num_experts} of {dims.num_experts} experts (memory)")
+        why = "as asked" if num_experts == most else "memory"
+        notes.append(f"{num_experts} of {dims.num_experts} experts ({why})")
     if num_layers < wanted:
         times = num_layers * num_experts * pairing.expert_bytes(dims) / cache_bytes
         notes.append(f"weights only {times:.1f} times the last-level cache")

@@ -1,76 +1,152 @@
-"""Moesaic and llama.cpp side by side: decode and prefill of a whole model on the same GGUF, machine and threads, CPU.
+r"""Moesaic beside kt-kernel, llama.cpp and any llama-bench, in one run on this machine; README.md says how to read it.
 
-    python benchmarks/peers/compare.py --llama-python OTHER/bin/python --formats Q4_K Q2_K Q8_0 --layers 12
+    python benchmarks/peers/compare.py --out benchmarks/results/NAME \
+        --kt-python KT/bin/python --llama-python LLAMA/bin/python --llama-bench "ik -rtr=PATH -rtr 1"
 
-OTHER is an environment in which `llama-cpp-python` was built from its sdist for this processor. The file is written
-once per format into a temporary folder; the two programs then take turns, so that a drift of the machine's speed meets
-both. The rates are medians over the turns.
+Each program lives in an environment of its own. Results are stored after every unit as peers.json and peers.md; with
+--resume, units that are stored there and were run are not run again. A program that is missing, refuses or crashes
+becomes a cell that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
+import re
+import shlex
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
-from synthetic_gguf import write_synthetic_gguf
+from experts import compare_experts
+from machine import cache_bytes, describe, package_versions
+from process import Budget
+from report import markdown
+from workload import MODELS, PAIRINGS
 
-HERE = Path(__file__).resolve().parent
+from models import compare_models
+from moesaic.kernels import num_threads, set_num_threads
+from moesaic.placement.hardware import detect_hardware
 
-
-def run_json(command: list[str]) -> dict[str, float]:
-    """Run a program and parse the last line that it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    parsed: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return parsed
-
-
-def compare(file: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Medians over `args.turns` turns of both programs."""
-    options = ["--prompt", str(args.prompt), "--tokens", str(args.tokens), "--threads", str(args.threads)]
-    commands = {
-        "moesaic": [sys.executable, str(HERE / "run_moesaic.py"), str(file), *options],
-        "llama.cpp": [args.llama_python, str(HERE / "run_llama_cpp.py"), str(file), *options],
-    }
-    turns: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for _ in range(args.turns):
-        for name, command in commands.items():
-            turns[name].append(run_json(command))
-    return {
-        name: {what: statistics.median(turn[what] for turn in found) for what in ("decode", "prefill")}
-        for name, found in turns.items()
-    }
+_LAYERS = {"qwen3-30b-a3b": 12, "deepseek-v3": 3}
+_QUICK_LAYERS = {"qwen3-30b-a3b": 8, "deepseek-v3": 2}
+_MODEL_FORMATS = ["Q4_K", "Q2_K", "IQ1_S", "Q8_0", "BF16"]
+_QUICK = {
+    "turns": 2,
+    "seconds": 0.15,
+    "repetitions": 1,
+    "model_turns": 1,
+    "model_repeat": 2,
+    "decode": 16,
+    "max_experts": 128,
+    "budget": 540.0,
+}
 
 
-def main() -> None:
-    """Write the files, take turns, print a table and JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--llama-python", required=True)
-    parser.add_argument("--preset", default="qwen3-30b-a3b")
-    parser.add_argument("--formats", nargs="+", default=["Q4_K", "Q2_K", "Q8_0"])
-    parser.add_argument("--layers", type=int, default=12)
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Arguments; --quick only changes defaults."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of peers.json and peers.md")
+    parser.add_argument("--python", default=sys.executable, help="environment of Moesaic")
+    parser.add_argument("--kt-python", default="", help="environment of kt-kernel")
+    parser.add_argument("--llama-python", default="", help="environment of llama-cpp-python")
+    parser.add_argument("--llama-bench", action="append", default=[], metavar="[LABEL=]'PATH ARGUMENTS'")
+    parser.add_argument("--note", default="", help="what else to say of the machine or the builds")
+    parser.add_argument("--parts", nargs="+", choices=["experts", "models"], default=["experts", "models"])
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--formats", nargs="+", choices=list(PAIRINGS), default=list(PAIRINGS), help="of the experts")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 16, 128, 512])
+    parser.add_argument("--model-formats", nargs="+", default=_MODEL_FORMATS, help="of whole models")
+    parser.add_argument("--layers", type=int, help="of whole models (default: 12 of Qwen3, 3 of DeepSeek-V3)")
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
-    args = parser.parse_args()
-    results = {}
-    print(f"{'format':8} {'':10} {'decode tok/s':>14} {'prefill tok/s':>14}")
-    for weight_format in args.formats:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / f"{args.preset}-{weight_format}.gguf"
-            write_synthetic_gguf(file, args.preset, weight_format, args.layers)
-            results[weight_format] = compare(file, args)
-        for name, rates in results[weight_format].items():
-            print(f"{weight_format:8} {name:10} {rates['decode']:14.2f} {rates['prefill']:14.1f}", flush=True)
-    print(json.dumps({"arguments": vars(args), "results": results}))
+    parser.add_argument("--decode", type=int, default=32, help="tokens decoded after the prompt")
+    parser.add_argument("--threads", type=int, help="of every program (default: as many as Moesaic takes)")
+    parser.add_argument("--kt-threads", type=int, nargs="+", help="also try these for kt-kernel, a row each")
+    parser.add_argument("--numa-nodes", type=int, help="that kt-kernel divides experts over (default: all)")
+    parser.add_argument("--memory", type=float, help="GB to use (default: 80%% of what is available)")
+    parser.add_argument("--scratch", help="folder for GGUF files (default: the system's)")
+    parser.add_argument("--max-experts", type=int, default=1 << 16, help="hold no more experts of a layer than these")
+    parser.add_argument("--turns", type=int, default=3, help="turns of every program with experts")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for a cell in a turn")
+    parser.add_argument("--repetitions", type=int, default=2, help="at least so many in a turn")
+    parser.add_argument("--cell-seconds", type=float, default=120.0, help="a cell that takes longer is given up")
+    parser.add_argument("--model-turns", type=int, default=3)
+    parser.add_argument("--model-repeat", type=int, default=3, help="runs in a turn of a whole model")
+    parser.add_argument("--model-seconds", type=float, default=600.0, help="a turn that takes longer is given up")
+    parser.add_argument("--budget", type=float, help="seconds for everything; what does not fit is listed as not run")
+    parser.add_argument("--quick", action="store_true", help="few and short turns, fewer layers, nine minutes")
+    parser.add_argument("--resume", action="store_true", help="keep what the folder holds")
+    if "--quick" in argv:
+        parser.set_defaults(**_QUICK)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    """Run what is asked for and store it unit by unit."""
+    args = parse(argv)
+    budget = Budget(args.budget)
+    hardware, cache = detect_hardware(), cache_bytes()
+    if args.threads is not None:
+        set_num_threads(args.threads)
+    args.threads = num_threads()
+    args.numa_nodes = args.numa_nodes or max(1, len(hardware.numa_nodes))
+    memory = int(args.memory * 1e9 if args.memory else 0.8 * hardware.dram_available)
+    args.probe_bytes = min(4 * cache + (1 << 28), memory // 4)
+    layers = {model: args.layers or (_QUICK_LAYERS if args.quick else _LAYERS)[model] for model in MODELS}
+    args.out.mkdir(parents=True, exist_ok=True)
+    stored = _start(args, argv, cache)
+    finished = {_key(unit): unit for unit in stored["units"] if unit["state"] == "ok"}
+    stored["units"] = []
+    for part, model, name in _plan(args):
+        unit = finished.pop((part, model, name), None)
+        if unit is None and part == "experts":
+            unit = compare_experts(model, name, args, cache, memory, budget)
+        elif unit is None:
+            unit = compare_models(model, name, layers[model], args, memory, budget)
+        stored["units"].append(unit)
+        print(f"{part} {model} {name}: {unit['state']}", flush=True)
+        _store(args.out, {**stored, "units": [*stored["units"], *finished.values()]})
+    print(markdown({**stored, "units": [*stored["units"], *finished.values()]}))
+
+
+def _plan(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Units in the order in which they are worth having when time runs out."""
+    units = [("experts", model, name) for model in args.models for name in args.formats if "experts" in args.parts]
+    whole = [("models", model, name) for model in args.models for name in args.model_formats if "models" in args.parts]
+    order = {model: position for position, model in enumerate(args.models)}
+    return sorted([*units, *whole], key=lambda unit: order[unit[1]])
+
+
+def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, Any]:
+    """The stored document: a new one, or the one to go on with."""
+    file = args.out / "peers.json"
+    earlier = json.loads(file.read_text()) if args.resume and file.exists() else {"units": []}
+    machine = describe(args.threads, cache, args.note)
+    machine["versions"] = {
+        "moesaic": package_versions(args.python),
+        "kt-kernel": package_versions(args.kt_python),
+        "llama.cpp": package_versions(args.llama_python),
+    }
+    private = ("out", "python", "kt_python", "llama_python", "scratch")
+    arguments = {name: value for name, value in vars(args).items() if name not in private}
+    arguments["llama_bench"] = [_without_folders(given) for given in args.llama_bench]
+    command = " ".join(["compare.py", *(shlex.quote(_without_folders(word)) for word in argv)])
+    return {"machine": machine, "command": command, "arguments": arguments, "units": earlier["units"]}
+
+
+def _without_folders(text: str) -> str:
+    """Results are for others to read: where programs lie on this machine is not."""
+    return " ".join(re.sub(r"[^=]*/", "", word) for word in text.split(" "))
+
+
+def _key(unit: dict[str, Any]) -> tuple[str, str, str]:
+    return unit["part"], unit["model"], unit["format"]
+
+
+def _store(folder: Path, stored: dict[str, Any]) -> None:
+    (folder / "peers.json").write_text(json.dumps(stored, indent=1) + "\n")
+    (folder / "peers.md").write_text(markdown(stored))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

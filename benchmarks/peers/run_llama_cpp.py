@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import statistics
 import sys
 import time
@@ -68,7 +69,9 @@ def main() -> None:
         if run:
             prefill.append(args.prompt / (filled - started))
             decode.append(args.tokens / (ended - filled))
-    print(json.dumps({"prefill": statistics.median(prefill), "decode": statistics.median(decode), "runs": decode}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rates = {"prefill": statistics.median(prefill), "decode": statistics.median(decode)}
+    print(json.dumps({**rates, "runs": decode, "peak_bytes": peak}))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,61 @@ It knows no engine: any program that reads GGUF files can run what it writes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from random_blocks import random_blocks
+
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.loader import Prepared
 from moesaic.models.families import family_for
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
 from moesaic.quant import get_format
+from moesaic.quant.quantize import WRITABLE_FORMATS
 from moesaic.weights.gguf_writer import GgufWriter
+from moesaic.weights.synthetic import SyntheticCheckpoint
 
-__all__ = ["write_synthetic_gguf"]
+__all__ = ["Recipe", "recipe", "write_gguf"]
+
+_NUM_BLOCKS = 1 << 12
 
 
-def write_synthetic_gguf(path: Path, preset: str, weight_format: str, num_layers: int) -> None:
-    """Write the first `num_layers` MoE layers of `preset` with all matrices (but routers) in `weight_format`."""
-    prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, "auto")
+@dataclass(frozen=True)
+class Recipe:
+    """What a file will hold: bytes of all its weights and of those that one token reads."""
+
+    prepared: Prepared
+    num_layers: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.prepared.plan.nbytes
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that one token reads."""
+        return self.prepared.plan.bytes_per_token
+
+
+def recipe(preset: str, weight_format: str, num_layers: int) -> Recipe:
+    """The first `num_layers` MoE layers of `preset` with all matrices (but routers) in `weight_format`.
+
+    Raises:
+        MoesaicError: the format or the preset is unknown, or they do not go together.
+    """
+    chosen = get_format(weight_format)
+    prepared = prepare_synthetic(preset, chosen, num_layers, "auto")
+    if chosen not in WRITABLE_FORMATS:  # no quantiser: random bytes that stand for weights of a usual size
+        checkpoint = prepared.checkpoint
+        assert isinstance(checkpoint, SyntheticCheckpoint)
+        checkpoint._pools[chosen.name] = random_blocks(chosen.name, _NUM_BLOCKS)
+    return Recipe(prepared, num_layers)
+
+
+def write_gguf(path: Path, chosen: Recipe) -> None:
+    """Write the file."""
+    prepared = chosen.prepared
     outputs = gguf_tensors(prepared.model, prepared.weight_map)
     config = prepared.config
     with GgufWriter(path, family_for(config.model_type).architecture) as writer:

@@ -93,32 +93,5 @@ bench: dev
 	$(VENV)/bin/moesaic bench decode --synthetic qwen3-30b-a3b --format Q4_K --layers 4
 	$(VENV)/bin/moesaic bench prefill --synthetic qwen3-30b-a3b --format Q4_K --layers 4
 
-eval-# Programs without Python: $(call build_programs,folder,options).
-define build_programs
-	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DMOESAIC_PYTHON=OFF $(2) >/dev/null
-	@$(VENV)/bin/cmake --build $(1) --target kernel_check thread_pool_check
-endef
-
-sanitize: sanitize-address sanitize-thread
-
-sanitize-address: $(VENV)/.moesaic-dev
-	$(call build_programs,$(BUILD)-address,-DMOESAIC_SANITIZE=address,undefined -DMOESAIC_ONLY_ISAS="$(SANITIZE_ISAS)")
-	$(BUILD)-address/kernel_check
-	$(BUILD)-address/thread_pool_check
-
-# The thread sanitizer cannot place its memory where addresses are randomised widely; it allows threads after a fork
-# only if told to.
-sanitize-thread: $(VENV)/.moesaic-dev
-	$(call build_programs,$(BUILD)-thread,-DMOESAIC_SANITIZE=thread -DMOESAIC_ONLY_ISAS=generic)
-	$(FIXED_ADDRESSES) $(BUILD)-thread/kernel_check threads=4 linear heads experts attention threads
-	TSAN_OPTIONS=die_after_fork=0 $(FIXED_ADDRESSES) $(BUILD)-thread/thread_pool_check
-FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
-
-aarch64-check: $(VENV)/.moesaic-dev
-	@command -v qemu-aarch64 >/dev/null || { echo "needs qemu-aarch64 (Debian: qemu-user)" >&2; exit 1; }
-	$(call build_programs,$(BUILD)-aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake)
-	qemu-aarch64 $(BUILD)-aarch64/kernel_check
-	qemu-aarch64 $(BUILD)-aarch64/thread_pool_check no-fork
-
-demo: dev
+eval-demo: dev
 	$(PYTHON) -m demo.evaluate --model $(MODEL)

@@ -120,7 +120,7 @@ def _plan(args: argparse.Namespace) -> list[tuple[str, str, str]]:
 def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, Any]:
     """The stored document: a new one, or the one to go on with."""
     file = args.out / "peers.json"
-    earlier = json.loads(file.read_text()) if args.resume and file.exists() else {"units": []}
+    earlier = json.loads(file.read_text()) if args.resume and file.exists() else {"units": [], "commands": []}
     machine = describe(args.threads, cache, args.note)
     machine["versions"] = {
         "moesaic": package_versions(args.python),
@@ -131,7 +131,12 @@ def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, A
     arguments = {name: value for name, value in vars(args).items() if name not in private}
     arguments["llama_bench"] = [_without_folders(given) for given in args.llama_bench]
     command = " ".join(["compare.py", *(shlex.quote(_without_folders(word)) for word in argv)])
-    return {"machine": machine, "command": command, "arguments": arguments, "units": earlier["units"]}
+    return {
+        "machine": machine,
+        "commands": [*earlier["commands"], command],
+        "arguments": arguments,
+        "units": earlier["units"],
+    }
 
 
 def _without_folders(text: str) -> str:

@@ -87,7 +87,9 @@ def _programs(file: Path, args: argparse.Namespace) -> dict[str, Callable[[float
         "llama.cpp": script(args.llama_python, "run_llama_cpp.py"),
     }
     for given in args.llama_bench:
-        label, _, call = given.rpartition("=") if "=" in given.split()[0] else ("", "", given)
+        label, equals, call = given.partition("=")
+        if not equals or "/" in label:  # a path comes first, so there is no label
+            label, call = "", given
         words = shlex.split(call)
         programs[label or " ".join([Path(words[0]).name, *words[1:]])] = _bench_turn(words, file, args)
     return programs

@@ -7,13 +7,14 @@ from typing import Any
 __all__ = ["markdown"]
 
 _FEW_TOKENS = 16  # up to here weights are what is waited for, above it is arithmetic
+_NOT_RUN = {"state": "not run"}  # cells that an earlier command did not ask for
 Unit = dict[str, Any]
 
 
 def markdown(stored: dict[str, Any]) -> str:
     """All of it as one document."""
     lines = ["# Side by side with other programs", "", *_machine(stored["machine"]), ""]
-    lines += ["Command: `" + stored["command"] + "`", ""]
+    lines += [*(f"Command: `{command}`\n" for command in stored["commands"])]
     for title, part, table in (
         ("Routed experts of one layer", "experts", _expert_table),
         ("Whole models on the CPU", "models", _model_table),
@@ -71,7 +72,7 @@ def _expert_cells(cells: dict[str, Any], tokens: list[int]) -> list[str]:
     shown: list[str] = []
     state = None
     for count in tokens:
-        cell = cells[str(count)]
+        cell = cells.get(str(count), _NOT_RUN)
         if "state" in cell:
             shown.append("as left" if cell["state"] == state else str(cell["state"]))
         elif count <= _FEW_TOKENS:
@@ -86,7 +87,7 @@ def _ratios(unit: Unit, tokens: list[int]) -> list[str]:
     """How many times as fast as the fastest kt-kernel ours is."""
     shown = []
     for count in tokens:
-        cells = {label: row["cells"][str(count)] for label, row in unit["programs"].items()}
+        cells = {label: row["cells"].get(str(count), _NOT_RUN) for label, row in unit["programs"].items()}
         theirs = [cell["ms"] for label, cell in cells.items() if label != "moesaic" and "ms" in cell]
         ours = cells["moesaic"].get("ms")
         shown.append(f"**{min(theirs) / ours:.2f}**" if theirs and ours else "")

@@ -99,8 +99,7 @@ void set_numa_nodes(int count) {
     pretended_nodes.store(count, std::memory_order_relaxed);
 }
 
-void place_memory(void* address, std::size_t num_bytes, int index) {
-    const auto nodes = numa_nodes();
+void place_memory(void* address, std::size_t num_bytes, int index, const std::vector<NumaNode>& nodes) {
     if (index < -1 || index >= static_cast<int>(nodes.size())) {
         throw std::out_of_range("NUMA node " + std::to_string(index) + " of " + std::to_string(nodes.size()));
     }

@@ -23,10 +23,10 @@ std::vector<NumaNode> numa_nodes();
 // nodes of the system. Holds for numa_nodes() from then on. Throws std::invalid_argument unless 0 <= count <= 64.
 void set_numa_nodes(int count);
 
-// Let untouched memory (aligned to pages) lie on node number `index` of numa_nodes(), or spread over all of them if
-// index is -1. Without effect on pretended nodes. Where the system forbids memory policies (containers often do), a
-// thread on the node touches the memory, which has it put there. Throws std::out_of_range for a node that is not there.
-void place_memory(void* address, std::size_t num_bytes, int index);
+// Let untouched memory (aligned to pages) lie on node number `index` of `nodes`, or spread over all of them if index is
+// -1. Without effect on pretended nodes. Where the system forbids memory policies (containers often do), a thread on
+// the node touches the memory, which has it put there. Throws std::out_of_range for a node that is not there.
+void place_memory(void* address, std::size_t num_bytes, int index, const std::vector<NumaNode>& nodes = numa_nodes());
 
 // Confine the calling thread to these CPUs; false if the system refuses.
 bool confine_thread(const std::vector<int>& cpus);

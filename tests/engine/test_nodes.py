@@ -28,14 +28,17 @@ def _num_slices(model: torch.nn.Module) -> set[int]:
 @pytest.mark.parametrize("num_nodes", [2, 3])
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_a_model_on_several_nodes(family: str, num_nodes: int) -> None:
+    stock, whole = checkpoint_of(family)[0], load_tiny(family)
     kernels.set_num_nodes(num_nodes)
-    ours, stock = load_tiny(family), checkpoint_of(family)[0]
-    assert _num_slices(ours) == {num_nodes}
+    ours = load_tiny(family)
+    assert (_num_slices(whole), _num_slices(ours)) == ({1}, {num_nodes})
     ids = tiny_inputs(batch=2, length=12)
     with torch.no_grad():
         assert relative_error(ours(ids).logits, stock(ids).logits) < 1e-4
     arguments = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(ours.generate(ids, **arguments), stock.generate(ids, **arguments))
+    tokens = ours.generate(ids, **arguments)
+    assert tokens.shape == (2, 20)
+    assert torch.equal(tokens, whole.generate(ids, **arguments))
 
 
 def test_requantised_experts_on_several_nodes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 // A program that exits with 0 if the thread pool keeps its promises; run by test_native.py and by make sanitize. With
 // the argument no-fork it leaves out what qemu-user cannot do: threads in a forked child.
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -168,6 +170,44 @@ void threads_are_divided_over_nodes() {
     moesaic::set_numa_nodes(0);
 }
 
+// What the system says of the mapping that begins at an address: its memory policy, then details.
+std::string policy_of(const void* address) {
+    std::ifstream maps("/proc/self/numa_maps");
+    char start[32];
+    std::snprintf(start, sizeof(start), "%lx ", reinterpret_cast<unsigned long>(address));
+    for (std::string line; std::getline(maps, line);) {
+        if (line.starts_with(start)) return line.substr(std::string(start).size());
+    }
+    return "";
+}
+
+void memory_lies_where_it_is_put() {
+    constexpr std::size_t kBytes = 8 << 20;
+    const std::vector<NumaNode> real = {{0, moesaic::usable_cores()}, {0, moesaic::usable_cores()}};
+    const std::vector<NumaNode> pretended = {{-1, {{0}}}, {-1, {{0}}}};
+    const auto placed = [&](int index, const std::vector<NumaNode>& nodes) {
+        void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        moesaic::place_memory(memory, kBytes, index, nodes);
+        std::memset(memory, 1, kBytes);
+        const std::string policy = policy_of(memory);
+        munmap(memory, kBytes);
+        return policy;
+    };
+    const std::string bound = placed(1, real);
+    if (bound.empty()) return;  // a kernel without nodes, or an emulator that has its own addresses
+    require(bound.starts_with("bind:0") || bound.starts_with("default"), "bound, or touched where that is forbidden");
+    const std::string spread = placed(-1, real);
+    require(spread.starts_with("interleave:0") || spread.starts_with("default"), "spread over the nodes");
+    require(placed(1, pretended).find("bind") == std::string::npos, "pretended nodes bind nothing");
+    bool refused = false;
+    try {
+        moesaic::place_memory(nullptr, 0, 2, real);
+    } catch (const std::out_of_range&) {
+        refused = true;
+    }
+    require(refused, "a node that is not there is refused");
+}
+
 // A pool of the process keeps its settings apart from those of the next one.
 void settings_hold_from_the_next_call_on() {
     moesaic::ThreadPool& before = moesaic::thread_pool();
@@ -198,6 +238,7 @@ int main(int argc, char** argv) {
     }
     threads_are_confined_to_cores();
     threads_are_divided_over_nodes();
+    memory_lies_where_it_is_put();
     settings_hold_from_the_next_call_on();
     if (argc < 2 || std::strcmp(argv[1], "no-fork") != 0) survives_fork();
     return 0;

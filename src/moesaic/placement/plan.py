@@ -137,8 +137,8 @@ class Plan:
                 raise PlanDoesNotFitError(
                     f"{self.model_class} does not fit on NUMA node {node.node}: its share of the weights is "
                     f"{_gib(share)}, but it has {_gib(max(0, room))} of DRAM for them: {_gib(share - room)} too "
-                    "little. Set MOESAIC_NUMA_NODES=1 to leave the division over nodes to the system (slower), or use a "
-                    "smaller format."
+                    "little. Set MOESAIC_NUMA_NODES=1 to leave the division over nodes to the system (slower), or use "
+                    "a smaller format."
                 )
 
     def table(self) -> str:

@@ -60,7 +60,7 @@ test: dev
 # Programs without Python: $(call build_programs,folder,options).
 define build_programs
 	@$(VENV)/bin/cmake -S . -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -DMOESAIC_PYTHON=OFF $(2) >/dev/null
-	@$(VENV)/bin/cmake --build $(1) --target kernel_check thread_pool_check
+	@$(VENV)/bin/cmake --build $(1) --target kernel_check thread_pool_check work_queue_check
 endef
 
 sanitize: sanitize-address sanitize-thread
@@ -69,6 +69,7 @@ sanitize-address: $(VENV)/.moesaic-dev
 	$(call build_programs,$(BUILD)-address,-DMOESAIC_SANITIZE=address,undefined -DMOESAIC_ONLY_ISAS="$(SANITIZE_ISAS)")
 	$(BUILD)-address/kernel_check
 	$(BUILD)-address/thread_pool_check
+	$(BUILD)-address/work_queue_check
 
 # The thread sanitizer cannot place its memory where addresses are randomised widely; it allows threads after a fork
 # only if told to.
@@ -76,6 +77,7 @@ sanitize-thread: $(VENV)/.moesaic-dev
 	$(call build_programs,$(BUILD)-thread,-DMOESAIC_SANITIZE=thread -DMOESAIC_ONLY_ISAS=generic)
 	$(FIXED_ADDRESSES) $(BUILD)-thread/kernel_check threads=4 linear heads experts attention threads
 	TSAN_OPTIONS=die_after_fork=0 $(FIXED_ADDRESSES) $(BUILD)-thread/thread_pool_check
+	$(FIXED_ADDRESSES) $(BUILD)-thread/work_queue_check
 FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 aarch64-check: $(VENV)/.moesaic-dev
@@ -83,6 +85,7 @@ aarch64-check: $(VENV)/.moesaic-dev
 	$(call build_programs,$(BUILD)-aarch64,-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake)
 	qemu-aarch64 $(BUILD)-aarch64/kernel_check
 	qemu-aarch64 $(BUILD)-aarch64/thread_pool_check no-fork
+	qemu-aarch64 $(BUILD)-aarch64/work_queue_check
 
 demo: dev
 	$(VENV)/bin/moesaic run $(MODEL)

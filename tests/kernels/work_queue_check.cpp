@@ -1,5 +1,5 @@
 // A program that exits with 0 if work is divided as it should be: every item once, and no thread with much more than
-// the others, counted in rows rather than timed; run by test_native.py.
+// the others, counted in rows rather than timed; run by test_native.py and make sanitize.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>

@@ -15,7 +15,7 @@ import time
 import torch
 
 from moesaic import AutoModelForCausalLM
-from moesaic.kvcache import GrowingCache
+from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
 
 
 def main() -> None:
@@ -36,10 +36,10 @@ def main() -> None:
         ids = torch.randint(args.vocab, (1, args.prompt + args.tokens))
         with torch.inference_mode():
             started = time.perf_counter()
-            model(ids[:, : args.prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(ids[:, : args.prompt], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
             filled = time.perf_counter()
             for step in range(args.prompt, args.prompt + args.tokens):
-                model(ids[:, step : step + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+                model(ids[:, step : step + 1], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
             ended = time.perf_counter()
         if run:
             prefill.append(args.prompt / (filled - started))

@@ -159,7 +159,7 @@ class Bf16Panels {
     }
     __attribute__((always_inline)) void expand(int step) {
         constexpr int kGroups = F::kBlock / 32;
-        if (step >= num_steps_) return;
+        if (step >= kChunkSteps || step >= num_steps_) return;
         for (int p = 0; p < num_panels_; ++p) {
             const uint8_t* tile = tile_ + p * panel_bytes_ + step / kGroups * (16 * F::kBlockBytes);
             if (step % kGroups == 0) scales_[p] = F::load_scales(tile);

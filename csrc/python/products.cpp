@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/linear.h"
+#include "kernels/matmul.h"
 #include "moe.h"
 #include "python/bindings.h"
 
@@ -39,6 +40,15 @@ LinearJob make_job(int format, Int rows, Int cols, Address weights, Int first_ro
 }
 
 void bind_linear(nb::module_& m) {
+    m.def(
+        "bf16_from",
+        [](int format) {
+            const MatmulKernels& kernels = matmul_table().formats[format_info(format).index];
+            return kernels.matmul_bf16 == nullptr ? Int{0} : kernels.bf16_from;
+        },
+        "format"_a,
+        "From how many tokens on products with this format are computed in bfloat16 by tiles; 0: never, on the active "
+        "instruction set.");
     m.def(
         "linear",
         [](int format, Int rows, Int cols, Address weights_ptr, Int first_row, Int num_rows, Address bias_ptr,

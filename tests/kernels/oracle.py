@@ -8,6 +8,7 @@ import torch
 from gguf import quants
 from tests.quant.own_formats import own_values, random_own_blocks
 
+from moesaic import _native
 from moesaic.kernels import PackedTensor
 from moesaic.quant import FORMATS, WeightFormat
 
@@ -76,8 +77,21 @@ def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.reshape(x.shape), np.broadcast_to(scale / 2, groups.shape).reshape(x.shape)
 
 
-def seen_by(fmt_name: str, x: np.ndarray) -> np.ndarray:
-    """The activations that a format's kernel multiplies, as float64."""
+def multiplies_bfloat16(fmt_name: str, cols: int, num_tokens: int) -> bool:
+    """Whether the active instruction set rounds activations, and perhaps weights, of such a product to bfloat16."""
+    bf16_from = _native.bf16_from(FORMATS[fmt_name].ggml_type)
+    return 0 < bf16_from <= num_tokens and cols % 32 == 0 and fmt_name != "BF16"
+
+
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Rounded to nearest even, as float64."""
+    return torch.from_numpy(np.ascontiguousarray(x, np.float32)).bfloat16().double().numpy()
+
+
+def seen_by(fmt_name: str, x: np.ndarray, num_tokens: int = 1) -> np.ndarray:
+    """The activations that a format's kernel multiplies if there are so many tokens, as float64."""
+    if multiplies_bfloat16(fmt_name, x.shape[-1], num_tokens):
+        return to_bfloat16(x)
     return rounded(x)[0] if FORMATS[fmt_name].rounds_activations else x.astype(np.float64)
 
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moesaic.errors import UnsupportedModelError
-from moesaic.kvcache import GrowingCache
+from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache, given_cache
 from moesaic.modules import (
     ATTENTION_NAME,
     FAMILIES,
@@ -57,7 +57,7 @@ class _MoesaicCausalLM:
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.GenerationMixin.generate`; the cache is a `GrowingCache` unless another one is asked for."""
         if _uses_default_cache(self, kwargs):
-            kwargs["past_key_values"] = GrowingCache(self.config)  # type: ignore[attr-defined]
+            kwargs[CACHE_ARGUMENT] = GrowingCache(self.config)  # type: ignore[attr-defined]
         with _one_torch_thread() if self._all_layers_fused else contextlib.nullcontext():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -78,7 +78,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 def _uses_default_cache(model: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call of `generate()` leaves the cache to the library."""
-    if kwargs.get("past_key_values") is not None or kwargs.get("assistant_model") is not None:
+    if given_cache(kwargs) is not None or kwargs.get("assistant_model") is not None:
         return False
     if not model._supports_default_dynamic_cache():
         return False

@@ -18,7 +18,7 @@ from transformers.generation import BaseStreamer, StoppingCriteria, StoppingCrit
 
 from moesaic.engine.answer import Answer, Sampling
 from moesaic.errors import GenerationError
-from moesaic.kvcache import GrowingCache
+from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
 
 __all__ = ["Session"]
 
@@ -94,7 +94,7 @@ class Session:
             self.model.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
-                past_key_values=cache,
+                **{CACHE_ARGUMENT: cache},
                 generation_config=config,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([_Stop(should_stop)]),
@@ -123,7 +123,7 @@ class Session:
         pieces = torch.split(new_ids, _PREFILL_CHUNK, dim=1)
         with torch.no_grad():
             for piece in pieces[:-1]:
-                self.model.get_decoder()(input_ids=piece, past_key_values=cache, use_cache=True)
+                self.model.get_decoder()(input_ids=piece, use_cache=True, **{CACHE_ARGUMENT: cache})
 
     def _room(self, prompt_tokens: int) -> int | None:
         if prompt_tokens == 0:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moesaic.kernels.blocks import FeedForwardBlock
+from moesaic.kvcache import given_cache
 from moesaic.modules.families import Family, StockModule
 from moesaic.modules.feed_forward import feed_forward_block
 from moesaic.modules.gqa import GqaAttention
@@ -97,7 +98,6 @@ class DecoderLayerForward:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
         use_cache: bool | None = False,
         position_embeddings: Any | None = None,
         **kwargs: Any,
@@ -108,13 +108,12 @@ class DecoderLayerForward:
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
             return stock
-        attended = self.attention(hidden_states, position_embeddings, attention_mask, past_key_values)
+        attended = self.attention(hidden_states, position_embeddings, attention_mask, given_cache(kwargs))
         return self.feed_forward(attended)
 
     def _observed(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 from moesaic.kernels import PackedTensor, linear, linear_heads, linear_multi, linear_transposed_heads, ops
 from moesaic.kernels.blocks import HeadLinears, LatentAttentionBlock, Linear, Norm
 from moesaic.kernels.ops import rms_norm
-from moesaic.kvcache import GrowingCache, GrowingLayer
+from moesaic.kvcache import GrowingCache, GrowingLayer, given_cache
 from moesaic.modules.families import RopeLayout, StockModule
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
@@ -96,13 +96,12 @@ class MlaAttention:
         hidden_states: torch.Tensor,
         position_embeddings: Any,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """The interface of attention modules in transformers; there are no attention weights to return."""
         batch, _, width = hidden_states.shape
         flat = hidden_states.reshape(-1, width)
-        out = self.attend(flat, batch, position_embeddings, attention_mask, past_key_values)
+        out = self.attend(flat, batch, position_embeddings, attention_mask, given_cache(kwargs))
         return out.view(batch, -1, out.shape[-1]), None
 
     def __call__(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:

@@ -19,9 +19,17 @@
 #include "formats/f32.h"
 #include "formats/fp8.h"
 #include "formats/int4.h"
+#include "formats/iq1_m.h"
+#include "formats/iq1_s.h"
+#include "formats/iq2_s.h"
+#include "formats/iq2_xs.h"
+#include "formats/iq2_xxs.h"
+#include "formats/iq3_s.h"
+#include "formats/iq3_xxs.h"
 #include "formats/iq4_nl.h"
 #include "formats/iq4_xs.h"
 #include "formats/mxfp4.h"
+#include "formats/nvfp4.h"
 #include "formats/q2_k.h"
 #include "formats/q3_k.h"
 #include "formats/q4_0.h"
@@ -32,6 +40,8 @@
 #include "formats/q5_k.h"
 #include "formats/q6_k.h"
 #include "formats/q8_0.h"
+#include "formats/tq1_0.h"
+#include "formats/tq2_0.h"
 
 // Families are units of compilation (kernels/matmul_<family>.isa.cpp).
 // clang-format off: one row a line
@@ -48,15 +58,25 @@
     X(Q5_1)                                \
     X(Q8_0)                                \
     X(IQ4_NL)                              \
-    X(MXFP4)
+    X(MXFP4)                               \
+    X(NVFP4)
 #define MOESAIC_FOR_EACH_K_QUANT_FORMAT(X) \
     X(Q2_K)                                \
     X(Q3_K)                                \
     X(Q4_K)                                \
     X(Q5_K)                                \
     X(Q6_K)                                \
-    X(IQ4_XS)
-#define MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X)
+    X(IQ4_XS)                              \
+    X(TQ1_0)                               \
+    X(TQ2_0)
+#define MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X) \
+    X(IQ1_S)                                \
+    X(IQ1_M)                                \
+    X(IQ2_XXS)                              \
+    X(IQ2_XS)                               \
+    X(IQ2_S)                                \
+    X(IQ3_XXS)                              \
+    X(IQ3_S)
 #define MOESAIC_FOR_EACH_GROUPED_FORMAT(X) \
     X(INT4_32_F16)                         \
     X(INT4_64_F16)                         \

@@ -1,8 +1,11 @@
-// AVX2, FMA and F16C, and AVX-VNNI where the compiler may use it: the vocabulary in pairs of 256-bit registers. See generic.h for what each word means.
+// AVX2, FMA and F16C, and AVX-VNNI where the compiler may use it: the vocabulary in pairs of 256-bit registers. See
+// generic.h for what each word means.
 #pragma once
 
 #include <immintrin.h>
 #include <stdint.h>
+
+#include "isa/codebook.h"
 
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
 // Before a loop whose constant trip count is best written out.
@@ -177,6 +180,40 @@ MOESAIC_INLINE vb or_b(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_o
 MOESAIC_INLINE vb xor_b(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 MOESAIC_INLINE vb shr_16(vb x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 MOESAIC_INLINE vb shl_16(vb x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
+MOESAIC_INLINE vb set1_lane(uint32_t x) {
+    return {_mm256_set1_epi32(static_cast<int>(x)), _mm256_set1_epi32(static_cast<int>(x))};
+}
+MOESAIC_INLINE vi as_int(vb x) { return {x.a, x.b}; }
+template <int i>
+MOESAIC_INLINE vb repeat_byte(vb x) {
+    constexpr int k = i * 0x01010101;
+    const __m256i control =
+        _mm256_broadcastsi128_si256(_mm_setr_epi32(k, k + 0x04040404, k + 0x08080808, k + 0x0c0c0c0c));
+    return {_mm256_shuffle_epi8(x.a, control), _mm256_shuffle_epi8(x.b, control)};
+}
+MOESAIC_INLINE vb spread_u8(const uint8_t* p) {
+    const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i first =
+        _mm256_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303, 0x04040404, 0x05050505, 0x06060606, 0x07070707);
+    const __m256i second = _mm256_or_si256(first, _mm256_set1_epi8(8));
+    return {_mm256_shuffle_epi8(x, first), _mm256_shuffle_epi8(x, second)};
+}
+MOESAIC_INLINE __m256i spread_eight_u16(const uint8_t* p) {
+    const __m256i x = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_shuffle_epi8(x, _mm256_setr_epi32(0x01000100, 0x03020302, 0x05040504, 0x07060706, 0x09080908,
+                                                    0x0b0a0b0a, 0x0d0c0d0c, 0x0f0e0f0e));
+}
+MOESAIC_INLINE vb spread_u16(const uint8_t* p) { return {spread_eight_u16(p), spread_eight_u16(p + 16)}; }
+MOESAIC_INLINE vb shr_32(vb x, int n) { return {_mm256_srli_epi32(x.a, n), _mm256_srli_epi32(x.b, n)}; }
+MOESAIC_INLINE vb shl_32(vb x, int n) { return {_mm256_slli_epi32(x.a, n), _mm256_slli_epi32(x.b, n)}; }
+MOESAIC_INLINE vb mul_16(vb x, uint16_t n) {
+    const __m256i y = _mm256_set1_epi16(static_cast<int16_t>(n));
+    return {_mm256_mullo_epi16(x.a, y), _mm256_mullo_epi16(x.b, y)};
+}
+MOESAIC_INLINE vb mul_high_16(vb x, uint16_t n) {
+    const __m256i y = _mm256_set1_epi16(static_cast<int16_t>(n));
+    return {_mm256_mulhi_epu16(x.a, y), _mm256_mulhi_epu16(x.b, y)};
+}
 MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
@@ -194,6 +231,61 @@ MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
     w[1] = widen_e4m3(x.a);
     w[2] = widen_e4m3(_mm256_slli_epi16(x.b, 8));
     w[3] = widen_e4m3(x.b);
+}
+template <int first>
+MOESAIC_INLINE __m256i mirror_half(__m256i x, __m256i signs) {
+    const __m256i bits = _mm256_set1_epi32(static_cast<int>(0x08040201u << first));
+    const __m256i mirrored = _mm256_sub_epi8(_mm256_set1_epi8(-128), x);
+    return _mm256_blendv_epi8(x, mirrored, _mm256_cmpeq_epi8(_mm256_and_si256(signs, bits), bits));
+}
+template <int first>
+MOESAIC_INLINE vb mirror(vb x, vb signs) {
+    return {mirror_half<first>(x.a, signs.a), mirror_half<first>(x.b, signs.b)};
+}
+// The entries of rows 0, 1, 4, 5 of those at `indices`: an order that makes rows of quads of two of these.
+template <int shift>
+MOESAIC_INLINE __m256 two_and_two_entries(const uint64_t* table, const uint32_t* indices) {
+    const auto entry = [&](int i) { return table + (indices[i] >> shift & 0xffffu); };
+    const auto pair = [&](int i) {
+        const __m128i first = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(entry(i)));
+        return _mm_loadh_pi(_mm_castsi128_ps(first), reinterpret_cast<const __m64*>(entry(i + 1)));
+    };
+    return _mm256_set_m128(pair(4), pair(0));
+}
+template <int shift>
+MOESAIC_INLINE void eight_entries_of_8(const uint64_t* table, const uint32_t* indices, __m256i& low, __m256i& high) {
+    const __m256 a = two_and_two_entries<shift>(table, indices);
+    const __m256 b = two_and_two_entries<shift>(table, indices + 2);
+    low = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88));
+    high = _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd));
+}
+template <int N>
+MOESAIC_INLINE void lookup8(const Codebook8<N>& book, vb index, vb (&quads)[4]) {
+    alignas(32) uint32_t indices[16];
+    store_b(indices, index);
+    __asm__("" : "+m"(indices));  // else the compiler takes them out of the registers, by shuffles
+    eight_entries_of_8<0>(book.bytes, indices, quads[0].a, quads[1].a);
+    eight_entries_of_8<0>(book.bytes, indices + 8, quads[0].b, quads[1].b);
+    eight_entries_of_8<16>(book.bytes, indices, quads[2].a, quads[3].a);
+    eight_entries_of_8<16>(book.bytes, indices + 8, quads[2].b, quads[3].b);
+}
+template <int shift>
+MOESAIC_INLINE __m128i four_entries_of_4(const uint32_t* table, const uint32_t* indices) {
+    const auto entry = [&](int i) { return static_cast<int>(table[indices[i] >> shift & 0xffffu]); };
+    return _mm_insert_epi32(_mm_insert_epi32(_mm_insert_epi32(_mm_cvtsi32_si128(entry(0)), entry(1), 1), entry(2), 2),
+                            entry(3), 3);
+}
+template <int shift>
+MOESAIC_INLINE __m256i eight_entries_of_4(const uint32_t* table, const uint32_t* indices) {
+    return _mm256_set_m128i(four_entries_of_4<shift>(table, indices + 4), four_entries_of_4<shift>(table, indices));
+}
+template <int N>
+MOESAIC_INLINE void lookup4(const Codebook4<N>& book, vb index, vb (&quads)[2]) {
+    alignas(32) uint32_t indices[16];
+    store_b(indices, index);
+    __asm__("" : "+m"(indices));
+    quads[0] = {eight_entries_of_4<0>(book.bytes, indices), eight_entries_of_4<0>(book.bytes, indices + 8)};
+    quads[1] = {eight_entries_of_4<16>(book.bytes, indices), eight_entries_of_4<16>(book.bytes, indices + 8)};
 }
 
 template <bool kFullRange>

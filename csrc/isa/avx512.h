@@ -4,6 +4,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "isa/codebook.h"
+
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
 // Before a loop whose constant trip count is best written out.
 #define MOESAIC_UNROLL _Pragma("GCC unroll 8")
@@ -114,6 +116,34 @@ MOESAIC_INLINE vb or_b(vb a, vb b) { return {_mm512_or_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {_mm512_xor_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb shr_16(vb a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
 MOESAIC_INLINE vb shl_16(vb a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vb set1_lane(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+MOESAIC_INLINE vi as_int(vb a) { return {a.v}; }
+template <int i>
+MOESAIC_INLINE vb repeat_byte(vb a) {
+    constexpr int k = i * 0x01010101;
+    const __m512i control = _mm512_set4_epi32(k + 0x0c0c0c0c, k + 0x08080808, k + 0x04040404, k);
+    return {_mm512_shuffle_epi8(a.v, control)};
+}
+MOESAIC_INLINE vb spread_u8(const uint8_t* p) {
+    const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i four = _mm512_set4_epi32(0x03030303, 0x02020202, 0x01010101, 0);
+    const __m512i part =
+        _mm512_setr_epi32(0, 0, 0, 0, 0x04040404, 0x04040404, 0x04040404, 0x04040404, 0x08080808, 0x08080808,
+                          0x08080808, 0x08080808, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c);
+    return {_mm512_shuffle_epi8(x, _mm512_or_si512(part, four))};
+}
+MOESAIC_INLINE vb spread_u16(const uint8_t* p) {
+    const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_or_si512(x, _mm512_slli_epi32(x, 16))};
+}
+MOESAIC_INLINE vb shr_32(vb a, int n) { return {_mm512_srli_epi32(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vb shl_32(vb a, int n) { return {_mm512_slli_epi32(a.v, static_cast<unsigned>(n))}; }
+MOESAIC_INLINE vb mul_16(vb a, uint16_t n) {
+    return {_mm512_mullo_epi16(a.v, _mm512_set1_epi16(static_cast<int16_t>(n)))};
+}
+MOESAIC_INLINE vb mul_high_16(vb a, uint16_t n) {
+    return {_mm512_mulhi_epu16(a.v, _mm512_set1_epi16(static_cast<int16_t>(n)))};
+}
 MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
@@ -130,6 +160,83 @@ MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
     const __m512i x = _mm512_loadu_si512(p);
     widen_e4m3(_mm512_slli_epi16(x, 8), w[0], w[2]);
     widen_e4m3(x, w[1], w[3]);
+}
+template <int first>
+MOESAIC_INLINE vb mirror(vb a, vb signs) {
+    const __m512i bits = _mm512_set1_epi32(static_cast<int>(0x08040201u << first));
+    return {_mm512_mask_sub_epi8(a.v, _mm512_test_epi8_mask(signs.v, bits), _mm512_set1_epi8(-128), a.v)};
+}
+// 32 lookups in a table of N half-words, all of it read: the fastest way up to 512.
+template <int N>
+MOESAIC_INLINE __m512i lookup_codes(const uint16_t* table, __m512i index) {
+    if constexpr (N == 64) {
+        return _mm512_permutex2var_epi16(_mm512_loadu_si512(table), index, _mm512_loadu_si512(table + 32));
+    } else {
+        const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(N / 2));
+        return _mm512_mask_blend_epi16(upper, lookup_codes<N / 2>(table, index),
+                                       lookup_codes<N / 2>(table + N / 2, index));
+    }
+}
+// Entries by loads, for the low and the high index of each row: four rows at a time, then sixteen.
+MOESAIC_INLINE void four_entries(const uint64_t* table, const uint32_t* indices, __m256i& low, __m256i& high) {
+    const auto entry = [&](uint32_t i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + i)); };
+    low = _mm256_broadcastq_epi64(entry(indices[0] & 0xffffu));
+    high = _mm256_broadcastq_epi64(entry(indices[0] >> 16));
+    low = _mm256_mask_broadcastq_epi64(low, 2, entry(indices[1] & 0xffffu));
+    high = _mm256_mask_broadcastq_epi64(high, 2, entry(indices[1] >> 16));
+    low = _mm256_mask_broadcastq_epi64(low, 4, entry(indices[2] & 0xffffu));
+    high = _mm256_mask_broadcastq_epi64(high, 4, entry(indices[2] >> 16));
+    low = _mm256_mask_broadcastq_epi64(low, 8, entry(indices[3] & 0xffffu));
+    high = _mm256_mask_broadcastq_epi64(high, 8, entry(indices[3] >> 16));
+}
+MOESAIC_INLINE void split_entries(const __m256i (&rows)[4], vb& first, vb& second) {
+    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
+    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(rows[2]), rows[3], 1);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    first = {_mm512_permutex2var_epi32(a, even, b)};
+    second = {_mm512_permutex2var_epi32(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b)};
+}
+MOESAIC_INLINE void load_entries(const uint64_t* table, vb index, vb (&quads)[4]) {
+    alignas(64) uint32_t indices[16];
+    store_b(indices, index);
+    __asm__("" : "+m"(indices));  // else the compiler takes them out of the register, by shuffles
+    __m256i low[4], high[4];
+    for (int i = 0; i < 4; ++i) four_entries(table, indices + 4 * i, low[i], high[i]);
+    split_entries(low, quads[0], quads[1]);
+    split_entries(high, quads[2], quads[3]);
+}
+template <int N>
+MOESAIC_INLINE void lookup8(const Codebook8<N>& book, vb index, vb (&quads)[4]) {
+    if constexpr (N > 512) {
+        load_entries(book.bytes, index, quads);
+    } else {
+        const __m512i codes = lookup_codes<N>(book.codes, index.v);
+        // Each half twice; then weights 0, 1 and 2, 3 or 4, 5 and 6, 7 are a shift away.
+        const __m512i low =
+            _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0d0c0d0c, 0x09080908, 0x05040504, 0x01000100));
+        const __m512i high =
+            _mm512_shuffle_epi8(codes, _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302));
+        const __m512i first = _mm512_set1_epi32(2 << 16), second = _mm512_set1_epi32(6 << 16 | 4);
+        const __m512i two_bits = _mm512_set1_epi8(3);
+        const auto levels = [&](__m512i x, __m512i shifts) {
+            return lookup16({_mm512_and_si512(_mm512_srlv_epi16(x, shifts), two_bits)}, book.levels);
+        };
+        quads[0] = levels(low, first);
+        quads[1] = levels(low, second);
+        quads[2] = levels(high, first);
+        quads[3] = levels(high, second);
+    }
+}
+template <int N>
+MOESAIC_INLINE void lookup4(const Codebook4<N>& book, vb index, vb (&quads)[2]) {
+    const __m512i codes = lookup_codes<N>(book.codes, index.v);
+    const __m512i low_half = _mm512_set1_epi32(0xffff), four_bits = _mm512_set1_epi8(15);
+    const auto levels = [&](__m512i low, __m512i high) {                            // two of a quad's nibbles in each
+        const __m512i both = _mm512_ternarylogic_epi32(low_half, low, high, 0xca);  // low_half ? low : high
+        return lookup16({_mm512_and_si512(both, four_bits)}, book.levels);
+    };
+    quads[0] = levels(codes, _mm512_slli_epi32(codes, 12));
+    quads[1] = levels(_mm512_srli_epi32(codes, 16), _mm512_srli_epi32(codes, 4));
 }
 
 template <bool kFullRange>

@@ -10,6 +10,8 @@
 
 #include <stdint.h>
 
+#include "isa/codebook.h"
+
 #define MOESAIC_INLINE static inline __attribute__((always_inline))
 // Before a loop whose constant trip count is best written out; here it would only bloat the code.
 #define MOESAIC_UNROLL _Pragma("GCC unroll 1")
@@ -157,9 +159,37 @@ MOESAIC_INLINE vb set1_b(uint8_t x) { return {x * 0x01010101u + generic_u32{}}; 
 MOESAIC_INLINE vb and_b(vb a, vb b) { return {a.v & b.v}; }
 MOESAIC_INLINE vb or_b(vb a, vb b) { return {a.v | b.v}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {a.v ^ b.v}; }
+MOESAIC_INLINE vb set1_lane(uint32_t x) { return {x + generic_u32{}}; }
+MOESAIC_INLINE vi as_int(vb a) { return {(generic_i32)a.v}; }
+// byte i of each lane, four times
+template <int i>
+MOESAIC_INLINE vb repeat_byte(vb a) {
+    return {((a.v >> (8 * i)) & 255u) * 0x01010101u};
+}
+// 16 bytes, each in the four bytes of its lane; 16 half-words, each in both halves of its lane
+MOESAIC_INLINE vb spread_u8(const uint8_t* p) {
+    vb x;
+    for (int i = 0; i < 16; ++i) x.v[i] = p[i] * 0x01010101u;
+    return x;
+}
+MOESAIC_INLINE vb spread_u16(const uint8_t* p) {
+    uint16_t halves[16];
+    __builtin_memcpy(halves, p, sizeof(halves));
+    vb x;
+    for (int i = 0; i < 16; ++i) x.v[i] = halves[i] * 0x00010001u;
+    return x;
+}
+// shift inside 32-bit units
+MOESAIC_INLINE vb shr_32(vb a, int n) { return {a.v >> n}; }
+MOESAIC_INLINE vb shl_32(vb a, int n) { return {a.v << n}; }
 // shift inside 16-bit units; mask the bits that cross from the neighbour byte
 MOESAIC_INLINE vb shr_16(vb a, int n) { return {(generic_u32)((generic_u16)a.v >> n)}; }
 MOESAIC_INLINE vb shl_16(vb a, int n) { return {(generic_u32)((generic_u16)a.v << n)}; }
+// low and high half of the product with n in 16-bit units
+MOESAIC_INLINE vb mul_16(vb a, uint16_t n) { return {(generic_u32)((generic_u16)a.v * n)}; }
+MOESAIC_INLINE vb mul_high_16(vb a, uint16_t n) {
+    return {((a.v & 0xffffu) * n >> 16) | ((a.v >> 16) * n & 0xffff0000u)};
+}
 // table[index] for bytes below 16
 MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     uint8_t bytes[64];
@@ -182,6 +212,37 @@ MOESAIC_INLINE void load_e4m3(const uint8_t* p, vf (&w)[4]) {
         const generic_u32 pair = widen(reinterpret_cast<const uint16_t*>(p + 32 * i));
         w[2 * i] = widen_e4m3(pair);
         w[2 * i + 1] = widen_e4m3(pair >> 8);
+    }
+}
+// byte j of a lane becomes 128 - byte where bit first + j of byte j of signs is set
+template <int first>
+MOESAIC_INLINE vb mirror(vb a, vb signs) {
+    uint8_t bytes[64], s[64];
+    __builtin_memcpy(bytes, &a, 64);
+    __builtin_memcpy(s, &signs, 64);
+    for (int i = 0; i < 64; ++i) {
+        if (s[i] >> (first + i % 4) & 1) bytes[i] = static_cast<uint8_t>(128 - bytes[i]);
+    }
+    return load_b(bytes);
+}
+// Entries of a codebook. Each lane has two indices below N, in its halves: quads 0 and 1 are the entry of the low one,
+// quads 2 and 3 of the high one.
+template <int N>
+MOESAIC_INLINE void lookup8(const Codebook8<N>& book, vb index, vb (&quads)[4]) {
+    for (int i = 0; i < 16; ++i) {
+        const uint64_t low = book.bytes[index.v[i] & 0xffffu], high = book.bytes[index.v[i] >> 16];
+        quads[0].v[i] = static_cast<uint32_t>(low);
+        quads[1].v[i] = static_cast<uint32_t>(low >> 32);
+        quads[2].v[i] = static_cast<uint32_t>(high);
+        quads[3].v[i] = static_cast<uint32_t>(high >> 32);
+    }
+}
+// The same for entries of 4 weights: a quad for the low index, a quad for the high one.
+template <int N>
+MOESAIC_INLINE void lookup4(const Codebook4<N>& book, vb index, vb (&quads)[2]) {
+    for (int i = 0; i < 16; ++i) {
+        quads[0].v[i] = book.bytes[index.v[i] & 0xffffu];
+        quads[1].v[i] = book.bytes[index.v[i] >> 16];
     }
 }
 

@@ -19,12 +19,15 @@ import numpy as np
 import pytest
 import torch
 from tests.engine.pairs import checkpoint_of, load_tiny
+from tests.kernels.oracle import random_raw, weights_of
 from tests.tiny_models import tiny_inputs
 from transformers import PreTrainedModel
 
-from moesaic.engine.loader import prepare
+from moesaic.engine.loader import load, prepare
+from moesaic.engine.quantize import quantize_checkpoint
 from moesaic.placement import Plan, load_plan
 from moesaic.quant import get_format, quantize
+from moesaic.weights import GgufWriter, open_checkpoint
 
 BOUND = 0.03
 MLA_BOUND = 0.05
@@ -43,6 +46,8 @@ _FORMATS = [
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 ]
+# Formats of gate, up and down by layer, as dynamic quantisers mix them, down to what nothing here can write.
+_DYNAMIC = [("IQ1_S", "IQ2_XXS", "IQ3_S"), ("MXFP4", "Q4_K", "IQ1_M"), ("IQ2_S", "TQ2_0", "NVFP4")]
 
 
 def _through_gguf(values: torch.Tensor, name: str) -> torch.Tensor:
@@ -71,14 +76,19 @@ def _fill(stock: PreTrainedModel, plan: Plan) -> set[int]:
 
 
 def _fill_expert_part(module: torch.nn.Module, key: str, name: str) -> int:
-    """One projection of a stock experts module, whose rows are those of [gate; up] or interleaved."""
+    """Round one projection of a stock experts module to a format."""
+    return _put_expert_part(module, key, lambda values: _through_gguf(values, name))
+
+
+def _put_expert_part(module: torch.nn.Module, key: str, new: Callable[[torch.Tensor], torch.Tensor]) -> int:
+    """New values for one projection of a stock experts module, whose rows are those of [gate; up] or interleaved."""
     parameter = module.down_proj if key == "down" else module.gate_up_proj
     values = parameter.data.transpose(1, 2) if module.is_transposed else parameter.data
     if key != "down":
         width, first = values.shape[1] // 2, key == "gate"
         rows = slice(None if first else width, width if first else None)
         values = values[:, rows] if module.is_concatenated else values[:, 0 if first else 1 :: 2]
-    values.copy_(_through_gguf(values, name))
+    values.copy_(new(values))
     return parameter.data_ptr()
 
 
@@ -147,3 +157,52 @@ def test_absorbed_and_transposed(family: str, name: str, tmp_path: Path, monkeyp
     """MLA rounds other activations than the stock order of products does, so that here only the bound is tested."""
     error, _ = _compare(family, _ALL.format(name), tmp_path, monkeypatch)
     assert error < (BOUND if family == "gpt_oss" else MLA_BOUND)
+
+
+def _write_dynamic(output: Path, source: Path, stock: PreTrainedModel) -> set[int]:
+    """The GGUF `source` with experts of random blocks in _DYNAMIC's formats; their values go into `stock`."""
+    checkpoint, filled = open_checkpoint(source), set()
+    experts = {
+        f"blk.{layer}.ffn_{part}_exps.weight": (layer, part, get_format(name))
+        for layer, names in enumerate(_DYNAMIC)
+        for part, name in zip(("gate", "up", "down"), names, strict=True)
+    }
+    assert experts.keys() <= checkpoint.tensors.keys()
+    metadata = dict(checkpoint.metadata)
+    with GgufWriter(output, str(metadata.pop("general.architecture"))) as writer:
+        writer.add_metadata(metadata)
+        for name, info in checkpoint.tensors.items():
+            writer.declare(name, experts[name][2] if name in experts else info.format, info.shape)
+        for seed, (name, info) in enumerate(checkpoint.tensors.items()):
+            if name not in experts:
+                writer.write(name, checkpoint.raw(name))
+                continue
+            layer, part, fmt = experts[name]
+            raw = random_raw(fmt, info.shape[0] * info.shape[1], info.shape[2], seed)
+            writer.write(name, raw)
+            module = stock.get_submodule(f"model.layers.{layer}.mlp.experts")
+            values = torch.from_numpy(weights_of(raw, fmt, info.shape[2])).reshape(info.shape)
+            filled.add(_put_expert_part(module, part, lambda _, values=values: values))
+    return filled
+
+
+def test_gate_up_and_down_of_each_layer_in_formats_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint_of("qwen3_moe")[1]
+    quantize_checkpoint(open_checkpoint(folder), tmp_path / "plain.gguf", get_format("F32"))
+    stock = copy.deepcopy(checkpoint_of("qwen3_moe")[0]).double()
+    stock.set_experts_implementation("eager")
+    quantised = _write_dynamic(tmp_path / "dynamic.gguf", tmp_path / "plain.gguf", stock)
+    prepared = prepare(str(tmp_path / "dynamic.gguf"))
+    for layer, names in enumerate(_DYNAMIC):
+        formats = prepared.plan.of(f"model.layers.{layer}.mlp.experts").formats
+        assert (formats["gate"], formats["up"], formats["down"]) == names
+    ours, ids = load(prepared, progress=False), tiny_inputs(batch=2, length=9)
+    with torch.no_grad():
+        found, exact = ours(ids).logits, stock(ids).logits
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "linear", _with_rounding(torch.nn.functional.linear, quantised))
+            rounded = stock(ids).logits
+    assert _error(found, exact) < BOUND
+    assert _error(found, rounded) < EXPLAINED

@@ -16,7 +16,8 @@ from moesaic.quant import FORMATS, WeightFormat
 HALF_OFFSETS = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
-    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (),
+    "IQ4_NL": (0,), "IQ4_XS": (0,), "MXFP4": (), "NVFP4": (), "TQ1_0": (52,), "TQ2_0": (64,),
+    "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
 }  # fmt: skip
 
 
@@ -32,11 +33,18 @@ def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.nda
     if not fmt.in_gguf:
         return random_own_blocks(fmt, (rows, num_blocks), rng).reshape(rows, -1)
     blocks = rng.integers(0, 256, (rows, num_blocks, fmt.block_bytes), dtype=np.uint8)
+
+    def scales() -> np.ndarray:
+        halves = (rng.standard_normal((rows, num_blocks)) * 0.01).astype(np.float16)
+        halves[rng.random(halves.shape) < 0.05] = 0
+        halves[rng.random(halves.shape) < 0.05] = np.float16(3e-6)
+        return halves[..., None]
+
     for offset in HALF_OFFSETS[fmt.name]:
-        scales = (rng.standard_normal((rows, num_blocks)) * 0.01).astype(np.float16)
-        scales[rng.random(scales.shape) < 0.05] = 0
-        scales[rng.random(scales.shape) < 0.05] = np.float16(3e-6)
-        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+        blocks[..., offset : offset + 2] = scales().view(np.uint8)
+    if fmt.name == "IQ1_M":  # four bits of the scale on top of each of the last four half-words
+        nibbles = scales().view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16) & 15
+        blocks[..., 49::2] = blocks[..., 49::2] & 15 | (nibbles << 4).astype(np.uint8)
     if fmt.name == "MXFP4":
         blocks[..., 0] = rng.integers(112, 124, (rows, num_blocks))  # exponents of scales from 2^-16 to 2^-5
     return blocks.reshape(rows, -1)

@@ -16,8 +16,6 @@ BUILD       ?= build
 MODEL       ?= demo
 SITE         = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('platlib'))")
 CPP          = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
-# Instruction sets of the address and undefined sanitizers' build; the thread sanitizer's has only the generic one.
-SANITIZE_ISAS ?= $(if $(filter x86_64,$(shell uname -m)),generic;avx2,generic)
 
 .PHONY: dev native stubs check format test demo bench eval-demo sanitize sanitize-address sanitize-thread aarch64-check
 
@@ -63,10 +61,15 @@ define build_programs
 	@$(VENV)/bin/cmake --build $(1) --target kernel_check thread_pool_check work_queue_check
 endef
 
+# Instruction sets of the address and undefined sanitizers' build; the thread sanitizer's has only the generic one.
+SANITIZE_ISAS  ?= $(if $(filter x86_64,$(shell uname -m)),generic;avx2,generic)
+ADDRESS_OPTIONS = -DMOESAIC_SANITIZE=address,undefined -DMOESAIC_ONLY_ISAS="$(SANITIZE_ISAS)"
+FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
 sanitize: sanitize-address sanitize-thread
 
 sanitize-address: $(VENV)/.moesaic-dev
-	$(call build_programs,$(BUILD)-address,-DMOESAIC_SANITIZE=address,undefined -DMOESAIC_ONLY_ISAS="$(SANITIZE_ISAS)")
+	$(call build_programs,$(BUILD)-address,$(ADDRESS_OPTIONS))
 	$(BUILD)-address/kernel_check
 	$(BUILD)-address/thread_pool_check
 	$(BUILD)-address/work_queue_check
@@ -78,7 +81,6 @@ sanitize-thread: $(VENV)/.moesaic-dev
 	$(FIXED_ADDRESSES) $(BUILD)-thread/kernel_check threads=4 linear heads experts attention threads
 	TSAN_OPTIONS=die_after_fork=0 $(FIXED_ADDRESSES) $(BUILD)-thread/thread_pool_check
 	$(FIXED_ADDRESSES) $(BUILD)-thread/work_queue_check
-FIXED_ADDRESSES = $(shell setarch -R true 2>/dev/null && echo setarch -R)
 
 aarch64-check: $(VENV)/.moesaic-dev
 	@command -v qemu-aarch64 >/dev/null || { echo "needs qemu-aarch64 (Debian: qemu-user)" >&2; exit 1; }

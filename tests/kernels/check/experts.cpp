@@ -165,7 +165,7 @@ void check_mixed_formats(Report& report) {
     for (std::size_t i = 0; i < all.size(); ++i) {
         const FormatInfo& up = *all[(i + 3) % all.size()];
         const FormatInfo& down = *all[(i + 7) % all.size()];
-        const Description d{i % 4 == 3 ? nullptr : all[i], &up,       &down, 256, 256,
+        const Description d{i % 4 == 3 ? nullptr : all[i], &up,       &down, 256, {256},
                             {ActivationKind::kSilu, 0, 0}, i % 2 == 1};
         for (std::int64_t num_tokens : {1, 6}) check_layer(report, d, num_tokens, 2);
     }

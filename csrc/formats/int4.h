@@ -1,6 +1,7 @@
 // INT4 and UINT4: groups of 32, 64 or 128 weights of 4 bits under a float16 or bfloat16 scale, as compressed-tensors,
 // GPTQ and AWQ checkpoints hold them; value = (q - 8) * scale, or (q - z) * scale with a zero point z of its own. Not
-// ggml formats: numbers that no GGUF file has. Nibbles lie as in Q4_0, 16 bytes for every 32 weights.
+// ggml formats: numbers that no GGUF file has. Byte b of a block has weights 2 b and 2 b + 1, as it is published; a
+// tile has them as Q4_0 does.
 #pragma once
 
 #include "formats/nibbles.h"
@@ -16,14 +17,14 @@ struct GroupedNibbles {
     static constexpr bool kQuantized = true;
     static constexpr int kD = kQsBytes, kZ = kD + 2;
     // Without a zero point the last field is empty.
-    static constexpr Field kFields[] = {{0, kQsBytes, 4}, {kD, 2, 2}, {kZ, kHasZeroPoint ? 1 : 0, 1}};
+    static constexpr Field kFields[] = {{0, kQsBytes, 4, false, true}, {kD, 2, 2}, {kZ, kHasZeroPoint ? 1 : 0, 1}};
 
     static void dequantize(const uint8_t* block, float* y) {
         const uint16_t bits = load_u16(block + kD);
         const float d = kScaleType == HalfScale::kF16 ? half_to_float(bits) : bits_to_float(uint32_t{bits} << 16);
         const int zero = kHasZeroPoint ? block[kZ] : 8;
         for (int k = 0; k < kBlock; ++k) {
-            y[k] = static_cast<float>(nibble_of_32(block + k / 32 * 16, k % 32) - zero) * d;
+            y[k] = static_cast<float>((block[k / 2] >> 4 * (k % 2) & 15) - zero) * d;
         }
     }
 

@@ -20,6 +20,8 @@ struct Field {
     int bytes;
     int unit;
     bool is_bit_plane = false;  // one 32-bit word, bit k for weight k; in the tile, byte b has bit i for weight 4 i + b
+    // 16 bytes for every 32 weights, of which byte b has 2 b and 2 b + 1; in the tile, byte j has weights j and j + 16
+    bool has_paired_nibbles = false;
 };
 
 namespace {
@@ -38,6 +40,22 @@ constexpr uint32_t untranspose_bits(uint32_t word) {
         for (int b = 0; b < 4; ++b) out |= (word >> (8 * b + i) & 1u) << (4 * i + b);
     }
     return out;
+}
+
+// 32 weights of 4 bits: from byte b with weights 2 b and 2 b + 1 to byte j with weights j and j + 16.
+inline void part_nibbles(const uint8_t* paired, uint8_t* out) {
+    for (int b = 0; b < 8; ++b) {
+        out[2 * b] = static_cast<uint8_t>((paired[b] & 15) | paired[b + 8] << 4);
+        out[2 * b + 1] = static_cast<uint8_t>(paired[b] >> 4 | (paired[b + 8] & 0xf0));
+    }
+}
+
+// The inverse.
+inline void pair_nibbles(const uint8_t* parted, uint8_t* out) {
+    for (int b = 0; b < 8; ++b) {
+        out[b] = static_cast<uint8_t>((parted[2 * b] & 15) | parted[2 * b + 1] << 4);
+        out[b + 8] = static_cast<uint8_t>(parted[2 * b] >> 4 | (parted[2 * b + 1] & 0xf0));
+    }
 }
 
 inline uint16_t load_u16(const uint8_t* p) {

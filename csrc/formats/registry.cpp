@@ -34,6 +34,20 @@ void move_bit_plane(std::uint8_t* block, std::uint8_t* tile, int row) {
     memcpy(direction == Direction::kPack ? t : block, &word, sizeof(word));
 }
 
+template <Direction direction>
+void move_paired_nibbles(std::uint8_t* block, std::uint8_t* tile, int row, int num_bytes) {
+    for (int first = 0; first < num_bytes; first += 16, block += 16, tile += 16 * kTileRows) {
+        std::uint8_t parted[16];
+        if constexpr (direction == Direction::kPack) {
+            part_nibbles(block, parted);
+            move_units<direction, 4>(parted, tile, row, 4);
+        } else {
+            move_units<direction, 4>(parted, tile, row, 4);
+            pair_nibbles(parted, block);
+        }
+    }
+}
+
 // One block of one row into its tile, or back.
 template <Direction direction, std::size_t kNumFields>
 void move_block(const Field (&fields)[kNumFields], std::uint8_t* block, std::uint8_t* tile, int row) {
@@ -41,6 +55,8 @@ void move_block(const Field (&fields)[kNumFields], std::uint8_t* block, std::uin
         std::uint8_t* part = block + field.offset;
         if (field.is_bit_plane) {
             move_bit_plane<direction>(part, tile, row);
+        } else if (field.has_paired_nibbles) {
+            move_paired_nibbles<direction>(part, tile, row, field.bytes);
         } else if (field.unit == 4) {
             move_units<direction, 4>(part, tile, row, field.bytes / 4);
         } else if (field.unit == 2) {

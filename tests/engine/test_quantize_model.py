@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.published import save_published
 from tests.tiny_models import save_tiny, tiny_inputs
 from transformers import AutoModelForCausalLM
 
@@ -20,7 +21,7 @@ from moesaic.engine.loader import load, prepare
 from moesaic.engine.quantize import QuantizeResult, quantize_checkpoint
 from moesaic.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from moesaic.models import build_meta_model, build_weight_map, config_for
-from moesaic.placement import Rules
+from moesaic.placement import Rules, load_plan
 from moesaic.placement.rules import parse_rules
 from moesaic.quant import WeightFormat, dequantize, get_format
 from moesaic.weights import open_checkpoint
@@ -214,6 +215,19 @@ def test_formats_without_a_quantiser_are_refused(checkpoints: dict[str, Path], t
     read_only = WeightFormat("IQ2_XXS", 16, 256, 66, True, True)
     with pytest.raises(UnsupportedFormatError, match="IQ2_XXS can be read but not written: choose one of F32"):
         quantize_checkpoint(open_checkpoint(checkpoints["qwen3_moe"]), tmp_path / "out.gguf", read_only)
+
+
+def test_formats_that_gguf_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    """A published FP8 checkpoint can be quantised to another format, but not keep its own."""
+    save_published(tmp_path, "qwen3_moe", "fp8-block")
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("rules:\n  - match: {role: experts}\n    format: keep\n")
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(UnsupportedFormatError, match=r"exps.*FP8 is a format of safetensors that GGUF files do not"):
+        quantize_checkpoint(checkpoint, tmp_path / "out.gguf", get_format("Q8_0"), load_plan(str(rules)))
+    result = quantize_checkpoint(checkpoint, tmp_path / "out.gguf", get_format("Q8_0"))
+    assert any("already FP8" in note for note in result.notes)
+    assert all(info.format.in_gguf for info in open_checkpoint(tmp_path / "out.gguf").tensors.values())
 
 
 def test_an_incomplete_checkpoint_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from tests.models.helpers import logits, stock_from
+from tests.quant.own_formats import own_values
 from tests.tiny_models import ALL_FAMILIES, tiny_config, tiny_inputs
 
 from moesaic.models import build_meta_model, build_weight_map, config_for, synthetic_checkpoint
-from moesaic.quant.formats import WeightFormat, get_format
+from moesaic.quant.formats import FORMATS, WeightFormat, get_format
 from moesaic.weights import Checkpoint
 from moesaic.weights.synthetic import SyntheticCheckpoint
 
@@ -46,6 +47,13 @@ def test_blocks_are_valid_and_differ() -> None:
         assert abs(values.std() - 0.02) < 0.002 and abs(values.mean()) < 0.001
     assert not np.array_equal(raws[0], raws[1]) and not np.array_equal(raws[1], raws[2])
     assert np.array_equal(np.ascontiguousarray(checkpoint.raw("w0")), raws[0]), "the same at every reading"
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if not fmt.in_gguf])
+def test_blocks_of_formats_without_a_quantiser(name: str) -> None:
+    checkpoint = SyntheticCheckpoint("random", {}, {"w": (get_format(name), (256, 1024))})
+    values = own_values(np.ascontiguousarray(checkpoint.raw("w")), get_format(name))
+    assert abs(values.std() - 0.02) < 0.001 and abs(values.mean()) < 0.003
 
 
 def test_a_model_of_gigabytes_costs_megabytes() -> None:

@@ -26,8 +26,8 @@ def own_values(raw: np.ndarray, fmt: WeightFormat) -> np.ndarray:
         values = codes.float().numpy() * scales
     else:
         half = fmt.block_size // 2
-        pairs = blocks[..., :half].reshape(*blocks.shape[:2], -1, 16)  # of every 32 weights: j below j + 16
-        quants = np.concatenate([pairs & 15, pairs >> 4], axis=-1).reshape(*blocks.shape[:2], -1).astype(np.int32)
+        pairs = blocks[..., :half]
+        quants = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*blocks.shape[:2], -1).astype(np.int32)
         bits = np.ascontiguousarray(blocks[..., half : half + 2]).view(np.uint16)
         zeros = blocks[..., half + 2 :].astype(np.int32) if fmt.name.startswith("UINT4") else np.int32(8)
         values = (quants - zeros).astype(np.float32) * half_scales(bits, fmt)

@@ -137,8 +137,13 @@ def _blocks(
 
 
 def _check_formats(plan: QuantizePlan) -> None:
-    """Refuse formats that have no quantiser, unless a tensor only keeps what it has."""
+    """Refuse formats that GGUF files lack, and those without a quantiser unless a tensor only keeps what it has."""
     for tensor in plan.tensors:
+        if not tensor.format.in_gguf:
+            raise UnsupportedFormatError(
+                f"{tensor.name}: {tensor.format.name} is a format of safetensors that GGUF files do not have: run the "
+                "model from its folder as it is, or choose a format for this tensor, for example Q8_0 or Q4_K."
+            )
         kept = all(part.format == tensor.format and not _is_computed(part) for part in tensor.parts)
         if tensor.format not in WRITABLE_FORMATS and not kept:
             names = ", ".join(candidate.name for candidate in WRITABLE_FORMATS)

@@ -18,6 +18,7 @@ from numpy.lib.stride_tricks import as_strided
 from moesaic.quant.formats import WeightFormat
 from moesaic.quant.quantize import quantize
 from moesaic.weights.checkpoint import Rows, TensorInfo, find_tensor
+from moesaic.weights.random_blocks import random_blocks
 
 __all__ = ["SyntheticCheckpoint"]
 
@@ -83,8 +84,7 @@ class SyntheticCheckpoint:
         pool = self._pools.get(weight_format.name)
         if pool is None:
             rng = np.random.default_rng(self._seed)
-            values = rng.standard_normal((_NUM_RANDOM, weight_format.block_size), np.float32) * _STANDARD_DEVIATION
-            pool = quantize(values, weight_format)
+            pool = random_blocks(weight_format, _NUM_RANDOM, _STANDARD_DEVIATION, rng)
         if len(pool) < num_blocks:
             pool = np.tile(pool[:_NUM_RANDOM], (-(-num_blocks // _NUM_RANDOM), 1))
         self._pools[weight_format.name] = pool

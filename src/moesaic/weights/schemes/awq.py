@@ -21,7 +21,8 @@ from moesaic.weights.schemes.nibbles import check_shape, grouped_blocks, grouped
 
 __all__ = ["find_awq"]
 
-_PLACES = np.argsort([0, 2, 4, 6, 1, 3, 5, 7])  # which nibble of a word belongs to row 8 j + i
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # to which row 8 j + i nibble p of a word belongs
+_PLACES = np.argsort(_ORDER)  # and the inverse
 
 
 def find_awq(parts: Parts) -> Iterator[QuantizedTensor]:
@@ -53,9 +54,8 @@ def _tensor(parts: Parts, module: str, qweight: StoredTensor) -> QuantizedTensor
         count, chunks = row_chunks(num_rows // 8, 8 * cols, None)
         result = np.empty((8 * count, fmt.row_bytes(cols)), np.uint8)
         for where, chosen in chunks:  # whole words: eight rows each
-            values = _rows_of(words[:, where]).reshape(8 * len(chosen), -1, 2, 16)
             eight = slice(8 * where.start, 8 * where.start + 8 * len(chosen))
-            result[eight] = grouped_blocks(fmt, values[:, :, 0] | values[:, :, 1] << 4, bits[eight], points[eight])
+            result[eight] = grouped_blocks(fmt, _paired(words[:, where]), bits[eight], points[eight])
         return result if rows is None else result[rows]
 
     return QuantizedTensor(
@@ -67,3 +67,14 @@ def _rows_of(words: np.ndarray) -> np.ndarray:
     """Words `[K, n]` as nibbles of rows, uint8 `[8 n, K]`."""
     nibbles = unpacked(words)[..., _PLACES]  # [K, n, 8]
     return np.ascontiguousarray(nibbles.transpose(1, 2, 0)).reshape(-1, len(words))
+
+
+def _paired(words: np.ndarray) -> np.ndarray:
+    """Words `[K, n]` as rows with two neighbours along K a byte, uint8 `[8 n, K / 2]`."""
+    cols, num_words = words.shape
+    columns = np.ascontiguousarray(np.ascontiguousarray(words).view(np.uint8).reshape(cols, -1).T)  # [4 n, K]
+    two = columns.view("<u2").reshape(num_words, 4, -1)  # weights k and k + 1 of two rows each
+    result = np.empty((num_words, 8, cols // 2), np.uint8)
+    result[:, _ORDER[0::2]] = two & 0x0F | two >> 4 & 0xF0
+    result[:, _ORDER[1::2]] = two >> 4 & 0x0F | two >> 8 & 0xF0
+    return result.reshape(8 * num_words, -1)

@@ -1,8 +1,9 @@
 """Checkpoints of the compressed-tensors package: INT4 in groups ("pack-quantized") and FP8 ("float-quantized").
 
-INT4: `<module>.weight_packed` I32 `[N, K / 8]`, nibbles in natural order, of which 8 (or the zero point) is subtracted;
-`weight_scale` F16 or BF16 `[N, K / group]`; `weight_shape` `[2]`; for asymmetric ones `weight_zero_point` I32
-`[N / 8, K / group]`, packed along N; with activation order `weight_g_idx` `[K]`. FP8: see `fp8.py`.
+INT4: `<module>.weight_packed` I32 `[N, K / 8]`, eight weights a word from its lowest bits on, of which 8 (or the zero
+point) is subtracted; `weight_scale` F16 or BF16 `[N, K / group]`; `weight_shape` `[2]`; for asymmetric ones
+`weight_zero_point` I32 `[N / 8, K / group]`, packed along N; with activation order `weight_g_idx` `[K]`.
+FP8: see `fp8.py`.
 
 Source: the compressed-tensors package (compressors `pack_quantized` and `naive_quantized`), and the config of
 moonshotai/Kimi-K2-Thinking on the hub.
@@ -20,7 +21,7 @@ from moesaic.weights.checkpoint import Rows
 from moesaic.weights.safetensors_file import StoredTensor
 from moesaic.weights.schemes.base import Parts, QuantizedTensor, describe, row_chunks
 from moesaic.weights.schemes.fp8 import Block, find_e4m3
-from moesaic.weights.schemes.nibbles import check_shape, grouped_blocks, grouped_format, reordered, unpacked
+from moesaic.weights.schemes.nibbles import check_shape, grouped_blocks, grouped_format, unpacked
 
 __all__ = ["find_compressed_tensors"]
 
@@ -103,7 +104,7 @@ def _int4(parts: Parts, module: str, packed: StoredTensor) -> QuantizedTensor:
         result = np.empty((count, fmt.row_bytes(cols)), np.uint8)
         for where, chosen in chunks:
             result[where] = grouped_blocks(
-                fmt, reordered(natural[chosen]), scale_bits[chosen], None if points is None else points[chosen]
+                fmt, natural[chosen], scale_bits[chosen], None if points is None else points[chosen]
             )
         return result
 

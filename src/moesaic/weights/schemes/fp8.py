@@ -113,7 +113,7 @@ def _blocks(
     table_rows = -(-num_rows // block[0]) if table.shape[0] > 1 else 0  # of each matrix of a stack
     table_cols = np.arange(num_blocks) * size // block[1]
     count, chunks = row_chunks(len(codes), cols, rows)
-    result = np.empty((count, num_blocks, fmt.block_bytes), np.uint8)
+    result = np.empty((count, num_blocks), [("codes", f"V{size}"), ("scale", "<f4")])
     for where, chosen in chunks:
         piece = codes[chosen]
         if bool(((piece & 0x7F) == 0x7F).any()):
@@ -122,8 +122,7 @@ def _blocks(
                 "holds weights that are NaN: the checkpoint is damaged; download it again.",
                 stored.name,
             )
-        result[where, :, :size] = piece
+        result["codes"][where] = piece.view(f"V{size}")[..., 0]
         table_row = chosen // num_rows * table_rows + chosen % num_rows // block[0]
-        chosen_scales = table[table_row][:, table_cols]
-        result[where, :, size:] = chosen_scales[..., None].view(np.uint8)
-    return result.reshape(count, -1)
+        result["scale"][where] = table[table_row][:, table_cols]
+    return result.view(np.uint8)

@@ -1,6 +1,6 @@
 """GPTQ checkpoints (AutoGPTQ, GPTQModel, transformers): 4 bits, groups along K, matrices stored transposed.
 
-`<module>.qweight` I32 `[K / 8, N]`, nibbles in natural order along K; `scales` F16 or BF16 `[K / group, N]`; `qzeros`
+`<module>.qweight` I32 `[K / 8, N]`, eight weights a word along K; `scales` F16 or BF16 `[K / group, N]`; `qzeros`
 I32 `[K / group, N / 8]`, packed along N; `g_idx` I32 `[K]`, the group of each column. A value is (q - z) * scale. The
 checkpoint format "gptq" stores z - 1 modulo 16, "gptq_v2" z. Symmetric checkpoints have z = 8 throughout.
 
@@ -18,7 +18,7 @@ from moesaic.errors import CheckpointError
 from moesaic.weights.checkpoint import Rows
 from moesaic.weights.safetensors_file import StoredTensor
 from moesaic.weights.schemes.base import Parts, QuantizedTensor, describe, row_chunks
-from moesaic.weights.schemes.nibbles import check_shape, grouped_blocks, grouped_format, reordered, unpacked
+from moesaic.weights.schemes.nibbles import check_shape, grouped_blocks, grouped_format, unpacked
 
 __all__ = ["find_gptq"]
 
@@ -90,7 +90,7 @@ class _Tensor:
         count, chunks = row_chunks(self._num_rows, self._cols, None)
         result = np.empty((count, self._format.row_bytes(self._cols)), np.uint8)
         for where, _ in chunks:
-            nibbles = reordered(np.ascontiguousarray(words[:, where].T).view(np.uint8))
+            nibbles = np.ascontiguousarray(words[:, where].T).view(np.uint8)
             points = None if zeros is None else zeros[:, where].T
             result[where] = grouped_blocks(self._format, nibbles, scales[:, where].T, points)
         return result if rows is None else result[rows]

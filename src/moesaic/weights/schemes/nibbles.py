@@ -1,7 +1,7 @@
-"""Weights of 4 bits as blocks of the INT4, UINT4 and MXFP4 formats: reordered, never recomputed.
+"""Weights of 4 bits as blocks of the INT4 and UINT4 formats: copied, never recomputed.
 
-Checkpoints store eight consecutive weights in 32 bits, the first in the lowest four ("natural" order). Blocks have, for
-every 32 weights, 16 bytes with weight j in the low and weight j + 16 in the high half of byte j (csrc/formats/int4.h).
+Checkpoints store eight consecutive weights in 32 bits, the first in the lowest four, so two neighbours share a byte.
+Blocks have the same order (csrc/formats/int4.h).
 """
 
 from __future__ import annotations
@@ -12,25 +12,9 @@ from moesaic.errors import CheckpointError, UnsupportedFormatError
 from moesaic.quant.formats import WeightFormat, get_format
 from moesaic.weights.safetensors_file import StoredTensor
 
-__all__ = ["check_shape", "grouped_blocks", "grouped_format", "reordered", "unpacked"]
+__all__ = ["check_shape", "grouped_blocks", "grouped_format", "unpacked"]
 
 _GROUPS = (128, 64, 32)
-
-
-def _spread(words: np.ndarray) -> np.ndarray:
-    """Eight nibbles of 32 bits to eight bytes of 64."""
-    x = words.astype(np.uint64)
-    for shift, mask in ((16, 0x0000FFFF0000FFFF), (8, 0x00FF00FF00FF00FF), (4, 0x0F0F0F0F0F0F0F0F)):
-        x = (x | x << np.uint64(shift)) & np.uint64(mask)
-    return x
-
-
-def reordered(natural: np.ndarray) -> np.ndarray:
-    """Nibbles in natural order, uint8 `[rows, K / 2]`, as the bytes that blocks have, `[rows, K / 32, 16]`."""
-    words = np.ascontiguousarray(natural).view("<u4").reshape(len(natural), -1, 4)
-    low, high = _spread(words[..., :2]), _spread(words[..., 2:])
-    blocks: np.ndarray = (low | high << np.uint64(4)).astype("<u8", copy=False).view(np.uint8)
-    return blocks
 
 
 def unpacked(words: np.ndarray) -> np.ndarray:
@@ -64,23 +48,23 @@ def grouped_blocks(fmt: WeightFormat, nibbles: np.ndarray, scales: np.ndarray, z
 
     Args:
         fmt: from `grouped_format`.
-        nibbles: uint8 `[rows, K / 32, 16]`, as `reordered` gives them.
+        nibbles: uint8 `[rows, K / 2]`, two neighbours a byte, the first in its low half.
         scales: 16-bit `[rows, num_groups]`.
         zeros: uint8 `[rows, num_groups]`.
 
     Returns:
         uint8 `[rows, row_bytes]`.
     """
-    half, num_rows = fmt.block_size // 2, len(nibbles)
-    values = nibbles.reshape(num_rows, -1, half)
+    codes = f"V{fmt.block_size // 2}"
+    fields = [("codes", codes), ("scale", scales.dtype), ("zero", np.uint8)]
+    values = nibbles.view(codes)
     repeats = values.shape[1] // scales.shape[1]
-    result = np.empty((num_rows, values.shape[1], fmt.block_bytes), np.uint8)
-    result[..., :half] = values
-    bits = np.repeat(np.ascontiguousarray(scales), repeats, axis=1)
-    result[..., half : half + 2] = bits[..., None].view(np.uint8)
+    blocks = np.empty(values.shape, np.dtype(fields if zeros is not None else fields[:2]))
+    blocks["codes"] = values
+    blocks["scale"] = np.repeat(scales, repeats, axis=1)
     if zeros is not None:
-        result[..., half + 2] = np.repeat(zeros, repeats, axis=1)
-    return result.reshape(num_rows, -1)
+        blocks["zero"] = np.repeat(zeros, repeats, axis=1)
+    return blocks.view(np.uint8)
 
 
 def check_shape(stored: StoredTensor, dtypes: tuple[str, ...], shape: tuple[int, ...], of: StoredTensor) -> None:

@@ -1,0 +1,44 @@
+"""Random blocks of any format, for checkpoints that lie in no file. It does not know what the weights are for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moesaic.quant.formats import WeightFormat
+from moesaic.quant.quantize import dequantize, quantize
+
+__all__ = ["random_blocks"]
+
+
+def random_blocks(fmt: WeightFormat, count: int, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Valid blocks of weights with mean 0 and this standard deviation, uint8 `[count, block_bytes]`.
+
+    Normal weights, quantised; for the formats of safetensors, which have no quantiser, codes at random under one scale.
+
+    Raises:
+        UnsupportedFormatError: a format of GGUF files that cannot be written.
+    """
+    if fmt.in_gguf:
+        values = rng.standard_normal((count, fmt.block_size), np.float32) * np.float32(deviation)
+        return quantize(values, fmt)
+    blocks = rng.integers(0, 256, (count, fmt.block_bytes), dtype=np.uint8)
+    if fmt.name.startswith("FP8"):
+        codes = blocks[:, : fmt.block_size]
+        codes &= 0x87
+        codes |= 0x38  # the exponent of 1
+    else:
+        blocks[:, fmt.block_size // 2 + 2 :] = 8  # the zero point, if there is one
+    _set_scales(blocks, fmt, 1.0)
+    _set_scales(blocks, fmt, deviation / float(dequantize(blocks, fmt, fmt.block_size).std()))
+    return blocks
+
+
+def _set_scales(blocks: np.ndarray, fmt: WeightFormat, scale: float) -> None:
+    """Give all blocks of a format of safetensors one scale."""
+    value = np.float32(scale)
+    if fmt.name.startswith("FP8"):
+        blocks[:, fmt.block_size :] = np.frombuffer(value.tobytes(), np.uint8)
+        return
+    half = fmt.block_size // 2
+    bits = value.tobytes()[2:] if fmt.name.endswith("_BF16") else np.float16(value).tobytes()
+    blocks[:, half : half + 2] = np.frombuffer(bits, np.uint8)

@@ -204,5 +204,5 @@ def test_gate_up_and_down_of_each_layer_in_formats_of_their_own(
         with monkeypatch.context() as patch:
             patch.setattr(torch.nn.functional, "linear", _with_rounding(torch.nn.functional.linear, quantised))
             rounded = stock(ids).logits
-    assert _error(found, exact) < BOUND
-    assert _error(found, rounded) < EXPLAINED
+    assert error(found, exact) < BOUND
+    assert error(found, rounded) < EXPLAINED

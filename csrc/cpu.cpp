@@ -28,6 +28,7 @@ namespace moesaic {
     X("avx512vl")               \
     X("avx512vnni")             \
     X("avx512vbmi")             \
+    X("avx512bitalg")           \
     X("avx512bf16")            \
     X("avxvnni")
 
@@ -71,7 +72,9 @@ bool cpu_supports_isa(const char* name) {
     if (std::strcmp(name, "avx2") == 0) return avx2;
     if (std::strcmp(name, "avxvnni") == 0) return avx2 && all_of({"avxvnni"});
     if (std::strcmp(name, "avx512") == 0) return avx512;
-    if (std::strcmp(name, "amx") == 0) return avx512 && all_of({"avx512bf16", "amx"});
+    const bool avx512_vbmi = avx512 && all_of({"avx512vbmi", "avx512bitalg"});
+    if (std::strcmp(name, "avx512_vbmi") == 0) return avx512_vbmi;
+    if (std::strcmp(name, "amx") == 0) return avx512_vbmi && all_of({"avx512bf16", "amx"});
     return false;
 }
 

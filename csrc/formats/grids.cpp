@@ -354,16 +354,21 @@ constexpr uint16_t kIq3S[512] = {
 };
 // clang-format on
 
+constexpr uint8_t signed_level(uint8_t level, bool is_negative) {
+    return static_cast<uint8_t>(is_negative ? 128 - level : level);
+}
+
 template <int N>
 constexpr Codebook8<N> codebook_of_8(const uint16_t (&grid)[N], const uint8_t (&levels)[4]) {
     Codebook8<N> book{};
-    for (int i = 0; i < 16; ++i) book.levels[i] = levels[i % 4];
+    for (int i = 0; i < 16; ++i) book.levels[i] = signed_level(levels[i % 4], i / 4 % 2 == 1);
     for (int n = 0; n < N; ++n) {
         for (int k = 0; k < 8; ++k) {
             const int code = grid[n] >> (2 * k) & 3;
             book.bytes[n] |= static_cast<uint64_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << (8 * (k % 2) + 2 * (k / 2)));
         }
+        for (int h = 0; h < 2; ++h) book.planes[h][n] = static_cast<uint8_t>(grid[n] >> (8 * h));
     }
     return book;
 }
@@ -372,13 +377,14 @@ template <int N>
 constexpr Codebook4<N> codebook_of_4(const uint16_t (&grid)[N], const uint8_t (&levels)[8]) {
     constexpr int kBit[4] = {0, 8, 4, 12};
     Codebook4<N> book{};
-    for (int i = 0; i < 16; ++i) book.levels[i] = levels[i % 8];
+    for (int i = 0; i < 16; ++i) book.levels[i] = signed_level(levels[i % 8], i / 8 == 1);
     for (int n = 0; n < N; ++n) {
         for (int k = 0; k < 4; ++k) {
             const int code = grid[n] >> (4 * k) & 7;
             book.bytes[n] |= static_cast<uint32_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << kBit[k]);
         }
+        for (int h = 0; h < 2; ++h) book.planes[h][n] = static_cast<uint8_t>(grid[n] >> (8 * h));
     }
     return book;
 }

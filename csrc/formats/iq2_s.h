@@ -46,8 +46,8 @@ struct IQ2_S {
         const vb first = set1_lane(0x00000300), second = set1_lane(0x03000000);
         const vb even = or_b(and_b(high, first), and_b(shr_16(high, 4), second));
         const vb odd = or_b(and_b(shr_16(high, 2), first), and_b(shr_16(high, 6), second));
-        lookup_group(kIq2SGrid, or_b(and_b(low, set1_lane(0x00ff00ff)), even), or_b(shr_16(low, 8), odd),
-                     load_b(tile + kTileSigns + 64 * g), quads);
+        lookup8_signed(kIq2SGrid, or_b(and_b(low, set1_lane(0x00ff00ff)), even), or_b(shr_16(low, 8), odd),
+                       load_b(tile + kTileSigns + 64 * g), quads);
     }
 #endif
 };

@@ -43,16 +43,13 @@ struct IQ2_XS {
     }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
-        // Byte 0, 2 of a lane: signs of the two entries of a; 1, 3: of b.
+        // Bytes 0 and 2 of a lane for the two entries of a, 1 and 3 for those of b; quads in the same order.
         const vb signs = with_parity(or_b(shr_16(a, 9), and_b(shr_16(b, 1), set1_lane(0x7f007f00))));
         const vb index = set1_lane(0x01ff01ff);
-        vb four[4];
-        lookup8(kIq2XsGrid, and_b(a, index), four);
-        put_signed<0, 0>(four[0], four[1], signs, quads);
-        put_signed<1, 2>(four[2], four[3], signs, quads);
-        lookup8(kIq2XsGrid, and_b(b, index), four);
-        put_signed<2, 1>(four[0], four[1], signs, quads);
-        put_signed<3, 3>(four[2], four[3], signs, quads);
+        vb mixed[8];
+        lookup8_signed(kIq2XsGrid, and_b(a, index), and_b(b, index), signs, mixed);
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) quads[i] = mixed[i / 2 == 1 ? i + 2 : i / 2 == 2 ? i - 2 : i];
     }
 #endif
 };

@@ -44,7 +44,7 @@ struct IQ2_XXS {
     }
     MOESAIC_INLINE void group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
         const vb indices = load_b(s.words + 128 * g - 64), signs = signs_of_codes(load_b(s.words + 128 * g));
-        lookup_group(kIq2XxsGrid, and_b(indices, set1_lane(0x00ff00ff)), shr_16(indices, 8), signs, quads);
+        lookup8_signed(kIq2XxsGrid, and_b(indices, set1_lane(0x00ff00ff)), shr_16(indices, 8), signs, quads);
     }
 #endif
 };

@@ -44,8 +44,8 @@ struct IQ3_S {
         const vb low = load_b(qs + 64 * u), first = set1_lane(0x00000100), second = set1_lane(0x01000000);
         const vb even = or_b(and_b(shr_16(high, 4 * u), first), and_b(shr_16(high, 4 * u + 2), second));
         const vb odd = or_b(and_b(shr_16(high, 4 * u + 1), first), and_b(shr_16(high, 4 * u + 3), second));
-        lookup_half_group<u>(kIq3SGrid, or_b(and_b(low, set1_lane(0x00ff00ff)), even), or_b(shr_16(low, 8), odd), signs,
-                             quads);
+        lookup4_signed<u>(kIq3SGrid, or_b(and_b(low, set1_lane(0x00ff00ff)), even), or_b(shr_16(low, 8), odd), signs,
+                          quads);
     }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb high = spread_u8(tile + kTileQh + 16 * g), signs = load_b(tile + kTileSigns + 64 * g);

@@ -44,8 +44,8 @@ struct IQ3_XXS {
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales& s, int g, vb (&quads)[8]) {
         const vb signs = signs_of_codes(load_b(s.words + 64 * g)), even = set1_lane(0x00ff00ff);
         const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
-        lookup_half_group<0>(kIq3XxsGrid, and_b(a, even), shr_16(a, 8), signs, quads);
-        lookup_half_group<1>(kIq3XxsGrid, and_b(b, even), shr_16(b, 8), signs, quads);
+        lookup4_signed<0>(kIq3XxsGrid, and_b(a, even), shr_16(a, 8), signs, quads);
+        lookup4_signed<1>(kIq3XxsGrid, and_b(b, even), shr_16(b, 8), signs, quads);
     }
 #endif
 };

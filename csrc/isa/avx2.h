@@ -315,4 +315,5 @@ MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const
 }  // namespace
 }  // namespace moesaic
 
+#include "isa/lookups.h"
 #include "isa/math.h"

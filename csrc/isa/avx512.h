@@ -252,4 +252,8 @@ MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const
 }  // namespace
 }  // namespace moesaic
 
+#if defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
+#include "isa/avx512_byte_tables.h"
+#endif
+#include "isa/lookups.h"
 #include "isa/math.h"

@@ -261,4 +261,5 @@ MOESAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 }  // namespace
 }  // namespace moesaic
 
+#include "isa/lookups.h"
 #include "isa/math.h"

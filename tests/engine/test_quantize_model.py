@@ -23,7 +23,7 @@ from moesaic.errors import CheckpointError, ConfigError, UnsupportedFormatError
 from moesaic.models import build_meta_model, build_weight_map, config_for
 from moesaic.placement import Rules, load_plan
 from moesaic.placement.rules import parse_rules
-from moesaic.quant import WeightFormat, dequantize, get_format
+from moesaic.quant import dequantize, get_format
 from moesaic.weights import open_checkpoint
 
 # Normalised RMSE of Gaussian weights, with a tenth in reserve; tests/quant compares them with published bounds.
@@ -212,9 +212,8 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(
 
 
 def test_formats_without_a_quantiser_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    read_only = WeightFormat("IQ2_XXS", 16, 256, 66, True, True)
     with pytest.raises(UnsupportedFormatError, match="IQ2_XXS can be read but not written: choose one of F32"):
-        quantize_checkpoint(open_checkpoint(checkpoints["qwen3_moe"]), tmp_path / "out.gguf", read_only)
+        run(checkpoints["qwen3_moe"], tmp_path / "out.gguf", "IQ2_XXS")
 
 
 def test_formats_that_gguf_lacks_are_refused_by_name(tmp_path: Path) -> None:

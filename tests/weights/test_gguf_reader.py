@@ -12,6 +12,7 @@ from tests.weights import gguf_bytes as raw
 from tests.weights.gguf_bytes import Tensor, gguf
 
 from moesaic.errors import CheckpointError, ModelNotFoundError, UnsupportedFormatError
+from moesaic.quant import FORMATS, WeightFormat
 from moesaic.weights import Checkpoint, open_checkpoint
 
 F32, Q4_0, Q4_K = 0, 2, 12
@@ -159,6 +160,17 @@ def test_defects(defect: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value), "the message names the file"
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt.in_gguf], ids=lambda fmt: fmt.name)
+def test_every_format_is_read_by_its_number(fmt: WeightFormat, tmp_path: Path) -> None:
+    nbytes = fmt.nbytes(2, 512)
+    raw = np.random.default_rng(1).integers(0, 256, nbytes, dtype=np.uint8)
+    path = write(tmp_path, gguf(tensors=[Tensor("t", (512, 2), fmt.ggml_type, 0)], data=raw.tobytes()))
+    checkpoint = open_checkpoint(path)
+    info = checkpoint.tensors["t"]
+    assert (info.format, info.shape, info.nbytes) == (fmt, (2, 512), nbytes)
+    assert np.array_equal(checkpoint.raw("t"), raw.reshape(2, -1))
 
 
 @pytest.mark.parametrize(("kind", "name"), [(24, "I8"), (28, "F64"), (31, "unknown type"), (999, "unknown type")])

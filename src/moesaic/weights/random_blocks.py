@@ -5,19 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from moesaic.quant.formats import WeightFormat
-from moesaic.quant.quantize import dequantize, quantize
+from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize
 
 __all__ = ["random_blocks"]
+
+_NUM_CHOSEN = 64  # different blocks where they must be found among random bytes
 
 
 def random_blocks(fmt: WeightFormat, count: int, deviation: float, rng: np.random.Generator) -> np.ndarray:
     """Valid blocks of weights with mean 0 and this standard deviation, uint8 `[count, block_bytes]`.
 
-    Normal weights, quantised; for the formats of safetensors, which have no quantiser, codes at random under one scale.
-
-    Raises:
-        UnsupportedFormatError: a format of GGUF files that cannot be written.
+    Normal weights, quantised. Without a quantiser: for the formats of safetensors, codes at random under one scale; for
+    those of GGUF files (codebooks), a few blocks of random bytes whose weights happen to be of this size, repeated.
     """
+    if fmt.in_gguf and fmt not in WRITABLE_FORMATS:
+        return _chosen_blocks(fmt, count, deviation, rng)
     if fmt.in_gguf:
         values = rng.standard_normal((count, fmt.block_size), np.float32) * np.float32(deviation)
         return quantize(values, fmt)
@@ -31,6 +33,16 @@ def random_blocks(fmt: WeightFormat, count: int, deviation: float, rng: np.rando
     _set_scales(blocks, fmt, 1.0)
     _set_scales(blocks, fmt, deviation / float(dequantize(blocks, fmt, fmt.block_size).std()))
     return blocks
+
+
+def _chosen_blocks(fmt: WeightFormat, count: int, deviation: float, rng: np.random.Generator) -> np.ndarray:
+    """Blocks of random bytes whose deviation lies within a factor of 2."""
+    found = np.empty((0, fmt.block_bytes), np.uint8)
+    while len(found) < _NUM_CHOSEN:
+        blocks = rng.integers(0, 256, (1 << 15, fmt.block_bytes), dtype=np.uint8)
+        deviations = np.sqrt(np.square(dequantize(blocks, fmt, fmt.block_size)).mean(-1))
+        found = np.concatenate([found, blocks[(deviations > deviation / 2) & (deviations < 2 * deviation)]])
+    return found[rng.integers(0, len(found), count)]
 
 
 def _set_scales(blocks: np.ndarray, fmt: WeightFormat, scale: float) -> None:

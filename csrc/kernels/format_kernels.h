@@ -59,10 +59,11 @@ constexpr MatmulKernels kernels_of() {
         kernels.matmul = float_matmul<F>;
     }
 #ifdef MOESAIC_HAS_TILES
-    if constexpr (F::kQuantized) {
-        kernels.matmul_bf16 = quantized_matmul_bf16<F>;
+    if constexpr (F::kBlock > 1) {
+        kernels.matmul_bf16 = expanded_matmul_bf16<F>;
     } else if constexpr (F::kGgmlType == BF16::kGgmlType) {
         kernels.matmul_bf16 = bf16_matmul_bf16<F>;
+        kernels.wants_lower = true;
     }
     kernels.bf16_from = kTilesFrom<F>;
 #endif

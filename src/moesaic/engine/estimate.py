@@ -99,10 +99,20 @@ def estimate_decode(
 
     Args:
         bandwidth: measured read bandwidth in GB/s, which the parts' rates are compared with.
-        model, preset, weight_format, num_layers, threads, gguf, plan, offline: as for `bench.measure`.
+        model: MODEL as for `AutoModelForCausalLM.from_pretrained`; or
+        preset: name of one of `presets.PRESETS`.
+        weight_format: of a synthetic model's matrices.
+        num_layers: layers of a synthetic model; all if None.
+        threads: worker threads; the default if None.
+        gguf: as for `from_pretrained`.
+        plan: as for `from_pretrained`.
+        offline: as for `from_pretrained`.
 
     Raises:
-        as `bench.measure`, but for what loading a model raises: it need not fit in memory.
+        ConfigError: an unknown preset, or more layers than it has.
+        UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
+        ModelNotFoundError: there is no such model.
+        CheckpointError: a file of it is damaged.
     """
     if threads is not None:
         set_num_threads(threads)
@@ -170,10 +180,7 @@ def _by_format(formats: list[WeightFormat], paths: list[str]) -> str:
 
 def _decode_path(fmt: WeightFormat) -> str:
     isa = active_isa()
-    if isa == "generic":
-        instructions = "portable code"
-    else:
-        instructions = _INSTRUCTIONS.get(isa, isa)
+    instructions = "portable code" if isa == "generic" else _INSTRUCTIONS.get(isa, isa)
     if not fmt.rounds_activations:
         return f"{instructions.removesuffix(' VNNI')}, multiply-adds of float32"
     return f"{instructions}, dot products of int8"

@@ -10,6 +10,7 @@ from moesaic.errors import KernelError
 
 __all__ = ["Rates", "peak_ops", "read_bandwidth", "tiles_from"]
 
+
 @dataclass(frozen=True, slots=True)
 class Rates:
     """Rates of equal repetitions: GB/s or 10^9 operations per second.
@@ -43,8 +44,8 @@ def peak_ops(kind: Literal["fma_f32", "dot_i8", "tile_bf16"], seconds: float = 0
     """10^9 operations per second of all threads, operands in registers, with the active instruction set.
 
     Args:
-        kind: "fma_f32" (float32 multiply-adds), "dot_i8" (8-bit products summed in 32 bits) or "tile_bf16" (AMX tiles of
-            bfloat16, float32 sums); two operations for each multiply-add.
+        kind: "fma_f32" (float32 multiply-adds), "dot_i8" (8-bit products summed in 32 bits) or "tile_bf16" (AMX tiles
+            of bfloat16, float32 sums); two operations for each multiply-add.
         seconds: time to spend.
 
     Raises:
@@ -64,7 +65,7 @@ def peak_ops(kind: Literal["fma_f32", "dot_i8", "tile_bf16"], seconds: float = 0
 
 
 def tiles_from(ggml_type: int) -> int | None:
-    """From how many tokens on products with a format use tiles of bfloat16; None: the active instruction set never does.
+    """From how many tokens on products with a format use tiles of bfloat16, with the active instruction set; or None.
 
     Raises:
         ValueError: there is no format of this number.

@@ -2,8 +2,8 @@
 
     python benchmarks/estimate.py [--model qwen3-30b-a3b] [--formats Q4_K,Q2_K] [--layers 4] [--turns 5] [--json]
 
-The two take turns, each in a process of its own, so that other load on the machine falls on both; the medians of the
-turns are compared, and the ratio of every turn is shown.
+In one process, with what the two commands use: in every turn the estimate is measured anew and then a run of decode, so
+that other load on the machine falls on both. The medians of the turns are compared; the ratio of every turn is shown.
 """
 
 from __future__ import annotations
@@ -11,20 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
-from typing import Any
+
+from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.decode_probe import Probe, measure_overhead
+from moesaic.engine.decode_work import decode_work
+from moesaic.engine.estimate import divide
+from moesaic.engine.loader import load
+from moesaic.engine.timed_runs import TimedRuns
+from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
+from moesaic.placement import detect_hardware
+from moesaic.quant import get_format
+
+PROMPT_TOKENS, NEW_TOKENS = 16, 33  # as `moesaic bench decode`
 
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of one format: tokens per second of each turn, and read bandwidth that doctor measured (GB/s)."""
+    """Of one format and each turn: tokens per second, milliseconds of the parts, and read bandwidth (GB/s)."""
 
     format: str
     expected: tuple[float, ...]
     measured: tuple[float, ...]
     bandwidth: tuple[float, ...]
+    parts: tuple[tuple[float, ...], ...]
 
     @property
     def ratio(self) -> float:
@@ -32,25 +42,20 @@ class Result:
         return statistics.median(self.expected) / statistics.median(self.measured)
 
 
-def moesaic(*arguments: str) -> dict[str, Any]:
-    """What a command prints as JSON."""
-    command = [sys.executable, "-W", "ignore", "-m", "moesaic.cli.main", *arguments, "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if not done.stdout.startswith("{"):
-        raise SystemExit(f"{' '.join(command)} failed with {done.returncode}")
-    reply = json.loads(done.stdout)
-    assert isinstance(reply, dict)
-    return reply
-
-
-def compare(model: list[str], name: str, turns: int) -> Result:
-    expected, measured, bandwidth = [], [], []
+def compare(model: str, name: str, num_layers: int, turns: int) -> Result:
+    hardware = detect_hardware()
+    prepared = prepare_synthetic(model, get_format(name), num_layers, "cpu")
+    work = decode_work(prepared)
+    runs = TimedRuns(load(prepared, progress=False), "decode", PROMPT_TOKENS, NEW_TOKENS)
+    runs.run()
+    expected, measured, bandwidth, milliseconds = [], [], [], []
     for _ in range(turns):
-        report = moesaic("doctor", *model, "--format", name)
-        expected.append(report["estimate"]["tokens_per_second"])
-        bandwidth.append(report["read_bandwidth"])
-        measured.append(moesaic("bench", "decode", *model, "--format", name)["tokens_per_second"])
-    return Result(name, tuple(expected), tuple(measured), tuple(bandwidth))
+        bandwidth.append(read_bandwidth(hardware.probe_bytes, 0.5).median)
+        parts = divide(work, Probe(hardware.cold_bytes, 1.0), measure_overhead(work.vocab_size, 0.1), bandwidth[-1])
+        milliseconds.append(tuple(1e3 * part.seconds for part in parts))
+        expected.append(1e3 / sum(milliseconds[-1]))
+        measured.append(runs.run())
+    return Result(name, tuple(expected), tuple(measured), tuple(bandwidth), tuple(milliseconds))
 
 
 def line(r: Result) -> str:
@@ -71,13 +76,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    model = ["--synthetic", args.model, "--layers", str(args.layers)]
-    model += [] if args.threads is None else ["--threads", str(args.threads)]
+    if args.threads:
+        set_num_threads(args.threads)
     if not args.json:
-        print(f"{args.model}, {args.layers} layers, {args.turns} turns: medians in tok/s, then each turn")
+        machine = f"{active_isa()}, {num_threads()} threads"
+        print(f"{args.model}, {args.layers} layers, {machine}, {args.turns} turns: medians in tok/s, then each turn")
         print("format    expected  measured  ratio  read bandwidth        ratios")
     for name in args.formats.split(","):
-        result = compare(model, name, args.turns)
+        result = compare(args.model, name, args.layers, args.turns)
         print(json.dumps({**asdict(result), "ratio": result.ratio}) if args.json else line(result), flush=True)
 
 

@@ -4,8 +4,8 @@
 
 Attention is compared with torch's scaled_dot_product_attention on the same tensors and threads. Decode is a question of
 bandwidth (bytes of keys and values read per second, beside what plain reading reaches), prefill one of arithmetic
-(operations per second, beside what multiply-adds in registers reach). Times are the best of the repetitions; bandwidth and
-peak are medians.
+(operations per second, beside what multiply-adds in registers reach). Times are the best of the repetitions, bandwidth
+and peak are medians.
 """
 
 from __future__ import annotations

@@ -2,18 +2,23 @@
 
     python benchmarks/kernels.py [--model qwen3-30b-a3b] [--formats Q4_K,Q6_K] [--isa avx2] [--threads 2] [--json]
 
-Decode: one token through the routed experts of one layer, another choice of experts each time, in GB/s of weights read
-and as a share of the measured read bandwidth. Prefill: many tokens, in 10^9 multiply-adds per second and as a share of
-the peak of the instruction used (int8 dot products for quantised weights, float32 fma for floats). Yardsticks are
-measured between the repetitions, so that other load on the machine falls on both. With --threads 1, products are timed
-in processor time of the thread, which other load disturbs least. Weights are random bytes: values do not matter for
-speed.
+Decode: one token through the routed experts of one layer, in GB/s of weights read and as a share of the measured read
+bandwidth. Every step takes other experts, of as many layers in turn as make 8 times the last-level caches (bounded by a
+quarter of the free memory), so that weights come from DRAM. Prefill: many tokens, in 10^9 multiply-adds per second and
+as a share of the peak of the instruction used, which the last column names: tiles of bfloat16 where the instruction set
+has them for the format (BF16 weights are multiplied twice, so half of that peak is their limit), else int8 dot products
+for quantised weights and float32 fma for floats. Yardsticks are measured between the repetitions, so that other load on
+the machine falls on both. Figures are medians, of the yardsticks too. With --threads 1 they are the best ones, and
+products are timed in processor time of the thread, which other load disturbs least. Weights are random bytes: values do
+not matter for speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,9 +26,19 @@ from dataclasses import asdict, dataclass
 import torch
 
 from moesaic import kernels
-from moesaic.kernels import Activation, PackedExperts, PackedTensor, linear, moe_forward
-from moesaic.kernels.probe import peak_ops, read_bandwidth
-from moesaic.quant import FORMATS, get_format
+from moesaic.kernels import (
+    Activation,
+    PackedExperts,
+    PackedTensor,
+    Rates,
+    linear,
+    moe_forward,
+    peak_ops,
+    read_bandwidth,
+    tiles_from,
+)
+from moesaic.placement import Hardware, detect_hardware
+from moesaic.quant import FORMATS, WeightFormat, get_format
 
 
 @dataclass(frozen=True)
@@ -55,18 +70,32 @@ class Result:
     prefill_share: float
     dense_gmac_s: float
     dense_share: float
+    yardstick: str
+    layers: int
 
 
-def best_time(step: Callable[[int], object], seconds: float) -> float:
-    """Shortest time of a step, repeated for about so long; the number of the repetition is its argument."""
+def times(step: Callable[[int], object], seconds: float) -> list[float]:
+    """Times of a step, repeated for about so long; the number of the repetition is its argument."""
     clock = time.thread_time if kernels.num_threads() == 1 else time.perf_counter
-    best, repetition, end = float("inf"), 0, time.perf_counter() + seconds
-    while time.perf_counter() < end or repetition < 3:
+    found: list[float] = []
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(found) < 3:
         start = clock()
-        step(repetition)
-        best = min(best, clock() - start)
-        repetition += 1
-    return best
+        step(len(found))
+        found.append(clock() - start)
+    return found
+
+
+def usual(found: list[float]) -> float:
+    """The median; the shortest of a single thread's processor times."""
+    return min(found) if kernels.num_threads() == 1 else statistics.median(found)
+
+
+def usual_rate(found: list[Rates]) -> float:
+    """The same of yardsticks."""
+    if kernels.num_threads() == 1:
+        return max(rates.best for rates in found)
+    return statistics.median(rates.median for rates in found)
 
 
 def random_stack(name: str, rows: int, cols: int, count: int) -> PackedTensor:
@@ -78,40 +107,73 @@ def random_stack(name: str, rows: int, cols: int, count: int) -> PackedTensor:
     return stack
 
 
-def measure(name: str, dims: Dims, num_tokens: int, seconds: float) -> Result:
+def random_experts(name: str, dims: Dims) -> PackedExperts:
     gate, up = (random_stack(name, dims.intermediate, dims.hidden, dims.num_experts) for _ in range(2))
     down = random_stack(name, dims.hidden, dims.intermediate, dims.num_experts)
-    experts = PackedExperts(gate, up, down, activation=Activation("silu"))
-    choices = [torch.randperm(dims.num_experts)[: dims.top_k].view(1, -1) for _ in range(64)]
-    weights = torch.full((num_tokens, dims.top_k), 1 / dims.top_k)
-    x = torch.randn(num_tokens, dims.hidden)
+    return PackedExperts(gate, up, down, activation=Activation("silu"))
 
-    bandwidth, peak = 0.0, 0.0
-    decode = batch4 = prefill = dense = float("inf")
-    index = torch.stack([torch.randperm(dims.num_experts)[: dims.top_k] for _ in range(num_tokens)])
-    kind = "dot_i8" if get_format(name).rounds_activations else "fma_f32"
-    same = [choice.expand(4, -1).contiguous() for choice in choices]
-    part = seconds / 3
-    for _ in range(3):
-        bandwidth = max(bandwidth, read_bandwidth(1 << 29, part / 2).best)
-        peak = max(peak, peak_ops(kind, part / 2).best / 2)
-        decode = min(decode, best_time(lambda i: moe_forward(x[:1], choices[i % 64], weights[:1], experts), part))
-        batch4 = min(batch4, best_time(lambda i: moe_forward(x[:4], same[i % 64], weights[:4], experts), part))
-        prefill = min(prefill, best_time(lambda _: moe_forward(x, index, weights, experts), part))
-        dense = min(dense, best_time(lambda i: linear(x, up, index=i % dims.num_experts), part))
+
+def every_expert(layers: list[PackedExperts], dims: Dims) -> list[tuple[torch.Tensor, PackedExperts]]:
+    """Choices for one token that go through the experts of all layers before one comes again."""
+    return [
+        (part.view(1, -1).contiguous(), experts)
+        for experts in layers
+        for part in torch.randperm(dims.num_experts).split(dims.top_k)
+        if len(part) == dims.top_k
+    ]
+
+
+def yardstick(fmt: WeightFormat) -> str:
+    """The kind of peak that many tokens are compared with."""
+    if tiles_from(fmt.ggml_type) is not None:
+        return "tile_bf16"
+    return "dot_i8" if fmt.rounds_activations else "fma_f32"
+
+
+def measure(name: str, dims: Dims, num_tokens: int, seconds: float, hardware: Hardware) -> Result:
+    fmt = get_format(name)
     macs = dims.hidden * dims.intermediate * 3 * dims.top_k
-    decode_rate = macs / 1e9 / decode * get_format(name).block_bytes / get_format(name).block_size
+    token_bytes = macs * fmt.block_bytes / fmt.block_size
+    num_layers = math.ceil(hardware.cold_bytes / (token_bytes / dims.top_k * dims.num_experts))
+    layers = [random_experts(name, dims) for _ in range(num_layers)]
+    choices = every_expert(layers, dims)
+    same = [(choice.expand(4, -1).contiguous(), experts) for choice, experts in choices]
+    index = torch.stack([torch.randperm(dims.num_experts)[: dims.top_k] for _ in range(num_tokens)])
+    weights = torch.full((num_tokens, dims.top_k), 1 / dims.top_k)
+    x, up = torch.randn(num_tokens, dims.hidden), layers[0].up
+    assert isinstance(up, PackedTensor)
+
+    kind = yardstick(fmt)
+    bandwidths: list[Rates] = []
+    peaks: list[Rates] = []
+    found: dict[str, list[float]] = {"decode": [], "batch4": [], "prefill": [], "dense": []}
+    steps: dict[str, Callable[[int], object]] = {
+        "decode": lambda i: moe_forward(x[:1], choices[i % len(choices)][0], weights[:1], choices[i % len(choices)][1]),
+        "batch4": lambda i: moe_forward(x[:4], same[i % len(same)][0], weights[:4], same[i % len(same)][1]),
+        "prefill": lambda i: moe_forward(x, index, weights, layers[i % num_layers]),
+        "dense": lambda i: linear(x, up, index=i % dims.num_experts),
+    }
+    for _ in range(3):
+        bandwidths.append(read_bandwidth(hardware.probe_bytes, seconds / 6))
+        peaks.append(peak_ops(kind, seconds / 6))
+        for step, run in steps.items():
+            found[step] += times(run, seconds / 3)
+    decode, batch4, prefill, dense = (usual(part) for part in found.values())
+    peak = usual_rate(peaks) / 2
+    decode_rate = token_bytes / 1e9 / decode
     prefill_rate = macs * num_tokens / 1e9 / prefill
     dense_rate = dims.hidden * dims.intermediate * num_tokens / 1e9 / dense
     return Result(
         name,
         decode_rate,
-        decode_rate / bandwidth,
+        decode_rate / usual_rate(bandwidths),
         batch4 / decode,
         prefill_rate,
         prefill_rate / peak,
         dense_rate,
         dense_rate / peak,
+        kind,
+        num_layers,
     )
 
 
@@ -119,7 +181,7 @@ def line(r: Result) -> str:
     """A row of the table."""
     return (
         f"{r.format:8} {r.decode_gb_s:11.1f} {r.decode_share:6.0%} {r.batch4_cost:8.2f}x {r.prefill_gmac_s:15.0f} "
-        f"{r.prefill_share:6.0%} {r.dense_gmac_s:13.0f} {r.dense_share:6.0%}"
+        f"{r.prefill_share:6.0%} {r.dense_gmac_s:13.0f} {r.dense_share:6.0%}  {r.yardstick}"
     )
 
 
@@ -139,10 +201,10 @@ def main() -> None:
         kernels.set_num_threads(args.threads)
     if not args.json:
         print(f"{args.model}, {kernels.active_isa()}, {kernels.num_threads()} threads, prefill of {args.tokens} tokens")
-        print("format   decode GB/s  share  4 tokens  prefill GMAC/s  share  dense GMAC/s  share")
-    results = []
+        print("format   decode GB/s  share  4 tokens  prefill GMAC/s  share  dense GMAC/s  share  yardstick")
+    results, hardware = [], detect_hardware()
     for name in args.formats.split(","):
-        result = measure(name, MODELS[args.model], args.tokens, args.seconds)
+        result = measure(name, MODELS[args.model], args.tokens, args.seconds, hardware)
         results.append(asdict(result))
         if not args.json:
             print(line(result), flush=True)

@@ -4,7 +4,8 @@
 
 Attention is compared with torch's scaled_dot_product_attention on the same tensors and threads. Decode is a question of
 bandwidth (bytes of keys and values read per second, beside what plain reading reaches), prefill one of arithmetic
-(operations per second, beside what multiply-adds in registers reach). Times are the best of the repetitions.
+(operations per second, beside what multiply-adds in registers reach). Times are the best of the repetitions, bandwidth
+and peak are medians.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from moesaic.kernels import active_isa, num_threads, ops, peak_ops, read_bandwidth, set_num_threads
+from moesaic.placement import detect_hardware
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -145,7 +147,8 @@ def main() -> None:
     if options.threads is not None:
         set_num_threads(options.threads)
     torch.set_num_threads(num_threads())
-    bandwidth, peak = read_bandwidth().best, peak_ops("fma_f32").best
+    bandwidth = read_bandwidth(detect_hardware().probe_bytes).median
+    peak = peak_ops("fma_f32").median
     head = {"isa": active_isa(), "threads": num_threads(), "read_bandwidth": bandwidth, "peak_gigaflops": peak}
     if options.json:
         print(json.dumps({**head, "results": [asdict(result) for result in results(options.seconds)]}, indent=1))

@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "thread_pool.h"
@@ -85,7 +87,10 @@ Rates read_bandwidth(int64_t num_bytes, double seconds) {
 
 Rates peak_ops(PeakKind kind, double seconds) {
     const ProbeKernels& kernels = probe_kernels();
-    const auto work = kind == PeakKind::kDotI8 ? kernels.dot_i8 : kernels.multiply_add_f32;
+    auto work = kernels.multiply_add_f32;
+    if (kind == PeakKind::kDotI8) work = kernels.dot_i8;
+    if (kind == PeakKind::kTileBf16) work = kernels.tile_bf16;
+    if (work == nullptr) throw std::invalid_argument(std::string(active_isa()) + " has no tiles of bfloat16");
     return measure(
         seconds, [] { return std::vector<float>{0.5f, 1.0f, 0.0f}; },
         [&](std::vector<float>& values) { return work(kPeakRounds, values.data()); });

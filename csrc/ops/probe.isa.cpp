@@ -44,10 +44,49 @@ int64_t dot_i8(int64_t rounds, float* sink) {
     return rounds * kChains * 64 * 2;
 }
 
+#ifdef MOESAIC_HAS_TILES
+// Two tiles of activations times two of weights, as the products of many tokens use them: four independent sums.
+int64_t tile_bf16(int64_t rounds, float* sink) {
+    alignas(64) uint16_t operand[kTileTokens * 32];
+    alignas(64) float sums[kTileTokens * 16];
+    uint32_t bits;
+    __builtin_memcpy(&bits, sink, 4);
+    for (uint16_t& value : operand) value = static_cast<uint16_t>(bits >> 16);
+    configure_tiles(kTileTokens, kTileTokens);
+    MOESAIC_TILE_ZERO(0);
+    MOESAIC_TILE_ZERO(1);
+    MOESAIC_TILE_ZERO(2);
+    MOESAIC_TILE_ZERO(3);
+    MOESAIC_TILE_LOAD(4, operand, 64);
+    MOESAIC_TILE_LOAD(5, operand, 64);
+    MOESAIC_TILE_LOAD(6, operand, 64);
+    MOESAIC_TILE_LOAD(7, operand, 64);
+    for (int64_t i = 0; i < rounds; ++i) {
+        MOESAIC_TILE_DOT_BF16(0, 4, 6);
+        MOESAIC_TILE_DOT_BF16(1, 4, 7);
+        MOESAIC_TILE_DOT_BF16(2, 5, 6);
+        MOESAIC_TILE_DOT_BF16(3, 5, 7);
+    }
+    sink[2] = 0.0f;
+    MOESAIC_TILE_STORE(0, sums, 64);
+    sink[2] += sums[0];
+    MOESAIC_TILE_STORE(1, sums, 64);
+    sink[2] += sums[0];
+    MOESAIC_TILE_STORE(2, sums, 64);
+    sink[2] += sums[0];
+    MOESAIC_TILE_STORE(3, sums, 64);
+    sink[2] += sums[0];
+    release_tiles();
+    return rounds * 4 * kTileTokens * 16 * 32 * 2;
+}
+#else
+constexpr int64_t (*tile_bf16)(int64_t, float*) = nullptr;
+#endif
+
 }  // namespace
 
 const ProbeKernels& probe_kernels() {
-    static constexpr ProbeKernels kernels{sum, multiply_add_f32, dot_i8};
+    static constexpr ProbeKernels kernels{sum, multiply_add_f32, dot_i8, tile_bf16};
     return kernels;
 }
 

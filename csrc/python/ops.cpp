@@ -323,7 +323,8 @@ void bind_probes(nb::module_& m) {
         "kind"_a, "seconds"_a, "Best and median 10^9 operations per second of all threads, from registers.");
     nb::enum_<PeakKind>(m, "PeakKind", nb::is_arithmetic())
         .value("MULTIPLY_ADD_F32", PeakKind::kMultiplyAddF32)
-        .value("DOT_I8", PeakKind::kDotI8);
+        .value("DOT_I8", PeakKind::kDotI8)
+        .value("TILE_BF16", PeakKind::kTileBf16);
 }
 
 }  // namespace

@@ -55,6 +55,11 @@ def formats() -> list:
     The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.
     """
 
+def tiles_from(format: int) -> int:
+    """
+    From how many tokens on the active instruction set multiplies by tiles of bfloat16; 0: never.
+    """
+
 def packed_nbytes(format: int, rows: int, cols: int) -> int:
     """Bytes of a packed matrix: rows are padded to a multiple of 16."""
 
@@ -232,6 +237,8 @@ class PeakKind(enum.IntEnum):
     MULTIPLY_ADD_F32 = 0
 
     DOT_I8 = 1
+
+    TILE_BF16 = 2
 
 class AttentionBlock:
     """Norm, projections, rotary embedding, attention and residual."""

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from importlib import metadata
 
 import pytest
 
 from moesaic.cli import doctor
+from moesaic.cli.main import build_parser, main
+from moesaic.engine.estimate import Estimate, Part
+from moesaic.placement import hardware
 from moesaic.placement.hardware import Gpu, Hardware, NumaNode
 
 GIB = 1024**3
-GOOD = Hardware("Test CPU", 64, 128, None, 64 * GIB, 60 * GIB, False, (NumaNode(0, tuple(range(128)), 64 * GIB),))
+GOOD = Hardware(
+    "Test CPU",
+    64,
+    128,
+    None,
+    64 * GIB,
+    60 * GIB,
+    False,
+    (NumaNode(0, tuple(range(128)), 64 * GIB),),
+    last_level_cache=1 << 19,
+)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    return build_parser().parse_args(["doctor", *words])
 
 
 def problems(**changes: object) -> dict[str, bool]:
@@ -25,7 +43,7 @@ def problems(**changes: object) -> dict[str, bool]:
 
 @pytest.fixture(autouse=True)
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_PROBE_BYTES", 1 << 22)
+    monkeypatch.setattr(hardware, "_MIN_PROBE_BYTES", 1 << 22)
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.01)
     monkeypatch.delenv("MOESAIC_ISA", raising=False)
     monkeypatch.delenv("MOESAIC_THREADS", raising=False)
@@ -98,13 +116,77 @@ def test_old_and_missing_packages_are_serious(monkeypatch: pytest.MonkeyPatch) -
 def test_the_report_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     machine = dataclasses.replace(GOOD, gpus=(Gpu("RTX", 24 * GIB, "580.1"),), cpu_quota=32.0)
     monkeypatch.setattr(doctor, "detect_hardware", lambda with_gpus: machine)
-    assert doctor.run(argparse.Namespace(json=False)) == 0
+    monkeypatch.setattr("moesaic._native.read_bandwidth", lambda num_bytes, seconds: (25.0, 20.0))
+    assert doctor.run(arguments()) == 0
     printed = capsys.readouterr().out
     for words in (
         "Test CPU",
         "64 physical, 128 logical, container limit 32 CPUs",
         "60.0 GiB available",
         "RTX, 24.0 GiB",
+        "20.0 GB/s median, 25.0 best of reading 0.00 GiB (8 x the last-level caches)",
     ):
         assert words in printed
     assert "\n  -> " in printed
+    assert "expected decode" not in printed
+
+
+def test_the_estimate_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = (Part("experts", 40_000_000, 0.002, 20.0, 0.8), Part("overhead", 0, 0.0005, None, None))
+    paths = ("AVX-512 VNNI, dot products of int8", "AMX, tiles of bfloat16")
+    made = Estimate("qwen3-30b-a3b", "Q2_K", 4, 48, "amx", 16, *paths, 40_000_000, parts, 400.0)
+    asked: dict[str, object] = {}
+
+    def estimate_decode(bandwidth: float, **options: object) -> Estimate:
+        asked.update(options, bandwidth=bandwidth)
+        return made
+
+    monkeypatch.setattr("moesaic.engine.estimate.estimate_decode", estimate_decode)
+    monkeypatch.setattr("moesaic._native.read_bandwidth", lambda num_bytes, seconds: (30.0, 25.0))
+    monkeypatch.setattr(doctor, "detect_hardware", lambda with_gpus: GOOD)
+    words = ["--synthetic", "qwen3-30b-a3b", "--format", "Q2_K", "--layers", "4"]
+    assert doctor.run(arguments(*words)) == 0
+    assert asked["bandwidth"] == 25.0  # the median
+    assert (asked["model"], asked["preset"], asked["weight_format"]) == (None, "qwen3-30b-a3b", "Q2_K")
+    assert (asked["num_layers"], asked["threads"]) == (4, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "qwen3-30b-a3b, Q2_K, 4 of 48 layers, 16 threads" in lines
+    assert "fastest prefill        amx: AMX, tiles of bfloat16" in lines
+    assert [line.split() for line in lines if line.startswith("experts")] == [
+        ["experts", "40.0", "2.000", "20.0", "80%"]
+    ]
+    assert [line.split() for line in lines if line.startswith("together")] == [["together", "40.0", "2.500"]]
+    assert "expected decode: 400.00 tok/s at a short context" in lines
+
+    assert doctor.run(arguments(*words, "--json")) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["estimate"]["tokens_per_second"] == 400.0
+    assert report["estimate"]["parts"][0]["bandwidth_share"] == 0.8
+    assert (report["read_bandwidth"], report["best_read_bandwidth"]) == (25.0, 30.0)
+
+
+def test_nothing_is_estimated_where_nothing_could_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("moesaic.engine.estimate.estimate_decode", refuse)
+    monkeypatch.setattr("moesaic._native.read_bandwidth", lambda num_bytes, seconds: (30.0, 25.0))
+    monkeypatch.setitem(doctor._MINIMUM_VERSIONS, "torch", (99, 0))
+    monkeypatch.setattr(doctor, "detect_hardware", lambda with_gpus: GOOD)
+    assert doctor.run(arguments("demo")) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--synthetic", "qwen3-30b-a3b"], "either MODEL or --synthetic"),
+        (["--synthetic", "qwen9"], "expected one of qwen3-30b-a3b"),
+        (["--synthetic", "qwen3-30b-a3b", "--format", "Q9"], "is no weight format"),
+    ],
+)
+def test_wrong_usage(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(doctor, "detect_hardware", lambda with_gpus: GOOD)
+    assert main(["doctor", *words]) in (1, 2)
+    assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from pathlib import Path
@@ -161,3 +162,31 @@ def test_this_machine() -> None:
     assert 0 < hardware.dram_available <= hardware.dram_total
     assert 1 <= hardware.num_cores <= hardware.num_cpus
     assert hardware.gpus == ()
+
+
+def test_all_last_level_caches_count_once(machine: Path) -> None:
+    for cpu in range(4):
+        folder = f"sys/devices/system/cpu/cpu{cpu}/cache"
+        write(
+            machine,
+            {
+                f"{folder}/index0/level": "1\n",
+                f"{folder}/index0/size": "32K\n",
+                f"{folder}/index3/level": "3\n",
+                f"{folder}/index3/size": "300M\n",
+                f"{folder}/index3/shared_cpu_list": f"{cpu % 2},{cpu % 2 + 2}\n",
+            },
+        )
+    hardware = detect_hardware(root=machine)
+    assert hardware.last_level_cache == 600 * 1024**2
+    assert hardware.cold_bytes == hardware.probe_bytes == 8 * 600 * 1024**2
+
+
+def test_what_is_probed_has_bounds(machine: Path) -> None:
+    hardware = detect_hardware(root=machine)
+    assert hardware.last_level_cache == 32 * 1024**2  # nothing is said of caches
+    assert (hardware.cold_bytes, hardware.probe_bytes) == (256 * 1024**2, 512 * 1024**2)
+    small = dataclasses.replace(hardware, dram_available=GIB)
+    assert small.cold_bytes == small.probe_bytes == GIB // 4
+    wide = dataclasses.replace(hardware, last_level_cache=64 * GIB, dram_available=1024 * GIB)
+    assert wide.cold_bytes == wide.probe_bytes == 16 * GIB

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_threads_argument, positive_int
+from moesaic.cli.options import add_any_model_arguments, list_presets, positive_int
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,18 +26,10 @@ DESCRIPTION = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic bench`."""
     parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
-    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model as for 'moesaic run'")
-    parser.set_defaults(optional_positional="model")
-    parser.add_argument("--synthetic", metavar="PRESET", help="random weights of these dimensions; 'list' shows all")
-    parser.add_argument("--format", default="Q4_K", metavar="F", help="weight format of a synthetic model (Q4_K)")
-    parser.add_argument("--layers", type=positive_int, metavar="N", help="layers of a synthetic model (default: all)")
+    add_any_model_arguments(parser)
     parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt (decode: 16, prefill: 512)")
     parser.add_argument("--repeat", type=positive_int, default=3, metavar="N", help="take the median of N runs (3)")
-    add_threads_argument(parser)
-    parser.add_argument("--gguf", metavar="FILE", help="take MODEL's weights from this GGUF file")
-    parser.add_argument("--plan", default="auto", metavar="PLAN", help="auto, cpu, or a YAML file of placement rules")
-    parser.add_argument("--offline", action="store_true", help="use only what is on this computer already")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -46,9 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (arguments.model is None) == (arguments.synthetic is None):
         raise ConfigError("bench needs either MODEL or --synthetic PRESET ('--synthetic list' shows the presets).")
     if arguments.synthetic == "list":
-        from moesaic.engine.presets import PRESETS
-
-        print("\n".join(f"{name:<18} {preset.description}" for name, preset in PRESETS.items()))
+        print(list_presets())
         return 0
     from moesaic.engine.bench import measure
 
@@ -82,7 +72,7 @@ def _render(result: BenchResult) -> str:
     if result.gigabytes_per_second is not None:
         lines.append(
             f"read: {result.gigabytes_per_second:.1f} GB/s, {result.bandwidth_share:.0%} of the "
-            f"{result.read_bandwidth:.1f} GB/s that this computer reads"
+            f"{result.read_bandwidth:.1f} GB/s that this computer reads (median)"
         )
     lines.append(f"outside native calls: {result.python_share:.1%} of the time")
     if result.extrapolated_tokens_per_second is not None:

@@ -1,7 +1,7 @@
 """`moesaic doctor`: what this computer can do, and what stands in the way, with advice.
 
 Every fact is read or measured here and now. A broken installation is what people run this for, so each import may fail
-and becomes a problem of the report.
+and becomes a problem of the report. With a model it also says how fast that would decode.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import json
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from typing import TYPE_CHECKING
 
+from moesaic.cli.options import add_any_model_arguments, list_presets
 from moesaic.config import read_settings
+from moesaic.errors import ConfigError
 from moesaic.placement.hardware import Hardware, detect_hardware
+
+if TYPE_CHECKING:
+    from moesaic.engine.estimate import Estimate
 
 __all__ = ["DESCRIPTION", "HELP", "Report", "add_arguments", "diagnose", "run"]
 
 HELP = "show what this computer can do and what is wrong"
 DESCRIPTION = (
-    "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its measured read bandwidth, "
-    "GPUs, versions, and every problem found with advice. Exit code 1 if something must be mended."
+    "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its read bandwidth (median "
+    "and best of repeated reads of 8 times the caches; the median is what decode is compared with), GPUs, versions, "
+    "and every problem found with advice. With MODEL or --synthetic also the fastest path and the decode speed to "
+    "expect, from measured rates; no weight is loaded. Exit code 1 if something must be mended."
 )
 
 _MINIMUM_VERSIONS = {"torch": (2, 11), "transformers": (5, 17)}
 _OTHER_PACKAGES = ("moesaic", "numpy", "gguf", "safetensors", "tokenizers", "huggingface_hub")
-_PROBE_BYTES = 1 << 30
 _PROBE_SECONDS = 1.0
 _GIB = 1024**3
 
@@ -41,7 +48,11 @@ class Problem:
 
 @dataclass(slots=True)
 class Report:
-    """What was found; sizes in bytes, bandwidth in GB/s (None if it could not be measured)."""
+    """What was found; sizes in bytes, bandwidth in GB/s (None if it could not be measured).
+
+    `read_bandwidth` is the median of the repetitions, `probe_bytes` what each of them read; `estimate` is there if a
+    model was named and nothing serious stands in the way.
+    """
 
     hardware: Hardware
     versions: dict[str, str | None]
@@ -50,26 +61,36 @@ class Report:
     cpu_features: dict[str, bool] = field(default_factory=dict)
     num_threads: int | None = None
     read_bandwidth: float | None = None
+    best_read_bandwidth: float | None = None
+    probe_bytes: int | None = None
     problems: list[Problem] = field(default_factory=list)
+    estimate: Estimate | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic doctor`."""
+    add_any_model_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 1 if there is a serious problem."""
-    report = diagnose(detect_hardware(with_gpus=True))
+    if arguments.model is not None and arguments.synthetic is not None:
+        raise ConfigError("doctor takes either MODEL or --synthetic PRESET.")
+    if arguments.synthetic == "list":
+        print(list_presets())
+        return 0
+    report = diagnose(detect_hardware(with_gpus=True), arguments.threads)
+    _examine_model(report, arguments)
     print(json.dumps(asdict(report), indent=2) if arguments.json else _render(report))
     return int(any(problem.serious for problem in report.problems))
 
 
-def diagnose(hardware: Hardware) -> Report:
-    """Examine the installation and the computer."""
+def diagnose(hardware: Hardware, threads: int | None = None) -> Report:
+    """Examine the installation and the computer; `threads` instead of the number that the settings ask for."""
     report = Report(hardware, _versions())
     _examine_versions(report)
-    _examine_native(report)
+    _examine_native(report, threads)
     _examine_cpu(report)
     _examine_memory(report)
     _examine_gpus(report)
@@ -97,7 +118,7 @@ def _examine_versions(report: Report) -> None:
             report.problems.append(Problem(text, f"pip install -U '{package}>={wanted}'", serious=True))
 
 
-def _examine_native(report: Report) -> None:
+def _examine_native(report: Report, threads: int | None) -> None:
     try:
         from moesaic import _native
     except ImportError as error:
@@ -112,11 +133,13 @@ def _examine_native(report: Report) -> None:
         except ValueError as error:
             advice = f"set MOESAIC_ISA to one of {', '.join(report.isas)}, or unset it"
             report.problems.append(Problem(f"MOESAIC_ISA={settings.isa}: {error}", advice, serious=True))
-    if settings.threads is not None:
-        _native.set_num_threads(settings.threads)
+    threads = settings.threads if threads is None else threads
+    if threads is not None:
+        _native.set_num_threads(threads)
     report.active_isa, report.num_threads = _native.active_isa(), _native.num_threads()
-    probe_bytes = min(_PROBE_BYTES, report.hardware.dram_available // 4)
-    report.read_bandwidth = float(_native.read_bandwidth(probe_bytes, _PROBE_SECONDS)[0])
+    report.probe_bytes = report.hardware.probe_bytes
+    best, median = _native.read_bandwidth(report.probe_bytes, _PROBE_SECONDS)
+    report.best_read_bandwidth, report.read_bandwidth = float(best), float(median)
 
 
 def _examine_cpu(report: Report) -> None:
@@ -165,6 +188,54 @@ def _examine_gpus(report: Report) -> None:
         report.problems.append(Problem(text, "nothing to do; models run from DRAM"))
 
 
+def _examine_model(report: Report, arguments: argparse.Namespace) -> None:
+    """Estimate the decode speed of the model that the arguments name, unless none could run."""
+    named = arguments.model is not None or arguments.synthetic is not None
+    if not named or report.read_bandwidth is None or any(problem.serious for problem in report.problems):
+        return
+    from moesaic.engine.estimate import estimate_decode
+
+    report.estimate = estimate_decode(
+        report.read_bandwidth,
+        model=arguments.model,
+        preset=arguments.synthetic,
+        weight_format=arguments.format,
+        num_layers=arguments.layers,
+        threads=arguments.threads,
+        gguf=arguments.gguf,
+        plan=arguments.plan,
+        offline=arguments.offline,
+    )
+
+
+def _render_bandwidth(report: Report) -> str:
+    if report.read_bandwidth is None or report.probe_bytes is None:
+        return "not measured"
+    caches = report.probe_bytes / report.hardware.last_level_cache
+    return (
+        f"{report.read_bandwidth:.1f} GB/s median, {report.best_read_bandwidth:.1f} best of reading "
+        f"{report.probe_bytes / _GIB:.2f} GiB ({caches:.0f} x the last-level caches); decode is measured by the median"
+    )
+
+
+def _render_estimate(estimate: Estimate) -> list[str]:
+    lines = [
+        f"{estimate.model}, {estimate.weight_format}, {estimate.num_layers} of {estimate.total_layers} layers, "
+        f"{estimate.threads} threads",
+        f"{'fastest decode':<22} {estimate.isa}: {estimate.decode_path}",
+        f"{'fastest prefill':<22} {estimate.isa}: {estimate.prefill_path}",
+        "",
+        f"{'part of a token':<22} {'MB read':>9} {'ms':>9} {'GB/s':>7} {'of the bandwidth':>17}",
+    ]
+    for part in estimate.parts:
+        rate, share = part.gigabytes_per_second, part.bandwidth_share
+        read = "" if rate is None or share is None else f" {rate:7.1f} {share:17.0%}"
+        lines.append(f"{part.name:<22} {part.bytes_per_token / 1e6:9.1f} {part.seconds * 1e3:9.3f}{read}")
+    total = sum(part.seconds for part in estimate.parts)
+    lines.append(f"{'together':<22} {estimate.bytes_per_token / 1e6:9.1f} {total * 1e3:9.3f}")
+    return [*lines, f"expected decode: {estimate.tokens_per_second:.2f} tok/s at a short context", ""]
+
+
 def _render(report: Report) -> str:
     hardware = report.hardware
     features = " ".join(name for name, present in report.cpu_features.items() if present) or "unknown"
@@ -172,7 +243,6 @@ def _render(report: Report) -> str:
     nodes = [
         f"node {node.node}: {len(node.cpus)} CPUs, {node.dram_total / _GIB:.1f} GiB" for node in hardware.numa_nodes
     ]
-    bandwidth = "not measured" if report.read_bandwidth is None else f"{report.read_bandwidth:.1f} GB/s"
     gpus = [f"{gpu.name}, {gpu.memory_total / _GIB:.1f} GiB {gpu.driver}".rstrip() for gpu in hardware.gpus]
     versions = ", ".join(f"{name} {version or 'missing'}" for name, version in report.versions.items())
     facts = [
@@ -183,12 +253,14 @@ def _render(report: Report) -> str:
         ("threads", str(report.num_threads or "unknown")),
         ("NUMA", "; ".join(nodes)),
         ("DRAM", f"{hardware.dram_total / _GIB:.1f} GiB, {hardware.dram_available / _GIB:.1f} GiB available"),
-        ("read bandwidth", bandwidth),
+        ("read bandwidth", _render_bandwidth(report)),
         ("GPUs", "; ".join(gpus) or "none"),
         ("versions", versions),
     ]
     lines = [f"{name:<16} {value}" for name, value in facts]
     lines.append("")
+    if report.estimate is not None:
+        lines += _render_estimate(report.estimate)
     for problem in report.problems:
         lines += [f"{'PROBLEM' if problem.serious else 'note'}: {problem.text}", f"  -> {problem.advice}"]
     return "\n".join(lines if report.problems else [*lines, "no problems found"])

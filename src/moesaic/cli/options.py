@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from moesaic.engine.loader import Prepared
 
-__all__ = ["add_model_arguments", "add_threads_argument", "positive_int", "prepare_model"]
+__all__ = [
+    "add_any_model_arguments",
+    "add_model_arguments",
+    "add_threads_argument",
+    "list_presets",
+    "positive_int",
+    "prepare_model",
+]
 
 
 def positive_int(text: str) -> int:
@@ -32,9 +39,31 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="demo, a folder with safetensors, a .gguf file (a split one by its first part), org/name or "
         "org/name:QUANT from the Hugging Face hub",
     )
-    parser.add_argument("--gguf", metavar="FILE", help="take the weights from this GGUF file instead")
+    _add_source_arguments(parser)
+
+
+def add_any_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an optional MODEL, a synthetic model in its place, and the threads."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="a model as for 'moesaic run'")
+    parser.set_defaults(optional_positional="model")
+    parser.add_argument("--synthetic", metavar="PRESET", help="random weights of these dimensions; 'list' shows all")
+    parser.add_argument("--format", default="Q4_K", metavar="F", help="weight format of a synthetic model (Q4_K)")
+    parser.add_argument("--layers", type=positive_int, metavar="N", help="layers of a synthetic model (default: all)")
+    add_threads_argument(parser)
+    _add_source_arguments(parser)
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gguf", metavar="FILE", help="take MODEL's weights from this GGUF file instead")
     parser.add_argument("--plan", default="auto", metavar="PLAN", help="auto, cpu, or a YAML file of placement rules")
     parser.add_argument("--offline", action="store_true", help="use only what is on this computer already")
+
+
+def list_presets() -> str:
+    """What `--synthetic list` prints."""
+    from moesaic.engine.presets import PRESETS
+
+    return "\n".join(f"{name:<18} {preset.description}" for name, preset in PRESETS.items())
 
 
 def prepare_model(arguments: argparse.Namespace) -> Prepared:

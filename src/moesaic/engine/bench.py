@@ -8,27 +8,19 @@ were run is marked as extrapolated.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import BaseStreamer
 
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
+from moesaic.engine.timed_runs import TimedRuns, What
 from moesaic.errors import GenerationError
-from moesaic.kernels import active_isa, native_seconds, num_threads, read_bandwidth, set_num_threads
+from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
-from moesaic.placement import Plan
+from moesaic.placement import Plan, detect_hardware
 from moesaic.quant import WeightFormat, get_format
 
-__all__ = ["BenchResult", "measure", "prepare_synthetic"]
+__all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_synthetic"]
 
-What = Literal["decode", "prefill"]
 _SEED = 0
 _GIGA = 1e9
 
@@ -51,7 +43,7 @@ class BenchResult:
         tokens_per_second: their median.
         nbytes: bytes of the weights in memory (from the plan).
         bytes_per_token: bytes of weights that a token reads (from the plan).
-        read_bandwidth: GB/s that plain reading reaches here.
+        read_bandwidth: GB/s that plain reading sustains here (the median of its repetitions).
         gigabytes_per_second: bytes per token times tokens per second; None for prefill, which reads a weight once for
             many tokens.
         bandwidth_share: of that in `read_bandwidth`.
@@ -128,28 +120,28 @@ def measure(
     else:
         assert model is not None
         prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
-        total_layers = _num_layers(prepared)
+        total_layers = num_layers_of(prepared)
     new_tokens = num_tokens + 1 if what == "decode" else 1
     _check_context(prepared, prompt_tokens + new_tokens)
-    bandwidth = read_bandwidth().best  # before the weights fill the memory
-    bench = _Bench(load(prepared, progress=progress), what, prompt_tokens, new_tokens)
+    bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
+    bench = TimedRuns(load(prepared, progress=progress), what, prompt_tokens, new_tokens)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
     return _result(prepared, bench, runs, model=preset or str(model), total_layers=total_layers, bandwidth=bandwidth)
 
 
 def _result(
-    prepared: Prepared, bench: _Bench, runs: tuple[float, ...], *, model: str, total_layers: int, bandwidth: float
+    prepared: Prepared, bench: TimedRuns, runs: tuple[float, ...], *, model: str, total_layers: int, bandwidth: float
 ) -> BenchResult:
     """Put together what was measured and what follows from it."""
-    plan, run_layers = prepared.plan, _num_layers(prepared)
+    plan, run_layers = prepared.plan, num_layers_of(prepared)
     rate = statistics.median(runs)
     achieved = rate * plan.bytes_per_token / _GIGA if bench.what == "decode" else None
     python_share, layer_share = bench.profile()
     return BenchResult(
         what=bench.what,
         model=model,
-        weight_format=_expert_formats(plan),
+        weight_format=expert_formats(plan),
         num_layers=run_layers,
         total_layers=total_layers,
         isa=active_isa(),
@@ -189,92 +181,6 @@ def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int 
     return prepare_checkpoint(checkpoint, plan, config=config)
 
 
-class _Bench:
-    """Runs of one kind on one model."""
-
-    def __init__(self, model: PreTrainedModel, what: What, prompt_tokens: int, new_tokens: int) -> None:
-        self._model, self.what = model, what
-        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
-        self._random = torch.Generator().manual_seed(_SEED)
-
-    def run(self) -> float:
-        """One run with a new random prompt; tokens per second."""
-        clock = self._generate()
-        if self.what == "prefill":
-            return self.prompt_tokens / (clock.times[0] - clock.started)
-        return (self.new_tokens - 1) / (clock.times[-1] - clock.times[0])
-
-    def profile(self) -> tuple[float, float]:
-        """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
-        layers = self._model.get_decoder().layers
-        with _time_between(layers[0], layers[-1]) as inside:
-            clock = self._generate(lambda: (native_seconds(), inside.seconds))
-        # marks[0] is taken when the run starts, marks[1] when the first token is there.
-        first, last = (0, 1) if self.what == "prefill" else (1, -1)
-        times = (clock.started, *clock.times)
-        elapsed = times[last] - times[first]
-        native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
-        return 1.0 - native / elapsed, in_layers / elapsed
-
-    def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
-        vocab_size = int(self._model.config.get_text_config().vocab_size)
-        prompt = torch.randint(vocab_size, (1, self.prompt_tokens), generator=self._random)
-        # No token has this number, so no run ends early.
-        config = GenerationConfig(
-            max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
-        )
-        clock = _Clock(mark)
-        with torch.no_grad():
-            self._model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=clock
-            )
-        return clock
-
-
-class _Clock(BaseStreamer):  # type: ignore[misc]
-    """Takes the time, and what `mark` says, at the start and when each token has been chosen."""
-
-    def __init__(self, mark: Callable[[], tuple[float, float]]) -> None:
-        self._mark = mark
-        self.times: list[float] = []
-        self.marks: list[tuple[float, float]] = []
-        self.started = time.perf_counter()
-
-    def put(self, value: torch.Tensor) -> None:
-        self.marks.append(self._mark())
-        if len(self.marks) == 1:  # generate() hands over the prompt first
-            self.started = time.perf_counter()
-        else:
-            self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Nothing is left to take."""
-
-
-@dataclass(slots=True)
-class _Stopwatch:
-    seconds: float = 0.0
-
-
-@contextmanager
-def _time_between(first: torch.nn.Module, last: torch.nn.Module) -> Iterator[_Stopwatch]:
-    """Sum up the time from the start of one module's forward to the end of another's."""
-    watch = _Stopwatch()
-
-    def start(*_: object) -> None:
-        watch.seconds -= time.perf_counter()
-
-    def stop(*_: object) -> None:
-        watch.seconds += time.perf_counter()
-
-    handles = (first.register_forward_pre_hook(start), last.register_forward_hook(stop))
-    try:
-        yield watch
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:
     """Tokens per second with all layers, as if each took the mean time of those that were run; None if all were."""
     if run_layers == total_layers:
@@ -282,7 +188,8 @@ def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers:
     return rate / (1.0 - layer_share + layer_share * total_layers / run_layers)
 
 
-def _num_layers(prepared: Prepared) -> int:
+def num_layers_of(prepared: Prepared) -> int:
+    """Layers of a prepared model."""
     return int(prepared.config.get_text_config().num_hidden_layers)
 
 
@@ -292,7 +199,7 @@ def _check_context(prepared: Prepared, num_tokens: int) -> None:
         raise GenerationError(f"the bench needs {num_tokens} positions, but the model's context is {context}.")
 
 
-def _expert_formats(plan: Plan) -> str:
+def expert_formats(plan: Plan) -> str:
     """Formats of the routed experts' matrices, e.g. "Q4_K" or "Q4_K, Q6_K"."""
     formats = {
         fmt

@@ -27,7 +27,7 @@ from moesaic.kernels.native import (
 )
 from moesaic.kernels.ops import rms_norm
 from moesaic.kernels.packed import PackedTensor
-from moesaic.kernels.probe import Rates, peak_ops, read_bandwidth
+from moesaic.kernels.probe import Rates, peak_ops, read_bandwidth, tiles_from
 from moesaic.kernels.sliced import SlicedTensor, cut_intermediate, empty_stack
 
 __all__ = [
@@ -59,4 +59,5 @@ __all__ = [
     "set_num_nodes",
     "set_num_threads",
     "set_pinning",
+    "tiles_from",
 ]

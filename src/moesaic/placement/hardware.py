@@ -19,6 +19,11 @@ from pathlib import Path
 __all__ = ["Gpu", "Hardware", "NumaNode", "detect_hardware"]
 
 _NVIDIA_SMI_SECONDS = 10.0
+_CACHES = 8  # of what is read in turn, at most an eighth can come from a cache
+_FREE_SHARE = 4
+_MIN_PROBE_BYTES = 512 * 1024**2
+_MAX_COLD_BYTES = 16 * 1024**3  # virtual machines may say that every core has the whole host's cache
+_USUAL_CACHE = 32 * 1024**2  # where the system does not say
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 
 
@@ -54,6 +59,7 @@ class Hardware:
         dram_available: bytes that can be allocated now without swapping, within the container's limit.
         dram_limited: the container's limit is below the machine's DRAM.
         numa_nodes: the machine's memory nodes.
+        last_level_cache: bytes of all last-level caches of these CPUs together; a processor may have several.
         gpus: graphics cards; empty when they were not asked for.
     """
 
@@ -66,6 +72,20 @@ class Hardware:
     dram_limited: bool
     numa_nodes: tuple[NumaNode, ...]
     gpus: tuple[Gpu, ...] = ()
+    last_level_cache: int = _USUAL_CACHE
+
+    @property
+    def cold_bytes(self) -> int:
+        """Bytes that have to be read in turn so that what is read comes from DRAM: 8 times the last-level caches.
+
+        At most a quarter of the memory that is available, and never more than 16 GiB.
+        """
+        return min(_CACHES * self.last_level_cache, _MAX_COLD_BYTES, self.dram_available // _FREE_SHARE)
+
+    @property
+    def probe_bytes(self) -> int:
+        """Bytes to measure the read bandwidth with: as `cold_bytes`, but at least 512 MiB where a quarter is more."""
+        return max(self.cold_bytes, min(_MIN_PROBE_BYTES, self.dram_available // _FREE_SHARE), 1)
 
 
 def detect_hardware(*, with_gpus: bool = False, root: Path = Path("/")) -> Hardware:
@@ -91,6 +111,7 @@ def detect_hardware(*, with_gpus: bool = False, root: Path = Path("/")) -> Hardw
         dram_limited=limited,
         numa_nodes=_numa_nodes(root, cpus),
         gpus=_gpus(root) if with_gpus else (),
+        last_level_cache=_last_level_cache(root, cpus),
     )
 
 
@@ -129,6 +150,21 @@ def _physical_cores(root: Path, cpus: Iterable[int]) -> int:
         text = _read(root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         siblings.add(text or str(cpu))
     return len(siblings)
+
+
+def _last_level_cache(root: Path, cpus: Iterable[int]) -> int:
+    level, caches = 0, dict[str, int]()  # of the highest level, by the list of the CPUs that share each
+    for cpu in cpus:
+        for index in (root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index[0-9]*"):
+            here = _read(index / "level")
+            size = re.fullmatch(r"(\d{1,9})([KMG]?)", _read(index / "size"))
+            if not here.isdecimal() or size is None or int(here) < level:
+                continue
+            if int(here) > level:
+                level, caches = int(here), {}
+            sharing = _read(index / "shared_cpu_list") or str(cpu)
+            caches[sharing] = int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+    return sum(caches.values()) or _USUAL_CACHE
 
 
 def _cpu_quota(root: Path) -> float | None:

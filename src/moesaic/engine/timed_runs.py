@@ -1,0 +1,113 @@
+"""Times `generate()` on a loaded model, token by token, and says where the time goes. It knows no file and no plan."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
+
+from moesaic.kernels import native_seconds
+
+__all__ = ["TimedRuns", "What"]
+
+What = Literal["decode", "prefill"]
+_SEED = 0
+
+
+class TimedRuns:
+    """Runs of one kind on one model, each with a new random prompt.
+
+    Args:
+        model: a loaded model.
+        what: decode (`new_tokens` - 1 tokens, after the first) or prefill (the prompt).
+        prompt_tokens: tokens of the prompt.
+        new_tokens: tokens to generate.
+    """
+
+    def __init__(self, model: PreTrainedModel, what: What, prompt_tokens: int, new_tokens: int) -> None:
+        self._model, self.what = model, what
+        self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
+        self._random = torch.Generator().manual_seed(_SEED)
+
+    def run(self) -> float:
+        """One run; tokens per second."""
+        clock = self._generate()
+        if self.what == "prefill":
+            return self.prompt_tokens / (clock.times[0] - clock.started)
+        return (self.new_tokens - 1) / (clock.times[-1] - clock.times[0])
+
+    def profile(self) -> tuple[float, float]:
+        """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
+        layers = self._model.get_decoder().layers
+        with _time_between(layers[0], layers[-1]) as inside:
+            clock = self._generate(lambda: (native_seconds(), inside.seconds))
+        # marks[0] is taken when the run starts, marks[1] when the first token is there.
+        first, last = (0, 1) if self.what == "prefill" else (1, -1)
+        times = (clock.started, *clock.times)
+        elapsed = times[last] - times[first]
+        native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
+        return 1.0 - native / elapsed, in_layers / elapsed
+
+    def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
+        vocab_size = int(self._model.config.get_text_config().vocab_size)
+        prompt = torch.randint(vocab_size, (1, self.prompt_tokens), generator=self._random)
+        # No token has this number, so no run ends early.
+        config = GenerationConfig(
+            max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
+        )
+        clock = _Clock(mark)
+        with torch.no_grad():
+            self._model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=clock
+            )
+        return clock
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc]
+    """Takes the time, and what `mark` says, at the start and when each token has been chosen."""
+
+    def __init__(self, mark: Callable[[], tuple[float, float]]) -> None:
+        self._mark = mark
+        self.times: list[float] = []
+        self.marks: list[tuple[float, float]] = []
+        self.started = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        self.marks.append(self._mark())
+        if len(self.marks) == 1:  # generate() hands over the prompt first
+            self.started = time.perf_counter()
+        else:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to take."""
+
+
+@dataclass(slots=True)
+class _Stopwatch:
+    seconds: float = 0.0
+
+
+@contextmanager
+def _time_between(first: torch.nn.Module, last: torch.nn.Module) -> Iterator[_Stopwatch]:
+    """Sum up the time from the start of one module's forward to the end of another's."""
+    watch = _Stopwatch()
+
+    def start(*_: object) -> None:
+        watch.seconds -= time.perf_counter()
+
+    def stop(*_: object) -> None:
+        watch.seconds += time.perf_counter()
+
+    handles = (first.register_forward_pre_hook(start), last.register_forward_hook(stop))
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()

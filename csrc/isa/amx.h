@@ -5,6 +5,8 @@
 // activations, 6 and 7 for weights, 0 and 1 for the sums of 4 with 6 and 7, 2 and 3 for those of 5.
 #pragma once
 
+// Processors with AMX gather from the first-level cache as fast as they load.
+#define MOESAIC_HAS_FAST_GATHERS
 #include "isa/avx512.h"
 
 #define MOESAIC_HAS_TILES

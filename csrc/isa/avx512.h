@@ -177,7 +177,23 @@ MOESAIC_INLINE __m512i lookup_codes(const uint16_t* table, __m512i index) {
                                        lookup_codes<N / 2>(table + N / 2, index));
     }
 }
-// Entries by loads, for the low and the high index of each row: four rows at a time, then sixteen.
+// Entries of 8 weights for the low and the high index of each row. Their two halves, from rows 0-7 and 8-15:
+MOESAIC_INLINE void split_entries(__m512i upper_rows, __m512i lower_rows, vb& first, vb& second) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    first = {_mm512_permutex2var_epi32(upper_rows, even, lower_rows)};
+    second = {_mm512_permutex2var_epi32(upper_rows, _mm512_or_si512(even, _mm512_set1_epi32(1)), lower_rows)};
+}
+#ifdef MOESAIC_HAS_FAST_GATHERS
+MOESAIC_INLINE void load_entries(const uint64_t* table, vb index, vb (&quads)[4]) {
+    const auto rows = [&](__m512i indices, vb& first, vb& second) {
+        split_entries(_mm512_i32gather_epi64(_mm512_castsi512_si256(indices), table, 8),
+                      _mm512_i32gather_epi64(_mm512_extracti64x4_epi64(indices, 1), table, 8), first, second);
+    };
+    rows(_mm512_and_si512(index.v, _mm512_set1_epi32(0xffff)), quads[0], quads[1]);
+    rows(_mm512_srli_epi32(index.v, 16), quads[2], quads[3]);
+}
+#else
+// By single loads, four rows at a time.
 MOESAIC_INLINE void four_entries(const uint64_t* table, const uint32_t* indices, __m256i& low, __m256i& high) {
     const auto entry = [&](uint32_t i) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(table + i)); };
     low = _mm256_broadcastq_epi64(entry(indices[0] & 0xffffu));
@@ -189,22 +205,19 @@ MOESAIC_INLINE void four_entries(const uint64_t* table, const uint32_t* indices,
     low = _mm256_mask_broadcastq_epi64(low, 8, entry(indices[3] & 0xffffu));
     high = _mm256_mask_broadcastq_epi64(high, 8, entry(indices[3] >> 16));
 }
-MOESAIC_INLINE void split_entries(const __m256i (&rows)[4], vb& first, vb& second) {
-    const __m512i a = _mm512_inserti64x4(_mm512_castsi256_si512(rows[0]), rows[1], 1);
-    const __m512i b = _mm512_inserti64x4(_mm512_castsi256_si512(rows[2]), rows[3], 1);
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    first = {_mm512_permutex2var_epi32(a, even, b)};
-    second = {_mm512_permutex2var_epi32(a, _mm512_or_si512(even, _mm512_set1_epi32(1)), b)};
-}
 MOESAIC_INLINE void load_entries(const uint64_t* table, vb index, vb (&quads)[4]) {
     alignas(64) uint32_t indices[16];
     store_b(indices, index);
     __asm__("" : "+m"(indices));  // else the compiler takes them out of the register, by shuffles
     __m256i low[4], high[4];
     for (int i = 0; i < 4; ++i) four_entries(table, indices + 4 * i, low[i], high[i]);
-    split_entries(low, quads[0], quads[1]);
-    split_entries(high, quads[2], quads[3]);
+    const auto join = [](const __m256i& a, const __m256i& b) {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1);
+    };
+    split_entries(join(low[0], low[1]), join(low[2], low[3]), quads[0], quads[1]);
+    split_entries(join(high[0], high[1]), join(high[2], high[3]), quads[2], quads[3]);
 }
+#endif
 template <int N>
 MOESAIC_INLINE void lookup8(const Codebook8<N>& book, vb index, vb (&quads)[4]) {
     if constexpr (N > 512) {

@@ -77,6 +77,11 @@ def gather_rows(format: int, rows: int, cols: int, packed_ptr: int, ids_ptr: int
     Rows of a packed matrix as float32 [num_ids, cols]; IndexError for an id outside it.
     """
 
+def bf16_from(format: int) -> int:
+    """
+    From how many tokens on products with this format are computed in bfloat16 by tiles; 0: never, on the active instruction set.
+    """
+
 def linear(format: int, rows: int, cols: int, weights_ptr: int, first_row: int, num_rows: int, bias_ptr: int, out_ptr: int, out_stride: int, x_ptr: int, x_stride: int, num_tokens: int) -> None:
     """
     out[t] = W[first_row : first_row + num_rows] x[t] + bias; strides in floats, bias_ptr may be 0.

@@ -55,11 +55,6 @@ def formats() -> list:
     The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.
     """
 
-def tiles_from(format: int) -> int:
-    """
-    From how many tokens on the active instruction set multiplies by tiles of bfloat16; 0: never.
-    """
-
 def packed_nbytes(format: int, rows: int, cols: int) -> int:
     """Bytes of a packed matrix: rows are padded to a multiple of 16."""
 
@@ -75,6 +70,11 @@ def dequantize(format: int, rows: int, cols: int, src_ptr: int, dst_ptr: int) ->
 def gather_rows(format: int, rows: int, cols: int, packed_ptr: int, ids_ptr: int, num_ids: int, dst_ptr: int) -> None:
     """
     Rows of a packed matrix as float32 [num_ids, cols]; IndexError for an id outside it.
+    """
+
+def bf16_from(format: int) -> int:
+    """
+    From how many tokens on products with this format are computed in bfloat16 by tiles; 0: never, on the active instruction set.
     """
 
 def linear(format: int, rows: int, cols: int, weights_ptr: int, first_row: int, num_rows: int, bias_ptr: int, out_ptr: int, out_stride: int, x_ptr: int, x_stride: int, num_tokens: int) -> None:

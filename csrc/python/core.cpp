@@ -5,7 +5,6 @@
 
 #include "cpu.h"
 #include "dispatch.h"
-#include "kernels/matmul.h"
 #include "numa.h"
 #include "packing.h"
 #include "python/bindings.h"
@@ -80,13 +79,6 @@ nb::list formats() {
 
 void bind_packing(nb::module_& m) {
     m.def("formats", &formats, "The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.");
-    m.def(
-        "tiles_from",
-        [](int format) {
-            const MatmulKernels& kernels = matmul_table().formats[format_info(format).index];
-            return kernels.matmul_bf16 != nullptr ? kernels.bf16_from : 0;
-        },
-        "format"_a, "From how many tokens on the active instruction set multiplies by tiles of bfloat16; 0: never.");
     m.def(
         "packed_nbytes",
         [](int format, std::int64_t rows, std::int64_t cols) {

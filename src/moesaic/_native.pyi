@@ -55,11 +55,6 @@ def formats() -> list:
     The weight formats, as dicts of the fields of moesaic.quant.WeightFormat.
     """
 
-def tiles_from(format: int) -> int:
-    """
-    From how many tokens on the active instruction set multiplies by tiles of bfloat16; 0: never.
-    """
-
 def packed_nbytes(format: int, rows: int, cols: int) -> int:
     """Bytes of a packed matrix: rows are padded to a multiple of 16."""
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from moesaic.engine.decode_work import DecodeWork, ExpertLayer, Matrix, decode_work
@@ -29,7 +28,6 @@ from moesaic.kernels import (
     native_seconds,
     num_threads,
 )
-from moesaic.quant import WRITABLE_FORMATS, WeightFormat
 from moesaic.weights.synthetic import SyntheticCheckpoint
 
 __all__ = ["Overhead", "Probe", "measure_overhead"]
@@ -171,16 +169,10 @@ def _random_experts(layer: ExpertLayer, count: int) -> PackedExperts:
 
 
 def _fill(stack: PackedTensor | SlicedTensor) -> None:
-    raw = _random_rows(stack.format, stack.rows, stack.cols)
+    shape = (stack.rows, stack.cols)
+    raw = SyntheticCheckpoint("probe", {}, {"weights": (stack.format, shape)}, _SEED).raw("weights")
     with ThreadPoolExecutor(num_threads()) as pool:
         list(pool.map(lambda index: stack.pack_(index, raw), range(stack.num_matrices)))
-
-
-def _random_rows(fmt: WeightFormat, rows: int, cols: int) -> np.ndarray:
-    """Uint8 `[rows, row_bytes]`: valid blocks, or random bytes in a format that nothing here can write."""
-    if fmt in WRITABLE_FORMATS:
-        return SyntheticCheckpoint("probe", {}, {"w": (fmt, (rows, cols))}, _SEED).raw("w")
-    return np.random.default_rng(_SEED).integers(0, 256, (rows, fmt.row_bytes(cols)), np.uint8)
 
 
 def _token(width: int) -> torch.Tensor:

@@ -70,4 +70,4 @@ def tiles_from(ggml_type: int) -> int | None:
     Raises:
         ValueError: there is no format of this number.
     """
-    return int(_native.tiles_from(ggml_type)) or None
+    return int(_native.bf16_from(ggml_type)) or None

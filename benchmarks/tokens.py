@@ -13,10 +13,9 @@ import time
 
 import torch
 
+from kernels import random_stack  # benchmarks/kernels.py
 from moesaic import kernels
 from moesaic.kernels import linear
-
-from kernels import random_stack  # benchmarks/kernels.py
 
 ROWS, COLS, MATRICES = 2048, 2048, 48
 

@@ -29,12 +29,13 @@ namespace moesaic {
     X("avx512vnni")             \
     X("avx512vbmi")             \
     X("avx512bitalg")           \
-    X("avx512bf16")            \
+    X("avx512bf16")             \
     X("avxvnni")
 
 namespace {
 
-// AMX's int8 and bf16 tiles: the processor has them, and Linux lets this process use their state, which it asks for once.
+// AMX's int8 and bf16 tiles: the processor has them, and Linux lets this process use their state, which it asks for
+// once.
 bool has_amx() {
     static const bool found = [] {
         unsigned a = 0, b = 0, c = 0, d = 0;

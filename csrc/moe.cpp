@@ -19,7 +19,7 @@ namespace moesaic {
 
 namespace {
 
-constexpr std::int64_t kPanel = 16;            // rows of an item of down, which threads take in pairs
+constexpr std::int64_t kPanel = 16;  // rows of an item of down, which threads take in pairs
 
 // Up to 32 rows of a matrix, from a panel's first on.
 struct Rows {

@@ -76,8 +76,8 @@ ExpertTokens InnerTokens::of_expert(std::int64_t first, std::int64_t count, std:
     pointers.resize(static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) {
         const std::int64_t at = (first + i) * stride_;
-        pointers[static_cast<std::size_t>(i)] = format_.quantized ? static_cast<const void*>(groups_.data() + at)
-                                                                  : floats_.data() + at * kPair;
+        pointers[static_cast<std::size_t>(i)] =
+            format_.quantized ? static_cast<const void*>(groups_.data() + at) : floats_.data() + at * kPair;
     }
     return {count, pointers.data(), {}};
 }

@@ -1,5 +1,5 @@
-// The rows that experts multiply, in the forms that their kernels take: the tokens of the call for gate and up, and what
-// those leave for down. Knows the assignment of tokens to experts, but no weights.
+// The rows that experts multiply, in the forms that their kernels take: the tokens of the call for gate and up, and
+// what those leave for down. Knows the assignment of tokens to experts, but no weights.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct ExpertTokens {
 // The forms that the experts of an assignment want for a matrix with these many columns.
 TokenForms forms_of(const Assignment& assignment, const FormatInfo& format, std::int64_t cols);
 
-// Input of gate and up. Products in bfloat16 take rows that lie one after the other: rows are laid out by expert if there
-// are any; otherwise each token is prepared once and experts point to theirs.
+// Input of gate and up. Products in bfloat16 take rows that lie one after the other: rows are laid out by expert if
+// there are any; otherwise each token is prepared once and experts point to theirs.
 class SlotTokens {
   public:
     template <class RowAddress>
@@ -36,12 +36,13 @@ class SlotTokens {
         : a_(assignment),
           forms_(forms_of_all(assignment, formats, cols)),
           by_slot_(forms_.bf16),
-          rows_(by_slot_ ? static_cast<std::int64_t>(assignment.slots.size()) : num_tokens, cols, forms_,
-                [&](std::int64_t i) {
-                    return row_address(by_slot_ ? assignment.slots[static_cast<std::size_t>(i)].token : i);
-                },
-                assignment.num_tiled,
-                [&](std::int64_t i) { return assignment.tiled_slots[static_cast<std::size_t>(i)]; }) {}
+          rows_(
+              by_slot_ ? static_cast<std::int64_t>(assignment.slots.size()) : num_tokens, cols, forms_,
+              [&](std::int64_t i) {
+                  return row_address(by_slot_ ? assignment.slots[static_cast<std::size_t>(i)].token : i);
+              },
+              assignment.num_tiled,
+              [&](std::int64_t i) { return assignment.tiled_slots[static_cast<std::size_t>(i)]; }) {}
 
     // `pointers` is scratch that must outlive the use.
     ExpertTokens of_expert(std::int64_t active, bool quantized, std::vector<const void*>& pointers) const;

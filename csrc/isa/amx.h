@@ -1,8 +1,8 @@
 // AMX (tiles of bfloat16) beside AVX-512: the vocabulary of avx512.h and, under MOESAIC_HAS_TILES, words for
 // tiles.
 //
-// A product of tiles: c [tokens][16 rows] += a [tokens][32] b [16][16 rows][2], float32 from bfloat16. Tiles 4 and 5 are for
-// activations, 6 and 7 for weights, 0 and 1 for the sums of 4 with 6 and 7, 2 and 3 for those of 5.
+// A product of tiles: c [tokens][16 rows] += a [tokens][32] b [16][16 rows][2], float32 from bfloat16. Tiles 4 and 5
+// are for activations, 6 and 7 for weights, 0 and 1 for the sums of 4 with 6 and 7, 2 and 3 for those of 5.
 #pragma once
 
 // Processors with AMX gather from the first-level cache as fast as they load.
@@ -27,7 +27,8 @@ MOESAIC_INLINE void configure_tiles(int first_tokens, int second_tokens) {
     TileConfig config;
     for (int i = 0; i < 8; ++i) {
         config.row_bytes[i] = 64;
-        config.rows[i] = static_cast<uint8_t>(i >= 6 ? 16 : (i == 2 || i == 3 || i == 5 ? second_tokens : first_tokens));
+        config.rows[i] =
+            static_cast<uint8_t>(i >= 6 ? 16 : (i == 2 || i == 3 || i == 5 ? second_tokens : first_tokens));
     }
     asm volatile("" ::: "memory");
     _tile_loadconfig(&config);

@@ -12,7 +12,7 @@ constexpr int kOutputStride = 16 * kMaxPanels;  // floats between the tokens of 
 constexpr int kMaxTransposedTokens = 4;
 constexpr int kTransposedCols = 256;
 
-constexpr std::int64_t kTokenPadding = 16;      // up to which kernels round the number of tokens
+constexpr std::int64_t kTokenPadding = 16;  // up to which kernels round the number of tokens
 
 // Floats that the output of num_tokens tokens takes.
 constexpr std::size_t output_size(std::int64_t num_tokens) {
@@ -41,9 +41,11 @@ struct MatmulKernels {
     void (*matmul)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const void* const* tokens,
                    std::int64_t num_tokens, float* out, const std::uint8_t* next);
 
-    // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple of
-    // 32. If wants_lower, the lower parts of activations are wanted too. out has output_size(num_tokens) floats, of which those beyond the tokens
-    // become undefined. Null where there is none, else the faster one from bf16_from tokens on.
+    // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple
+    // of
+    // 32. If wants_lower, the lower parts of activations are wanted too. out has output_size(num_tokens) floats, of
+    // which those beyond the tokens become undefined. Null where there is none, else the faster one from bf16_from
+    // tokens on.
     void (*matmul_bf16)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const Bf16Tokens& tokens,
                         std::int64_t num_tokens, float* out, const std::uint8_t* next);
     std::int64_t bf16_from;

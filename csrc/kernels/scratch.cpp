@@ -39,8 +39,8 @@ class Store {
 
     // The smallest of all gives way where there are too many.
     void keep(Block block) {
-        Block* least = std::min_element(kept_, kept_ + kMaxKept,
-                                        [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
+        Block* least =
+            std::min_element(kept_, kept_ + kMaxKept, [](const Block& a, const Block& b) { return a.bytes < b.bytes; });
         if (least->bytes < block.bytes) std::swap(*least, block);
         std::free(block.memory);
     }

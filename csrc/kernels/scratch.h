@@ -1,7 +1,7 @@
 // Memory for one call, aligned to cache lines and not initialised.
 //
-// Large blocks come from a store of the calling thread and go back to it: the first touch of fresh memory costs more than
-// what many calls compute on it.
+// Large blocks come from a store of the calling thread and go back to it: the first touch of fresh memory costs more
+// than what many calls compute on it.
 #pragma once
 
 #include <cstddef>

@@ -128,7 +128,7 @@ MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int6
     const int64_t lower = x.lower != nullptr ? x.lower - x.upper : 0;
     for (int s = 0; s < kPrepareAhead; ++s) prepare(s);
     MOESAIC_UNROLL  // so that a group's place in its block is a constant
-    for (int s = 0; s < kChunkSteps; ++s) {
+        for (int s = 0; s < kChunkSteps; ++s) {
         if (s == chunk.num_steps) break;
         prepare(s + kPrepareAhead);
         tile_step<kTiles, kPanels>(step);
@@ -210,7 +210,7 @@ class Bf16Panels {
 
 template <class F>
 void expanded_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
-                           float* out, const uint8_t* next) {
+                          float* out, const uint8_t* next) {
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     const int64_t num_tiles = configure_for(num_tokens);
     const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
@@ -223,8 +223,13 @@ void expanded_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, c
             prefetch_chunk(last ? next + p * panel_bytes : tile + p * panel_bytes + kChunkBytes, kChunkBytes);
         }
         const bool in_tiles = num_tiles <= 2;  // sums stay there from chunk to chunk
-        const TileChunk chunk{{expanded.weights(0), expanded.weights(1)}, first, cols / 32, here, first == 0,
-                              first > 0 && !in_tiles, last || !in_tiles};
+        const TileChunk chunk{{expanded.weights(0), expanded.weights(1)},
+                              first,
+                              cols / 32,
+                              here,
+                              first == 0,
+                              first > 0 && !in_tiles,
+                              last || !in_tiles};
         expanded.start(tile, panel_bytes, num_panels, here);
         if (num_panels == 2 && num_tiles >= 2) {
             tile_block<2, 2>(chunk, x, 0, out, [&](int s) { expanded.expand(s); });
@@ -255,8 +260,9 @@ void bf16_matmul_bf16(const uint8_t* panels, int num_panels, int64_t cols, const
         const uint8_t* then = left > kChunkSteps ? at + kChunkSteps * kStepBytes : next;
         for (int p = 0; p < num_panels; ++p) prefetch_chunk(then + p * panel_bytes, kChunkSteps * kStepBytes);
         const bool in_tiles = num_tiles <= 2;
-        const TileChunk chunk{{at, at + panel_bytes}, first, cols / 32, here, first == 0,
-                              first > 0 && !in_tiles, left <= kChunkSteps || !in_tiles};
+        const TileChunk chunk{
+            {at, at + panel_bytes},          first, cols / 32, here, first == 0, first > 0 && !in_tiles,
+            left <= kChunkSteps || !in_tiles};
         if (num_panels == 2) {
             tile_blocks<2>(chunk, x, 0, num_tiles, out);
         } else {

@@ -38,7 +38,7 @@ def shapes(name: str) -> list[tuple[int, int]]:
 
 
 def check_bfloat16(result: np.ndarray, x: np.ndarray, values: np.ndarray) -> None:
-    """Weights are cut to 8 bits of mantissa: each is off by less than 2^-7, and all together by much less, without bias."""
+    """Weights are cut to 8 bits of mantissa: each is off by less than 2^-7, all together by much less, without bias."""
     exact, magnitude = x @ values.T, np.abs(x) @ np.abs(values).T
     error = result - exact
     assert (np.abs(error) <= 2.0**-7 * magnitude + FLOAT32_SUMS * np.abs(exact).max()).all()

@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::size_t kKeptFrom = std::size_t{1} << 20;   // smaller blocks are malloc's business
 constexpr std::size_t kHugePage = std::size_t{2} << 20u;  // blocks of this size and more lie on huge pages
+constexpr std::size_t kKeptTo = std::size_t{64} << 20u;  // what takes more computes long enough to pay for fresh memory
 constexpr int kMaxKept = 8;
 
 struct Block {
@@ -20,7 +21,7 @@ struct Block {
     std::size_t bytes = 0;
 };
 
-// Blocks that a thread may take again. At most as much as its largest calls used at a time stays here.
+// Blocks that a thread may take again, at most kMaxKept of at most kKeptTo bytes.
 class Store {
   public:
     ~Store() {
@@ -83,7 +84,7 @@ void* take_scratch(std::size_t& bytes) {
 }
 
 void return_scratch(void* memory, std::size_t bytes) noexcept {
-    if (bytes >= kKeptFrom && current != nullptr) {
+    if (bytes >= kKeptFrom && bytes <= kKeptTo && current != nullptr) {
         current->keep({memory, bytes});
     } else {
         std::free(memory);

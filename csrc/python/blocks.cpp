@@ -2,8 +2,10 @@
 // the tensors, and then called with what changes.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
 
 #include <tuple>
+#include <vector>
 
 #include "blocks.h"
 #include "python/bindings.h"
@@ -33,37 +35,76 @@ Strides3 strides_of(const nb::tuple& t) {
     return {nb::cast<std::int64_t>(t[0]), nb::cast<std::int64_t>(t[1]), nb::cast<std::int64_t>(t[2])};
 }
 
+// (keys_ptr, key_strides, values_ptr, value_strides)
+using CacheTuple = std::tuple<Address, nb::tuple, Address, nb::tuple>;
+
+KeyValueCache cache_of(const CacheTuple& t, int type, std::int64_t num_past) {
+    const auto& [keys, key_strides, values, value_strides] = t;
+    return {as_pointer<void>(keys),    strides_of(key_strides),      as_pointer<void>(values),
+            strides_of(value_strides), static_cast<CacheType>(type), num_past};
+}
+
+// A call but for its cache.
+AttentionBlockCall call_of(Address x, std::int64_t batch, std::int64_t num_tokens, Address cos, Address sin,
+                           const nb::tuple& angle_strides, int mask_type, Address mask, const nb::tuple& mask_strides,
+                           Address out) {
+    AttentionBlockCall call{};
+    call.x = as_pointer<const float>(x);
+    call.batch = batch;
+    call.num_tokens = num_tokens;
+    call.cos = as_pointer<const float>(cos);
+    call.sin = as_pointer<const float>(sin);
+    call.angle_stride = strides_of(angle_strides);
+    call.mask_type = static_cast<MaskType>(mask_type);
+    call.mask = as_pointer<const void>(mask);
+    call.mask_stride = strides_of(mask_strides);
+    call.out = as_pointer<float>(out);
+    return call;
+}
+
 // __call__ of both kinds of attention.
 template <class Block, void (*kForward)(const Block&, const AttentionBlockCall&)>
 void bind_call(nb::class_<Block>& block) {
     block.def(
         "__call__",
         [](const Block& self, Address x_ptr, std::int64_t batch, std::int64_t num_tokens, Address cos_ptr,
-           Address sin_ptr, const nb::tuple& angle_strides, Address keys_ptr, const nb::tuple& key_strides,
-           Address values_ptr, const nb::tuple& value_strides, int cache_type, std::int64_t num_past, int mask_type,
-           Address mask_ptr, const nb::tuple& mask_strides, Address out_ptr) {
-            AttentionBlockCall call{};
-            call.x = as_pointer<const float>(x_ptr);
-            call.batch = batch;
-            call.num_tokens = num_tokens;
-            call.cos = as_pointer<const float>(cos_ptr);
-            call.sin = as_pointer<const float>(sin_ptr);
-            call.angle_stride = strides_of(angle_strides);
-            call.cache = {as_pointer<void>(keys_ptr),         strides_of(key_strides),
-                          as_pointer<void>(values_ptr),       strides_of(value_strides),
-                          static_cast<CacheType>(cache_type), num_past};
-            call.mask_type = static_cast<MaskType>(mask_type);
-            call.mask = as_pointer<const void>(mask_ptr);
-            call.mask_stride = strides_of(mask_strides);
-            call.out = as_pointer<float>(out_ptr);
+           Address sin_ptr, const nb::tuple& angle_strides, const CacheTuple& cache, int cache_type,
+           std::int64_t num_past, int mask_type, Address mask_ptr, const nb::tuple& mask_strides, Address out_ptr) {
+            AttentionBlockCall call = call_of(x_ptr, batch, num_tokens, cos_ptr, sin_ptr, angle_strides, mask_type,
+                                              mask_ptr, mask_strides, out_ptr);
+            call.cache = cache_of(cache, cache_type, num_past);
             ReleaseGil release;
             kForward(self, call);
         },
-        "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "keys_ptr"_a,
-        "key_strides"_a, "values_ptr"_a, "value_strides"_a, "cache_type"_a, "num_past"_a, "mask_type"_a, "mask_ptr"_a,
-        "mask_strides"_a, "out_ptr"_a,
-        "out = x + residual_scale * attention of x; appends to the cache behind its num_past tokens.");
+        "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "cache"_a, "cache_type"_a,
+        "num_past"_a, "mask_type"_a, "mask_ptr"_a, "mask_strides"_a, "out_ptr"_a,
+        "out = x + residual_scale * attention of x; appends to the cache (keys_ptr, key_strides, values_ptr, "
+        "value_strides) behind its num_past tokens.");
 }
+
+// Decoder layers one after the other, each an attention block of either kind and a feed-forward block.
+struct DecoderStack {
+    struct Layer {
+        const AttentionBlock* attention;  // one of the two
+        const LatentAttentionBlock* latent_attention;
+        const FeedForwardBlock* feed_forward;
+    };
+    std::vector<Layer> layers;
+
+    void run(AttentionBlockCall call, const std::vector<KeyValueCache>& caches, float* (&outputs)[2]) const {
+        for (std::size_t i = 0; i < layers.size(); ++i) {
+            call.out = outputs[i % 2];
+            call.cache = caches[i];
+            if (layers[i].attention != nullptr) {
+                attention_block(*layers[i].attention, call);
+            } else {
+                latent_attention_block(*layers[i].latent_attention, call);
+            }
+            feed_forward_block(*layers[i].feed_forward, call.out, call.batch * call.num_tokens);
+            call.x = call.out;
+        }
+    }
+};
 
 // (format, weights_ptr, rows, cols, matrix_bytes, row_step, first_row, num_rows), one such matrix per head.
 using HeadsTuple =
@@ -173,12 +214,49 @@ void bind_feed_forward_block(nb::module_& m) {
             "x_ptr"_a, "num_tokens"_a, "x += residual_scale * feed-forward of x, in place.");
 }
 
+void bind_decoder_stack(nb::module_& m) {
+    nb::class_<DecoderStack>(m, "DecoderStack", "Decoder layers one after the other.")
+        .def(
+            "__init__",
+            [](DecoderStack* self, const std::vector<std::tuple<nb::object, const FeedForwardBlock*>>& blocks) {
+                auto* stack = new (self) DecoderStack;
+                for (const auto& [attention, feed_forward] : blocks) {
+                    const bool latent = nb::isinstance<LatentAttentionBlock>(attention);
+                    stack->layers.push_back({latent ? nullptr : nb::cast<const AttentionBlock*>(attention),
+                                             latent ? nb::cast<const LatentAttentionBlock*>(attention) : nullptr,
+                                             feed_forward});
+                }
+            },
+            "blocks"_a, "blocks: (attention, feed_forward) of each layer, which the caller keeps alive.")
+        .def(
+            "__call__",
+            [](const DecoderStack& self, Address x_ptr, std::int64_t batch, std::int64_t num_tokens, Address cos_ptr,
+               Address sin_ptr, const nb::tuple& angle_strides, const std::vector<CacheTuple>& caches, int cache_type,
+               std::int64_t num_past, int mask_type, Address mask_ptr, const nb::tuple& mask_strides,
+               Address even_out_ptr, Address odd_out_ptr) {
+                if (caches.size() != self.layers.size()) throw nb::value_error("a cache for each layer");
+                const AttentionBlockCall call = call_of(x_ptr, batch, num_tokens, cos_ptr, sin_ptr, angle_strides,
+                                                        mask_type, mask_ptr, mask_strides, even_out_ptr);
+                std::vector<KeyValueCache> of_layers;
+                for (const CacheTuple& cache : caches) of_layers.push_back(cache_of(cache, cache_type, num_past));
+                float* outputs[2] = {as_pointer<float>(even_out_ptr), as_pointer<float>(odd_out_ptr)};
+                ReleaseGil release;
+                self.run(call, of_layers, outputs);
+            },
+            "x_ptr"_a, "batch"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "angle_strides"_a, "caches"_a,
+            "cache_type"_a, "num_past"_a, "mask_type"_a, "mask_ptr"_a, "mask_strides"_a, "even_out_ptr"_a,
+            "odd_out_ptr"_a,
+            "All layers; x stays as it is. Layers with even numbers write to even_out, so the result is in even_out if "
+            "their number is odd.");
+}
+
 }  // namespace
 
 void bind_blocks(nb::module_& m) {
     bind_attention_block(m);
     bind_latent_attention_block(m);
     bind_feed_forward_block(m);
+    bind_decoder_stack(m);
 }
 
 }  // namespace moesaic

@@ -19,6 +19,7 @@ from moesaic.modules import (
     ATTENTION_NAME,
     FAMILIES,
     DecoderLayerForward,
+    LayerStack,
     RMSNorm,
     RotaryAngles,
     SharedState,
@@ -138,4 +139,7 @@ def _take_over_layers(model: PreTrainedModel, plan: Plan) -> tuple[SharedState |
             num_fused += DecoderLayerForward.take_over(layer, family, model.config, shared, name)
         elif hasattr(layer, "self_attn") and f"{name}.self_attn" not in stock:
             take_over_mla(layer, family, model.config, shared)
-    return shared, num_fused == len(decoder.layers)
+    all_fused = num_fused == len(decoder.layers)
+    if all_fused:
+        shared.stack = LayerStack([layer.forward for layer in decoder.layers])
+    return shared, all_fused

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -44,8 +44,7 @@ class TimedRuns:
 
     def profile(self) -> tuple[float, float]:
         """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
-        layers = self._model.get_decoder().layers
-        with _time_between(layers[0], layers[-1]) as inside:
+        with _time_in_layers(self._model.get_decoder()) as inside:
             clock = self._generate(lambda: (native_seconds(), inside.seconds))
         # marks[0] is taken when the run starts, marks[1] when the first token is there.
         first, last = (0, 1) if self.what == "prefill" else (1, -1)
@@ -95,17 +94,22 @@ class _Stopwatch:
 
 
 @contextmanager
-def _time_between(first: torch.nn.Module, last: torch.nn.Module) -> Iterator[_Stopwatch]:
-    """Sum up the time from the start of one module's forward to the end of another's."""
+def _time_in_layers(decoder: Any) -> Iterator[_Stopwatch]:
+    """Sum up the time from the rotary embedding to the last norm of a decoder: between them are its layers.
+
+    A hook on the layers themselves would keep them from running as one call.
+    """
     watch = _Stopwatch()
+    started: list[float] = []
 
     def start(*_: object) -> None:
-        watch.seconds -= time.perf_counter()
+        started[:] = [time.perf_counter()]
 
     def stop(*_: object) -> None:
-        watch.seconds += time.perf_counter()
+        if started:
+            watch.seconds += time.perf_counter() - started.pop()
 
-    handles = (first.register_forward_pre_hook(start), last.register_forward_hook(stop))
+    handles = (decoder.rotary_emb.register_forward_hook(start), decoder.norm.register_forward_pre_hook(stop))
     try:
         yield watch
     finally:

@@ -13,27 +13,33 @@ from moesaic.kernels.attention import cache_type, full_mask, mask_arguments
 from moesaic.kernels.block_parts import NO_MATRIX, NO_NORM, HeadLinears, Linear, Norm
 from moesaic.kernels.ops import HEAD_NORMS, ROPE_LAYOUTS, check_angles
 
-__all__ = ["AttentionBlock", "LatentAttentionBlock"]
+__all__ = ["AttentionBlock", "LatentAttentionBlock", "cache_arguments"]
 
 
 class _AttentionCall:
     """What the calls of both kinds of attention block check and pass on."""
 
-    _block: Any
+    block: Any
     hidden: int
     heads: int
     num_pairs: int
+    cache_shapes: tuple[tuple[int, int], tuple[int, int]]
+    """(heads, dim) of what the cache holds as keys and as values."""
 
-    def _call(
+    def prepare(
         self,
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        caches: tuple[tuple[torch.Tensor, int, int], tuple[torch.Tensor, int, int]],
+        caches: tuple[torch.Tensor, torch.Tensor],
         num_past: int,
         mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Check, allocate the output and call; `caches` are (tensor, heads, dim) of keys and of values."""
+    ) -> tuple[tuple[Any, ...], int, tuple[Any, ...]]:
+        """Check the arguments of a call.
+
+        Returns:
+            What the extension takes before the cache, the number of the cache's type, and the mask.
+        """
         check_float("x", x, 3)
         batch, num_tokens, hidden = x.shape
         if hidden != self.hidden or not x.is_contiguous():
@@ -41,32 +47,42 @@ class _AttentionCall:
         check_angles(cos, sin, batch, num_tokens, 2 * self.num_pairs)
         if cos.shape[2] != self.num_pairs:
             raise KernelError(f"cos is {describe(cos)}: expected {self.num_pairs} pairs.")
-        (keys, key_heads, key_dim), (values, value_heads, value_dim) = caches
-        capacity = keys.shape[2]
+        capacity = caches[0].shape[2]
         if not 0 <= num_past <= capacity - num_tokens:
             raise KernelError(f"{num_past} tokens in a cache for {capacity}: no room for {num_tokens} more.")
-        kind = cache_type("keys", keys, (batch, key_heads, capacity, key_dim), keys.dtype)
-        cache_type("values", values, (batch, value_heads, capacity, value_dim), keys.dtype)
+        kind = self.check_caches(caches, batch, capacity, caches[0].dtype)
         mask = full_mask(mask, batch, self.heads, num_tokens, num_past + num_tokens)
-        angle_strides = cos.stride()
-        out = torch.empty(batch, num_tokens, hidden)
-        self._block(
-            x.data_ptr(),
-            batch,
-            num_tokens,
-            cos.data_ptr(),
-            sin.data_ptr(),
-            angle_strides if cos.shape[0] == batch else (0, *angle_strides[1:]),
-            keys.data_ptr(),
-            keys.stride(),
-            values.data_ptr(),
-            values.stride(),
-            kind,
-            num_past,
-            *mask_arguments(mask),
-            out.data_ptr(),
-        )
+        strides = cos.stride()
+        inputs = (x.data_ptr(), batch, num_tokens, cos.data_ptr(), sin.data_ptr())
+        return (*inputs, strides if cos.shape[0] == batch else (0, *strides[1:])), kind, mask_arguments(mask)
+
+    def check_caches(
+        self, caches: tuple[torch.Tensor, torch.Tensor], batch: int, capacity: int, dtype: torch.dtype
+    ) -> int:
+        """Check keys and values; returns the number of their type."""
+        (key_heads, key_dim), (value_heads, value_dim) = self.cache_shapes
+        cache_type("values", caches[1], (batch, value_heads, capacity, value_dim), dtype)
+        return cache_type("keys", caches[0], (batch, key_heads, capacity, key_dim), dtype)
+
+    def _call(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        caches: tuple[torch.Tensor, torch.Tensor],
+        num_past: int,
+        mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inputs, kind, mask_parts = self.prepare(x, cos, sin, caches, num_past, mask)
+        out = torch.empty_like(x)
+        self.block(*inputs, cache_arguments(caches), kind, num_past, *mask_parts, out.data_ptr())
         return out
+
+
+def cache_arguments(caches: tuple[torch.Tensor, torch.Tensor]) -> tuple[Any, ...]:
+    """Keys and values as the extension takes them."""
+    keys, values = caches
+    return keys.data_ptr(), keys.stride(), values.data_ptr(), values.stride()
 
 
 class AttentionBlock(_AttentionCall):
@@ -123,8 +139,9 @@ class AttentionBlock(_AttentionCall):
             raise KernelError(f"head_norm is '{head_norm}', which does not go with the norms given.")
         self.hidden, self.heads, self.kv_heads = hidden, heads, kv_heads
         self.head_dim, self.num_pairs = head_dim, num_pairs
+        self.cache_shapes = ((kv_heads, head_dim), (kv_heads, head_dim))
         self._owners = (norm, q, k, v, o, q_norm, k_norm, sinks)  # the block holds addresses into these
-        self._block = _native.AttentionBlock(
+        self.block = _native.AttentionBlock(
             norm.arguments("norm", hidden),
             q.arguments("q", hidden),
             k.arguments("k", hidden),
@@ -171,8 +188,7 @@ class AttentionBlock(_AttentionCall):
         Raises:
             KernelError: a tensor has another shape, type or layout than said here.
         """
-        caches = ((keys, self.kv_heads, self.head_dim), (values, self.kv_heads, self.head_dim))
-        return self._call(x, cos, sin, caches, num_past, mask)
+        return self._call(x, cos, sin, (keys, values), num_past, mask)
 
 
 class LatentAttentionBlock(_AttentionCall):
@@ -230,9 +246,10 @@ class LatentAttentionBlock(_AttentionCall):
             raise KernelError(f"{rope_dim // 2} rotary pairs: expected at most {_native.MAX_ROTARY_PAIRS}.")
         self.hidden, self.heads, self.num_pairs = hidden, num_heads, rope_dim // 2
         self.latent_dim, self.rope_dim = latent_dim, rope_dim
+        self.cache_shapes = ((1, latent_dim), (1, rope_dim))
         k_shape = (nope_dim, latent_dim) if k_b_transposed else (latent_dim, nope_dim)
         self._owners = (norm, q_a, q_a_norm, q_b, kv_a, kv_a_norm, k_b, v_b, o)  # the block holds addresses into these
-        self._block = _native.LatentAttentionBlock(
+        self.block = _native.LatentAttentionBlock(
             norm.arguments("norm", hidden),
             NO_MATRIX if q_a is None else q_a.arguments("q_a", hidden),
             NO_NORM if q_a_norm is None else q_a_norm.arguments("q_a_norm", rank),
@@ -280,5 +297,4 @@ class LatentAttentionBlock(_AttentionCall):
         Raises:
             KernelError: a tensor has another shape, type or layout than said here.
         """
-        caches = ((latents, 1, self.latent_dim), (rotary_keys, 1, self.rope_dim))
-        return self._call(x, cos, sin, caches, num_past, mask)
+        return self._call(x, cos, sin, (latents, rotary_keys), num_past, mask)

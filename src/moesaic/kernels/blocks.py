@@ -70,7 +70,7 @@ class FeedForwardBlock:
             raise KernelError(f"{options.topk_groups} of {options.num_groups} groups of {num_experts} experts.")
         self.hidden = hidden
         self._owners = (norm, experts, router, route, shared, shared_gate)  # the block holds addresses into these
-        self._block = _native.FeedForwardBlock(
+        self.block = _native.FeedForwardBlock(
             norm.arguments("norm", hidden),
             NO_MATRIX if router is None else router.arguments("router", hidden),
             options.top_k,
@@ -97,5 +97,5 @@ class FeedForwardBlock:
         """
         if x.dtype != torch.float32 or x.shape[-1] != self.hidden or not x.is_cpu or not x.is_contiguous():
             raise KernelError(f"x is {describe(x)}: expected float32 [..., {self.hidden}] on the CPU, contiguous.")
-        self._block(x.data_ptr(), x.numel() // self.hidden)
+        self.block(x.data_ptr(), x.numel() // self.hidden)
         return x

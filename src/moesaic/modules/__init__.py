@@ -12,6 +12,7 @@ from moesaic.modules.linear import PackedLinear
 from moesaic.modules.mla import SPLIT_KV_B
 from moesaic.modules.norm import RMSNorm
 from moesaic.modules.rotary import RotaryAngles
+from moesaic.modules.stack import LayerStack
 
 __all__ = [
     "ATTENTION_NAME",
@@ -19,6 +20,7 @@ __all__ = [
     "SPLIT_KV_B",
     "DecoderLayerForward",
     "Family",
+    "LayerStack",
     "PackedEmbedding",
     "PackedLinear",
     "RMSNorm",

@@ -19,6 +19,7 @@ from moesaic.modules.feed_forward import feed_forward_block
 from moesaic.modules.gqa import GqaAttention
 from moesaic.modules.mla import MlaAttention
 from moesaic.modules.rotary import RotaryAngles
+from moesaic.modules.stack import LayerStack
 
 __all__ = ["DecoderLayerForward", "SharedState", "take_over_mla"]
 
@@ -33,10 +34,12 @@ class SharedState:
     Attributes:
         angles: converts position embeddings.
         fused: whether fused forwards may be used; False while another attention implementation is chosen.
+        stack: all layers together, if all are fused.
     """
 
     angles: RotaryAngles
     fused: bool = True
+    stack: LayerStack | None = None
 
 
 class DecoderLayerForward:
@@ -59,9 +62,10 @@ class DecoderLayerForward:
         self.stock_forward = layer.forward
         self.attention, self.feed_forward = attention, feed_forward
         self.shared = shared
+        self.is_first = layer.self_attn.layer_idx == 0
         # What transformers records (attentions, router logits), and what people hook: blocks and their parts.
         block = getattr(layer, next(key for key in _MLP_NAMES if hasattr(layer, key)))
-        self.inner = (attention.module, block, *block.children())
+        self.layer, self.inner = layer, (attention.module, block, *block.children())
 
     @classmethod
     def take_over(cls, layer: StockModule, family: Family, config: Any, shared: SharedState, name: str) -> bool:
@@ -103,7 +107,9 @@ class DecoderLayerForward:
         **kwargs: Any,
     ) -> torch.Tensor:
         """As the stock layer: float32 `[batch, num_tokens, hidden_size]` to the same."""
-        if self._observed():
+        if self.shared.stack is not None and self.shared.stack.take(self, hidden_states):
+            return hidden_states
+        if self.is_observed():
             stock: torch.Tensor = self.stock_forward(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -113,10 +119,15 @@ class DecoderLayerForward:
                 **kwargs,
             )
             return stock
-        attended = self.attention(hidden_states, position_embeddings, attention_mask, given_cache(kwargs))
+        cache = given_cache(kwargs)
+        if self.is_first and self.shared.stack is not None:
+            whole = self.shared.stack.run(hidden_states, position_embeddings, attention_mask, cache)
+            if whole is not None:
+                return whole
+        attended = self.attention(hidden_states, position_embeddings, attention_mask, cache)
         return self.feed_forward(attended)
 
-    def _observed(self) -> bool:
+    def is_observed(self) -> bool:
         """Somebody hooks a module inside the layer, or wants another attention implementation."""
         if not self.shared.fused:
             return True

@@ -98,13 +98,22 @@ class GqaAttention:
             float32 `[batch, num_tokens, hidden_size]`, in memory of its own.
         """
         cos, sin = self.angles(positions)
-        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
-        if not isinstance(layer, GrowingLayer):
+        layer = self.growing_layer(x, cache)
+        if layer is None:
             return self._through_update(x, cos, sin, mask, cache)
-        keys, values, num_past = layer.reserve(x, self.block.kv_heads, self.head_dim, self.head_dim)
+        keys, values, num_past = self.reserve(x, layer)
         out = self.block(x.contiguous(), cos, sin, keys, values, num_past, mask)
         layer.advance(x.shape[1])
         return out
+
+    def growing_layer(self, x: torch.Tensor, cache: Any | None) -> GrowingLayer | None:
+        """The layer of a cache on which `block` serves; None if it does not."""
+        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
+        return layer if isinstance(layer, GrowingLayer) else None
+
+    def reserve(self, x: torch.Tensor, layer: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Keys and values with room for those of x, and how many are there."""
+        return layer.reserve(x, self.block.kv_heads, self.head_dim, self.head_dim)
 
     def _through_update(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None, cache: Any | None

@@ -106,15 +106,25 @@ class MlaAttention:
 
     def __call__(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
         """Attend; arguments as those of `GqaAttention`."""
-        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
-        if self.block is not None and isinstance(layer, GrowingLayer) and not self._expanding_pays(x.shape[1]):
-            latents, rotary_keys, num_past = layer.reserve(x, 1, self.latent_dim, self.rope_dim)
+        layer = self.growing_layer(x, cache)
+        if layer is not None and self.block is not None:
+            latents, rotary_keys, num_past = self.reserve(x, layer)
             out = self.block(x.contiguous(), *self.angles(positions), latents, rotary_keys, num_past, mask)
             layer.advance(x.shape[1])
             return out
         normed = self.norm(x).view(-1, x.shape[-1])
         out = self.attend(normed, x.shape[0], positions, mask, cache).view(x.shape)
         return ops.add_scaled_(out, x)
+
+    def growing_layer(self, x: torch.Tensor, cache: Any | None) -> GrowingLayer | None:
+        """As that of `GqaAttention`."""
+        layer = cache.layers[self.layer_idx] if isinstance(cache, GrowingCache) else None
+        serves = self.block is not None and isinstance(layer, GrowingLayer) and not self._expanding_pays(x.shape[1])
+        return layer if serves else None
+
+    def reserve(self, x: torch.Tensor, layer: GrowingLayer) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Latents and rotary keys with room for those of x, and how many are there."""
+        return layer.reserve(x, 1, self.latent_dim, self.rope_dim)
 
     def attend(
         self, x: torch.Tensor, batch: int, positions: Any, mask: torch.Tensor | None, cache: Any | None

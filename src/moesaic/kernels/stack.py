@@ -27,7 +27,9 @@ class DecoderStack:
 
     def __init__(self, layers: Sequence[tuple[AttentionBlock | LatentAttentionBlock, FeedForwardBlock]]) -> None:
         self.layers = list(layers)  # the native stack holds addresses into these
-        self._stack: Any = _native.DecoderStack([(attention.block, forward.block) for attention, forward in self.layers])
+        self._stack: Any = _native.DecoderStack(
+            [(attention.block, forward.block) for attention, forward in self.layers]
+        )
 
     def __call__(
         self,

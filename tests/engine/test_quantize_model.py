@@ -223,7 +223,7 @@ def test_formats_that_gguf_lacks_are_refused_by_name(tmp_path: Path) -> None:
     rules.write_text("rules:\n  - match: {role: experts}\n    format: keep\n")
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(UnsupportedFormatError, match=r"exps.*FP8 is a format of safetensors that GGUF files do not"):
-        quantize_checkpoint(checkpoint, tmp_path / "out.gguf", get_format("Q8_0"), load_plan(str(rules)))
+        quantize_checkpoint(checkpoint, tmp_path / "out.gguf", get_format("Q8_0"), rules=load_plan(str(rules)))
     result = quantize_checkpoint(checkpoint, tmp_path / "out.gguf", get_format("Q8_0"))
     assert any("already FP8" in note for note in result.notes)
     assert all(info.format.in_gguf for info in open_checkpoint(tmp_path / "out.gguf").tensors.values())

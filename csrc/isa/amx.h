@@ -41,11 +41,15 @@ MOESAIC_INLINE void release_tiles() { _tile_release(); }
 #define MOESAIC_MEMORY_FENCE asm volatile("" ::: "memory")
 #define MOESAIC_TILE_ZERO(tile) _tile_zero(tile)
 #define MOESAIC_TILE_LOAD(tile, p, row_bytes) \
-    MOESAIC_MEMORY_FENCE;                     \
-    _tile_loadd(tile, p, row_bytes)
+    do {                                      \
+        MOESAIC_MEMORY_FENCE;                 \
+        _tile_loadd(tile, p, row_bytes);      \
+    } while (false)
 #define MOESAIC_TILE_STORE(tile, p, row_bytes) \
-    _tile_stored(tile, p, row_bytes);          \
-    MOESAIC_MEMORY_FENCE
+    do {                                       \
+        _tile_stored(tile, p, row_bytes);      \
+        MOESAIC_MEMORY_FENCE;                  \
+    } while (false)
 #define MOESAIC_TILE_DOT_BF16(sum, activations, weights) _tile_dpbf16ps(sum, activations, weights)
 
 // 256 + byte `kByte` of each lane's four: the byte becomes the top of the mantissa of a float of [256, 512).

@@ -95,9 +95,9 @@ class _Stopwatch:
 
 @contextmanager
 def _time_in_layers(decoder: Any) -> Iterator[_Stopwatch]:
-    """Sum up the time from the rotary embedding to the last norm of a decoder: between them are its layers.
+    """Sum up the time in the layers of a decoder: from its rotary embedding to its last norm, if it has those.
 
-    A hook on the layers themselves would keep them from running as one call.
+    A hook on the layers themselves would keep them from running as one call; decoders without those parts never do.
     """
     watch = _Stopwatch()
     started: list[float] = []
@@ -109,7 +109,11 @@ def _time_in_layers(decoder: Any) -> Iterator[_Stopwatch]:
         if started:
             watch.seconds += time.perf_counter() - started.pop()
 
-    handles = (decoder.rotary_emb.register_forward_hook(start), decoder.norm.register_forward_pre_hook(stop))
+    if hasattr(decoder, "rotary_emb") and hasattr(decoder, "norm"):
+        handles = (decoder.rotary_emb.register_forward_hook(start), decoder.norm.register_forward_pre_hook(stop))
+    else:
+        first, last = decoder.layers[0], decoder.layers[-1]
+        handles = (first.register_forward_pre_hook(start), last.register_forward_hook(stop))
     try:
         yield watch
     finally:

@@ -19,7 +19,7 @@ from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import Plan, detect_hardware
 from moesaic.quant import WeightFormat, get_format
 
-__all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_synthetic"]
+__all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_subject", "prepare_synthetic"]
 
 _SEED = 0
 _GIGA = 1e9
@@ -114,13 +114,7 @@ def measure(
     """
     if threads is not None:
         set_num_threads(threads)
-    if preset is not None:
-        prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, plan)
-        total_layers = get_preset(preset).num_layers
-    else:
-        assert model is not None
-        prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
-        total_layers = num_layers_of(prepared)
+    prepared, total_layers = prepare_subject(model, preset, weight_format, num_layers, gguf, plan, offline)
     new_tokens = num_tokens + 1 if what == "decode" else 1
     _check_context(prepared, prompt_tokens + new_tokens)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
@@ -159,6 +153,23 @@ def _result(
         layer_share=layer_share,
         extrapolated_tokens_per_second=_extrapolate(rate, layer_share, run_layers, total_layers),
     )
+
+
+def prepare_subject(
+    model: str | None,
+    preset: str | None,
+    weight_format: str,
+    num_layers: int | None,
+    gguf: str | None,
+    plan: str,
+    offline: bool,
+) -> tuple[Prepared, int]:
+    """What a bench or an estimate is of, a preset's synthetic weights or a model, and how many layers all of it has."""
+    if preset is not None:
+        return prepare_synthetic(preset, get_format(weight_format), num_layers, plan), get_preset(preset).num_layers
+    assert model is not None
+    prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
+    return prepared, num_layers_of(prepared)
 
 
 def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int | None, plan: str) -> Prepared:

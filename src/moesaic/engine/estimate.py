@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from moesaic.engine.bench import expert_formats, num_layers_of, prepare_synthetic
+from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.decode_probe import Overhead, Probe, measure_overhead
 from moesaic.engine.decode_work import DecodeWork, decode_work
-from moesaic.engine.loader import Prepared, prepare
-from moesaic.engine.presets import get_preset
+from moesaic.engine.loader import Prepared
 from moesaic.kernels import active_isa, num_threads, set_num_threads, tiles_from
 from moesaic.placement import Plan, detect_hardware
 from moesaic.quant import WeightFormat, get_format
@@ -116,13 +115,7 @@ def estimate_decode(
     """
     if threads is not None:
         set_num_threads(threads)
-    if preset is not None:
-        prepared = prepare_synthetic(preset, get_format(weight_format), num_layers, plan)
-        total_layers = get_preset(preset).num_layers
-    else:
-        assert model is not None
-        prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
-        total_layers = num_layers_of(prepared)
+    prepared, total_layers = prepare_subject(model, preset, weight_format, num_layers, gguf, plan, offline)
     prepared.checkpoint.close()
     work = decode_work(prepared)
     probe = Probe(detect_hardware().cold_bytes, _SECONDS)

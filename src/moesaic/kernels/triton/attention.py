@@ -1,0 +1,354 @@
+"""Attention over a paged cache on a GPU: grouped-query and absorbed latent attention, decode and prefill.
+
+Lengths and tables are read by the kernels, so a call can be captured in a graph and replayed with others. Operands of
+the products are of the cache's type, sums are float32. This module knows no model, and no cache but its tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+
+from moesaic.errors import KernelError
+from moesaic.kernels._checks import check_shape, describe
+from moesaic.kernels.triton.attention_kernels import attend_kernel, merge_kernel
+
+__all__ = ["Tiles", "choose_tiles", "paged_attention", "paged_latent_attention"]
+
+_POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SPLITS = 64
+_ROWS_PER_MERGE = 8  # parts that the second kernel loads at once
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the work of one call is cut up: a choice of speed, not of results.
+
+    Attributes:
+        rows: rows (query token and head) of a program, at least 16.
+        keys: positions that it takes at once, at least 16.
+        warps: its threads, in 32s.
+        stages: tiles of keys in flight.
+        splits: shares that the keys of a sequence are cut into.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    splits: int
+
+
+def paged_attention(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Causal `softmax(scale * q k^T) v` (grouped-query: Ainslie et al., arXiv 2305.13245) over blocks of a pool.
+
+    With n new tokens of sequence s, its token i is at position `seq_lens[s] - n + i`, and sees the keys up to its own.
+    Sequences of length 0 get zeros. Tokens that no sequence has, and those of a sequence behind its first
+    `max_query_len`, are not written.
+
+    Args:
+        q: float32 `[tokens, heads, head_dim]`, any strides, the last dimension contiguous, like all here.
+        keys: float32, bfloat16 or float16 `[num_blocks, block_size, kv_heads, head_dim]`, those of q included.
+        values: as keys, `[num_blocks, block_size, kv_heads, value_dim]`.
+        block_tables: int32 `[seqs, max_blocks]`.
+        seq_lens: int32 `[seqs]`, new tokens included.
+        query_start: int32 `[seqs + 1]`: tokens `query_start[s]` to `query_start[s + 1]` are of sequence s.
+        scale: factor of the scores.
+        max_query_len: no sequence has more new tokens than that.
+        sliding_window: only so many of the last keys are seen, a token's own among them.
+        sinks: float32 `[heads]`, logits that take part in the softmax without a value (gpt-oss).
+        softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        out: float32 `[tokens, heads, value_dim]`, or None to allocate it.
+        tiles: how the work is cut up; chosen by shapes if None.
+
+    Returns:
+        out.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said here.
+    """
+    _check_pool("keys", keys, 4)
+    _check_pool("values", values, 4)
+    _, block_size, kv_heads, head_dim = keys.shape
+    check_shape("values", values, (*keys.shape[:3], values.shape[3]))
+    _check_queries("q", q, (q.shape[0], q.shape[1] if q.ndim == 3 else 0, head_dim), keys.device)
+    if kv_heads < 1 or q.shape[1] % kv_heads or values.dtype != keys.dtype:
+        raise KernelError(
+            f"q has {q.shape[1]} heads, keys are {describe(keys)}, values {describe(values)}: expected a multiple of "
+            "the heads of keys, and one type."
+        )
+    key_strides = (keys.stride(0), keys.stride(1), keys.stride(2))
+    value_strides = (values.stride(0), values.stride(1), values.stride(2))
+    return _attend(
+        (q, q),
+        (keys, values),
+        (block_tables, seq_lens, query_start),
+        (*q.stride()[:2], 0, 0, *key_strides, *value_strides),
+        kv_heads=kv_heads,
+        dims=(head_dim, 0, values.shape[3]),
+        block_size=block_size,
+        scale=scale,
+        max_query_len=max_query_len,
+        sliding_window=sliding_window,
+        sinks=sinks,
+        softcap=softcap,
+        out=out,
+        tiles=tiles,
+    )
+
+
+def paged_latent_attention(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Multi-head latent attention, absorbed (arXiv 2405.04434): all heads attend to one pool of latents.
+
+    The score is `scale * (q_latent . latent + q_rope . rope)` and the value is the latent, which is read once for both.
+
+    Args:
+        q_latent: float32 `[tokens, heads, latent_dim]`, queries multiplied by the key half of kv_b.
+        q_rope: float32 `[tokens, heads, rope_dim]`, rotated.
+        cache: float32, bfloat16 or float16 `[num_blocks, block_size, latent_dim + rope_dim]`.
+        block_tables: see `paged_attention`, like all that follow.
+        seq_lens: int32 `[seqs]`.
+        query_start: int32 `[seqs + 1]`.
+        scale: factor of the scores.
+        max_query_len: no sequence has more new tokens than that.
+        sliding_window: only so many of the last keys are seen.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        out: float32 `[tokens, heads, latent_dim]`, or None to allocate it.
+        tiles: how the work is cut up; chosen by shapes if None.
+
+    Returns:
+        out.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said here.
+    """
+    _check_pool("cache", cache, 3)
+    latent_dim = q_latent.shape[-1]
+    rope_dim = cache.shape[2] - latent_dim
+    if rope_dim < 1:
+        raise KernelError(f"cache is {describe(cache)}: expected more than the {latent_dim} numbers of a latent.")
+    _check_queries("q_latent", q_latent, (*q_latent.shape[:2], latent_dim), cache.device)
+    _check_queries("q_rope", q_rope, (*q_latent.shape[:2], rope_dim), cache.device)
+    strides = (cache.stride(0), cache.stride(1), 0)
+    return _attend(
+        (q_latent, q_rope),
+        (cache, cache),
+        (block_tables, seq_lens, query_start),
+        (*q_latent.stride()[:2], *q_rope.stride()[:2], *strides, *strides),
+        kv_heads=1,
+        dims=(latent_dim, rope_dim, latent_dim),
+        block_size=cache.shape[1],
+        scale=scale,
+        max_query_len=max_query_len,
+        sliding_window=sliding_window,
+        sinks=None,
+        softcap=softcap,
+        out=out,
+        tiles=tiles,
+    )
+
+
+def _attend(
+    queries: tuple[torch.Tensor, torch.Tensor],
+    pool: tuple[torch.Tensor, torch.Tensor],
+    step: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    strides: tuple[int, ...],
+    *,
+    kv_heads: int,
+    dims: tuple[int, int, int],
+    block_size: int,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+    out: torch.Tensor | None,
+    tiles: Tiles | None,
+) -> torch.Tensor:
+    """Both kinds of attention; dims are those of a key, of its second part, and of a value."""
+    q, device = queries[0], pool[0].device
+    num_tokens, heads = q.shape[:2]
+    block_tables, seq_lens, query_start = step
+    num_seqs = seq_lens.numel()
+    for name, x, shape in (
+        ("block_tables", block_tables, (num_seqs, *block_tables.shape[1:])),
+        ("seq_lens", seq_lens, (num_seqs,)),
+        ("query_start", query_start, (num_seqs + 1,)),
+    ):
+        if x.dtype != torch.int32 or x.shape != shape or x.device != device or x.stride(-1) != 1:
+            raise KernelError(f"{name} is {describe(x)}: expected int32 {list(shape)} on {device}.")
+    if sliding_window is not None and sliding_window < 1:
+        raise KernelError(f"sliding_window is {sliding_window}: expected at least 1.")
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (heads,) or not sinks.is_contiguous()):
+        raise KernelError(f"sinks is {describe(sinks)}: expected float32 [{heads}], contiguous.")
+    key_dim, rope_dim, value_dim = dims
+    if out is None:
+        out = torch.empty(num_tokens, heads, value_dim, device=device)
+    else:
+        _check_queries("out", out, (num_tokens, heads, value_dim), device)
+    if num_tokens == 0 or num_seqs == 0:
+        return out
+    group = heads // kv_heads
+    if tiles is None:
+        longest = block_tables.shape[1] * block_size
+        if sliding_window is not None:
+            longest = min(longest, sliding_window + max_query_len)
+        sizes = tuple(_padded(dim) if dim else 0 for dim in dims)
+        tiles = choose_tiles(max_query_len * group, num_seqs * kv_heads, longest, sizes, pool[0].dtype, device)
+    target, lse, target_strides = out, out, (0, out.stride(0), out.stride(1))
+    if tiles.splits > 1:
+        target = torch.empty(tiles.splits, num_tokens, heads, value_dim, device=device)
+        lse = torch.empty(tiles.splits, num_tokens, heads, device=device)
+        target_strides = target.stride()[:3]
+    attend_kernel[(triton.cdiv(max_query_len * group, tiles.rows), num_seqs * kv_heads, tiles.splits)](
+        *queries,
+        *pool,
+        *step,
+        q if sinks is None else sinks,
+        target,
+        lse,
+        scale,
+        softcap or 0.0,
+        sliding_window or 0,
+        *strides,
+        block_tables.stride(0),
+        *target_strides,
+        num_tokens * heads,
+        GROUP=group,
+        KV_HEADS=kv_heads,
+        KEY_DIM=key_dim,
+        KEY_PAD=_padded(key_dim),
+        ROPE_DIM=rope_dim,
+        ROPE_PAD=_padded(rope_dim),
+        VALUE_DIM=value_dim,
+        VALUE_PAD=_padded(value_dim),
+        BLOCK_SIZE=block_size,
+        BLOCK_M=tiles.rows,
+        BLOCK_N=tiles.keys,
+        NUM_SPLITS=tiles.splits,
+        WINDOWED=sliding_window is not None,
+        SOFTCAP=bool(softcap),
+        SINKS=sinks is not None,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if tiles.splits > 1:
+        merge_kernel[(num_tokens, heads)](
+            target,
+            lse,
+            q if sinks is None else sinks,
+            out,
+            out.stride(0),
+            out.stride(1),
+            num_tokens * heads,
+            NUM_HEADS=heads,
+            VALUE_DIM=value_dim,
+            VALUE_PAD=_padded(value_dim),
+            NUM_SPLITS=tiles.splits,
+            SPLITS_PAD=triton.next_power_of_2(tiles.splits),
+            CHUNK=min(_ROWS_PER_MERGE, triton.next_power_of_2(tiles.splits)),
+            SINKS=sinks is not None,
+            num_warps=4 if value_dim > 128 else 2,
+        )
+    return out
+
+
+def choose_tiles(
+    rows: int, columns: int, longest: int, dims: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tiles:
+    """How to cut up a call.
+
+    Args:
+        rows: query tokens of a sequence times query heads of a keys' head.
+        columns: sequences times keys' heads.
+        longest: positions that a sequence can have, or that a window leaves.
+        dims: of a key, of its second part (0: none) and of a value, padded.
+        dtype: of the cache.
+        device: where it runs; any but a CUDA device counts as a small one (Triton's interpreter).
+    """
+    processors, shared = _device_limits(device)
+    latent, key_bytes = dims[1] > 0, (sum(dims[:2]) + (0 if dims[1] else dims[2])) * dtype.itemsize
+    wide = max(dims) > 128
+    if dtype == torch.float32:  # products on the vector units, a small path for exactness
+        tile_rows, tile_keys, warps = 16, 16 if latent else 32, 4
+    elif rows <= 16 or shared < 160 * 1024 and latent:
+        tile_rows, tile_keys, warps = 16, 64, 4
+    elif latent:
+        tile_rows, tile_keys, warps = 64, 64, 8
+    else:
+        tile_rows = min(triton.next_power_of_2(rows), 64 if wide else 128)
+        tile_keys, warps = 64, 8 if tile_rows == 128 else 4
+    stages = 3
+    query_bytes = tile_rows * (sum(dims[:2]) + tile_keys) * dtype.itemsize
+    while stages * tile_keys * key_bytes + query_bytes > shared and (stages > 1 or tile_keys > 16):
+        if stages > 2 or tile_keys == 16:
+            stages -= 1
+        else:
+            tile_keys //= 2
+    programs = triton.cdiv(rows, tile_rows) * columns
+    per_processor = max(1, min(2, shared // (stages * tile_keys * key_bytes + query_bytes)))
+    splits = min(_MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), max(1, per_processor * processors // programs))
+    return Tiles(tile_rows, tile_keys, warps, stages, splits)
+
+
+@lru_cache
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 4, 99 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return properties.multi_processor_count, shared
+
+
+def _padded(dim: int) -> int:
+    """Width of the tile for so many columns: a power of two, at least the 16 that products take."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def _check_pool(name: str, x: torch.Tensor, ndim: int) -> None:
+    if x.dtype not in _POOL_DTYPES or x.ndim != ndim or x.stride(-1) != 1:
+        raise KernelError(
+            f"{name} is {describe(x)}: expected float32, bfloat16 or float16 of {ndim} dimensions, contiguous in the "
+            "last one."
+        )
+
+
+def _check_queries(name: str, x: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if x.dtype != torch.float32 or x.ndim != 3 or x.shape != shape or x.device != device or x.stride(-1) != 1:
+        raise KernelError(
+            f"{name} is {describe(x)}: expected float32 {list(shape)} on {device}, contiguous in the last dimension."
+        )

@@ -1,0 +1,328 @@
+"""A paged cache: keys, values and MLA latents in blocks of positions that sequences take from a pool and give back.
+
+A block has the same number in all layers, so one table per sequence serves the whole model. `BlockPool` counts how many
+sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table and a length; `StepInput` says
+where the tokens of a step go and what they see. It does not know what computes attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from moesaic.errors import GenerationError, KernelError
+
+__all__ = ["BlockPool", "KvShape", "PagedSequence", "PoolLayer", "StepInput", "pool_bytes"]
+
+POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What a pool may store."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a layer stores per position.
+
+    Attributes:
+        kv_heads: heads of keys and values; 1 for latents.
+        key_dim: of a key; of MLA, of a latent and a rotary key together.
+        value_dim: of a value; 0 for MLA, whose values are the latents.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @classmethod
+    def latent(cls, latent_dim: int, rope_dim: int) -> KvShape:
+        """Of multi-head latent attention."""
+        return cls(1, latent_dim + rope_dim, 0)
+
+    @property
+    def width(self) -> int:
+        """Numbers per position."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def pool_bytes(layers: Iterable[KvShape], num_blocks: int, block_size: int, dtype: torch.dtype) -> int:
+    """Bytes that the pools of these layers take, to the byte; of one block if num_blocks is 1."""
+    return num_blocks * block_size * dtype.itemsize * sum(layer.width for layer in layers)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLayer:
+    """The memory of one layer, uninitialised: kernels read only positions that have been written.
+
+    Attributes:
+        keys: `[num_blocks, block_size, kv_heads, key_dim]`; of MLA `[num_blocks, block_size, latent_dim + rope_dim]`.
+        values: `[num_blocks, block_size, kv_heads, value_dim]`, or None for MLA.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor | None
+
+    @classmethod
+    def empty(
+        cls,
+        shape: KvShape,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> PoolLayer:
+        """Allocate; KernelError if a pool cannot store the dtype."""
+        if dtype not in POOL_DTYPES:
+            raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
+        if shape.value_dim == 0:
+            return cls(torch.empty(num_blocks, block_size, shape.key_dim, dtype=dtype, device=device), None)
+        heads = (num_blocks, block_size, shape.kv_heads)
+        keys, values = (torch.empty(*heads, dim, dtype=dtype, device=device) for dim in (shape.key_dim, shape.value_dim))
+        return cls(keys, values)
+
+
+class BlockPool:
+    """Hands out the numbers of blocks; a block is free when nobody holds it.
+
+    Args:
+        num_blocks: blocks of every layer.
+        block_size: positions of a block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise KernelError(f"a pool of {num_blocks} blocks of {block_size} positions: expected at least 1 of each.")
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self._holders = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def blocks_for(self, length: int) -> int:
+        """Blocks that so many positions take."""
+        return -(-length // self.block_size)
+
+    def take(self, count: int) -> list[int]:
+        """Numbers of `count` blocks, held once.
+
+        Raises:
+            GenerationError: fewer are free; none is taken.
+        """
+        if count > len(self._free):
+            raise GenerationError(
+                f"The cache is full: {count} blocks of {self.block_size} positions are needed and {len(self._free)} of "
+                f"{self.num_blocks} are free. Use a smaller context, fewer requests at once, or a larger cache."
+            )
+        taken = [self._free.pop() for _ in range(count)]
+        for block in taken:
+            self._holders[block] = 1
+        return taken
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        """Hold blocks once more that somebody holds already (sequences with a common beginning)."""
+        for block in blocks:
+            if self._holders[block] < 1:
+                raise KernelError(f"block {block} is held by nobody, so its contents cannot be shared.")
+            self._holders[block] += 1
+
+    def give_back(self, blocks: Iterable[int]) -> None:
+        """Hold blocks once less; those that nobody holds any more are free."""
+        for block in blocks:
+            if self._holders[block] < 1:
+                raise KernelError(f"block {block} is given back, but nobody holds it.")
+            self._holders[block] -= 1
+            if self._holders[block] == 0:
+                self._free.append(block)
+
+
+class PagedSequence:
+    """Where the positions of one sequence lie.
+
+    Args:
+        pool: where its blocks come from.
+    """
+
+    def __init__(self, pool: BlockPool) -> None:
+        self.pool = pool
+        self.length = 0
+        self._blocks: list[int] = []
+        self._table = torch.empty(16, dtype=torch.int32)  # the same numbers, with room; copied into steps
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of its blocks, in the order of positions."""
+        return tuple(self._blocks)
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The same as int32 `[blocks]`, a view that the next `append` may make stale."""
+        return self._table[: len(self._blocks)]
+
+    def append(self, num_tokens: int) -> torch.Tensor:
+        """Make room for `num_tokens` more positions, which are then part of the sequence.
+
+        Returns:
+            Where each of them lies: int64 `[num_tokens]`, `block * block_size + offset`.
+
+        Raises:
+            GenerationError: the pool has too few free blocks; the sequence is as before.
+        """
+        if num_tokens < 0:
+            raise KernelError(f"append({num_tokens}): expected a number of tokens.")
+        size, start, end = self.pool.block_size, self.length, self.length + num_tokens
+        self._extend(self.pool.take(max(0, self.pool.blocks_for(end) - len(self._blocks))))
+        self.length = end
+        positions = torch.arange(start, end)
+        return self._table[positions // size].long() * size + positions % size
+
+    def _extend(self, blocks: list[int]) -> None:
+        if not blocks:
+            return
+        first, self._blocks = len(self._blocks), self._blocks + blocks
+        if len(self._blocks) > self._table.numel():
+            table = torch.empty(2 * len(self._blocks), dtype=torch.int32)
+            table[:first] = self._table[:first]
+            self._table = table
+        self._table[first : len(self._blocks)] = torch.tensor(blocks, dtype=torch.int32)
+
+    def truncate(self, length: int) -> None:
+        """Forget all positions from `length` on; blocks without positions go back to the pool.
+
+        Raises:
+            KernelError: the sequence is shorter than that.
+        """
+        if not 0 <= length <= self.length:
+            raise KernelError(f"truncate({length}) of a sequence of {self.length} positions.")
+        kept = self.pool.blocks_for(length)
+        self.pool.give_back(reversed(self._blocks[kept:]))
+        del self._blocks[kept:]
+        self.length = length
+
+    def free(self) -> None:
+        """Forget everything; the sequence may be used again."""
+        self.truncate(0)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """Where the tokens of a step are, for all layers. Tokens of a sequence follow each other.
+
+    Attributes:
+        positions: int64 `[tokens]`, in its sequence.
+        slot_mapping: int64 `[tokens]`: where keys and values go, `block * block_size + offset`; -1: nowhere.
+        block_tables: int32 `[seqs, max_blocks]`; what lies behind a sequence's blocks is never read.
+        seq_lens: int32 `[seqs]`, new tokens included; 0 for a sequence that is padding.
+        query_start: int32 `[seqs + 1]`: tokens `query_start[s]` to `query_start[s + 1]` are of sequence s.
+    """
+
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start: torch.Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, seqs: int, max_blocks: int, device: torch.device | str = "cpu") -> StepInput:
+        """All padding: the buffers of a graph. On the CPU, pinned if there is a GPU to copy to."""
+        pin = torch.device(device).type == "cpu" and torch.cuda.is_available()
+
+        def full(value: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device, pin_memory=pin)
+
+        starts = full(0, torch.int32, seqs + 1)
+        starts.copy_(torch.tensor(_padding_starts(0, tokens, seqs), dtype=torch.int32))
+        return cls(
+            full(0, torch.int64, tokens),
+            full(-1, torch.int64, tokens),
+            full(0, torch.int32, seqs, max_blocks),
+            full(0, torch.int32, seqs),
+            starts,
+        )
+
+    @classmethod
+    def build(
+        cls, parts: Sequence[tuple[PagedSequence, int]], like: StepInput | None = None, max_blocks: int | None = None
+    ) -> StepInput:
+        """Append new tokens to sequences, and say where they are.
+
+        Args:
+            parts: sequences, each with its number of new tokens, at least 1.
+            like: pad to the shapes of these buffers (see `copy_into`).
+            max_blocks: width of the block tables, without `like`; the longest table's if None.
+
+        Returns:
+            Tensors on the CPU, for `copy_into` or `to`.
+
+        Raises:
+            GenerationError: the pool is full; all sequences are as before.
+            KernelError: the step does not fit into `like` or `max_blocks`.
+        """
+        before = [sequence.length for sequence, _ in parts]
+        counts = [count for _, count in parts]
+        if min(counts, default=0) < 1:
+            raise KernelError(f"a step of {counts} new tokens: expected at least one sequence, and 1 token of each.")
+        try:
+            slots = [sequence.append(count) for sequence, count in parts]
+            widest = max(len(sequence.table) for sequence, _ in parts)
+            if like is None:
+                step = cls.empty(sum(counts), len(parts), widest if max_blocks is None else max_blocks)
+            else:
+                step = cls.empty(len(like.positions), len(like.seq_lens), like.block_tables.shape[1])
+            step._fill([sequence for sequence, _ in parts], before, slots)
+        except (GenerationError, KernelError):
+            for (sequence, _), length in zip(parts, before, strict=True):
+                sequence.truncate(min(length, sequence.length))
+            raise
+        return step
+
+    def _fill(self, sequences: list[PagedSequence], before: list[int], slots: list[torch.Tensor]) -> None:
+        num_tokens, widest = sum(map(len, slots)), max(len(sequence.table) for sequence in sequences)
+        room = (len(self.positions), *self.block_tables.shape)
+        if any(have > most for have, most in zip((num_tokens, len(sequences), widest), room, strict=True)):
+            raise KernelError(
+                f"a step of {num_tokens} tokens of {len(sequences)} sequences of up to {widest} blocks does not fit "
+                f"into buffers for {room[0]}, {room[1]} and {room[2]}."
+            )
+        starts = [0]
+        for index, (sequence, start, own_slots) in enumerate(zip(sequences, before, slots, strict=True)):
+            first, last = starts[-1], starts[-1] + len(own_slots)
+            self.positions[first:last] = torch.arange(start, sequence.length)
+            self.slot_mapping[first:last] = own_slots
+            self.block_tables[index, : len(sequence.table)] = sequence.table
+            self.seq_lens[index] = sequence.length
+            starts.append(last)
+        starts += _padding_starts(num_tokens, room[0], room[1] - len(sequences))[1:]
+        self.query_start.copy_(torch.tensor(starts, dtype=torch.int32))
+
+    def copy_into(self, fixed: StepInput) -> None:
+        """Copy to buffers of the same shapes (`build(..., like=fixed)`) in the order of the current stream.
+
+        Raises:
+            KernelError: shapes differ.
+        """
+        for field in fields(self):
+            source, target = getattr(self, field.name), getattr(fixed, field.name)
+            if source.shape != target.shape:
+                raise KernelError(
+                    f"{field.name} is {list(source.shape)}, its buffer {list(target.shape)}: build with like=buffers."
+                )
+            target.copy_(source, non_blocking=True)
+
+    def to(self, device: torch.device | str) -> StepInput:
+        """The same on a device."""
+        return StepInput(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def _padding_starts(first: int, num_tokens: int, num_seqs: int) -> list[int]:
+    """Boundaries that give tokens `first` to `num_tokens`, which are padding, evenly to sequences that are padding.
+
+    Raises:
+        KernelError: there are such tokens but no such sequence: kernels write only tokens that some sequence has.
+    """
+    rest = num_tokens - first
+    if rest > 0 and num_seqs == 0:
+        raise KernelError(f"{rest} tokens of padding, but no sequence of padding that they could belong to.")
+    return [first + rest * index // max(1, num_seqs) for index in range(num_seqs + 1)]

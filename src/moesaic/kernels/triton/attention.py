@@ -304,7 +304,7 @@ def choose_tiles(
     wide = max(dims) > 128
     if dtype == torch.float32:  # products on the vector units, a small path for exactness
         tile_rows, tile_keys, warps = 16, 16 if latent else 32, 4
-    elif rows <= 16 or shared < 160 * 1024 and latent:
+    elif rows <= 16 or (shared < 160 * 1024 and latent):
         tile_rows, tile_keys, warps = 16, 64, 4
     elif latent:
         tile_rows, tile_keys, warps = 64, 64, 8

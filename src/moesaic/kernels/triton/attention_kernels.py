@@ -174,7 +174,11 @@ def attend_kernel(
         written = alive & seen  # what has no weight is not read
     result = sums * tl.where(seen, 1.0 / total, 0.0)[:, None]
     tl.store(
-        out + split.to(tl.int64) * out_split + token[:, None] * out_token + head[:, None] * out_head + value_dims[None, :],
+        out
+        + split.to(tl.int64) * out_split
+        + token[:, None] * out_token
+        + head[:, None] * out_head
+        + value_dims[None, :],
         result,
         mask=written[:, None] & (value_dims < VALUE_DIM)[None, :],
     )

@@ -46,6 +46,16 @@ class RoundTrips:
         self.misses = torch.full_like(self.chosen, -1)
         self.weights = torch.ones(num_tokens, top_k, device=device)
         self.out = torch.zeros_like(self.x)
+        self._load_kernels()
+
+    def _load_kernels(self) -> None:
+        """Compile and load everything: a GPU on which a kernel waits may not load another one."""
+        self.server.give_up()
+        self.step(ask=True)
+        self.step(ask=False)
+        torch.cuda.synchronize()
+        self.server.restart()
+        self.exchange.restart()
 
     def step(self, ask: bool) -> None:
         """The kernels of one step."""

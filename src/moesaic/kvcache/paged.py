@@ -77,7 +77,9 @@ class PoolLayer:
         if shape.value_dim == 0:
             return cls(torch.empty(num_blocks, block_size, shape.key_dim, dtype=dtype, device=device), None)
         heads = (num_blocks, block_size, shape.kv_heads)
-        keys, values = (torch.empty(*heads, dim, dtype=dtype, device=device) for dim in (shape.key_dim, shape.value_dim))
+        keys, values = (
+            torch.empty(*heads, dim, dtype=dtype, device=device) for dim in (shape.key_dim, shape.value_dim)
+        )
         return cls(keys, values)
 
 

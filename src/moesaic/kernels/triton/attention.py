@@ -21,7 +21,8 @@ __all__ = ["Tiles", "choose_tiles", "paged_attention", "paged_latent_attention"]
 
 _POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_SPLITS = 64
-_ROWS_PER_MERGE = 8  # parts that the second kernel loads at once
+_PARTS_AT_ONCE = 8  # that the second kernel loads
+_LARGE_SHARED = 160 * 1024  # bytes; data centre cards have that, others about 99 KiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +229,10 @@ def _attend(
             longest = min(longest, sliding_window + max_query_len)
         sizes = tuple(_padded(dim) if dim else 0 for dim in dims)
         tiles = choose_tiles(max_query_len * group, num_seqs * kv_heads, longest, sizes, pool[0].dtype, device)
-    target, lse, target_strides = out, out, (0, out.stride(0), out.stride(1))
+    target, lse = out.unsqueeze(0), out
     if tiles.splits > 1:
         target = torch.empty(tiles.splits, num_tokens, heads, value_dim, device=device)
         lse = torch.empty(tiles.splits, num_tokens, heads, device=device)
-        target_strides = target.stride()[:3]
     attend_kernel[(triton.cdiv(max_query_len * group, tiles.rows), num_seqs * kv_heads, tiles.splits)](
         *queries,
         *pool,
@@ -245,7 +245,7 @@ def _attend(
         sliding_window or 0,
         *strides,
         block_tables.stride(0),
-        *target_strides,
+        *target.stride()[:3],
         num_tokens * heads,
         GROUP=group,
         KV_HEADS=kv_heads,
@@ -279,7 +279,7 @@ def _attend(
             VALUE_PAD=_padded(value_dim),
             NUM_SPLITS=tiles.splits,
             SPLITS_PAD=triton.next_power_of_2(tiles.splits),
-            CHUNK=min(_ROWS_PER_MERGE, triton.next_power_of_2(tiles.splits)),
+            CHUNK=min(_PARTS_AT_ONCE, triton.next_power_of_2(tiles.splits)),
             SINKS=sinks is not None,
             num_warps=4 if value_dim > 128 else 2,
         )
@@ -300,28 +300,30 @@ def choose_tiles(
         device: where it runs; any but a CUDA device counts as a small one (Triton's interpreter).
     """
     processors, shared = _device_limits(device)
+    is_large = shared >= _LARGE_SHARED
     latent, key_bytes = dims[1] > 0, (sum(dims[:2]) + (0 if dims[1] else dims[2])) * dtype.itemsize
-    wide = max(dims) > 128
-    if dtype == torch.float32:  # products on the vector units, a small path for exactness
+    if dtype == torch.float32:  # products on the vector units: a small path for exactness
         tile_rows, tile_keys, warps = 16, 16 if latent else 32, 4
-    elif rows <= 16 or (shared < 160 * 1024 and latent):
-        tile_rows, tile_keys, warps = 16, 64, 4
     elif latent:
-        tile_rows, tile_keys, warps = 64, 64, 8
+        tile_rows, tile_keys, warps = (64, 64, 8) if is_large and rows > 16 else (16, 32, 4)
+    elif rows <= 16:
+        tile_rows, tile_keys, warps = 16, 64, 4
     else:
-        tile_rows = min(triton.next_power_of_2(rows), 64 if wide else 128)
+        tile_rows = min(triton.next_power_of_2(rows), 64 if max(dims) > 128 or not is_large else 128)
         tile_keys, warps = 64, 8 if tile_rows == 128 else 4
-    stages = 3
+    # Registers take one tile of keys from shared memory at a time, unless the tensor cores read it there.
+    in_registers = 0 if is_large and tile_rows >= 64 else 1
     query_bytes = tile_rows * (sum(dims[:2]) + tile_keys) * dtype.itemsize
-    while stages * tile_keys * key_bytes + query_bytes > shared and (stages > 1 or tile_keys > 16):
-        if stages > 2 or tile_keys == 16:
+    stages = 4
+    while (stages - in_registers) * tile_keys * key_bytes + query_bytes > shared and (stages > 2 or tile_keys > 16):
+        if stages > 2:
             stages -= 1
         else:
             tile_keys //= 2
+    used = (stages - in_registers) * tile_keys * key_bytes + query_bytes
     programs = triton.cdiv(rows, tile_rows) * columns
-    per_processor = max(1, min(2, shared // (stages * tile_keys * key_bytes + query_bytes)))
-    splits = min(_MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), max(1, per_processor * processors // programs))
-    return Tiles(tile_rows, tile_keys, warps, stages, splits)
+    wanted = max(1, min(2, shared // used) * processors // programs)
+    return Tiles(tile_rows, tile_keys, warps, stages, min(_MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), wanted))
 
 
 @lru_cache
@@ -336,7 +338,7 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
 
 def _padded(dim: int) -> int:
     """Width of the tile for so many columns: a power of two, at least the 16 that products take."""
-    return max(16, triton.next_power_of_2(dim))
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _check_pool(name: str, x: torch.Tensor, ndim: int) -> None:

@@ -18,14 +18,10 @@ _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _slots(table, index, end, block_stride, slot_stride, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Offsets of consecutive positions `index` in a pool; the first is a multiple of BLOCK_N."""
-    if BLOCK_SIZE % BLOCK_N == 0:  # all in one block
-        first = tl.min(index, 0)
-        block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
-    else:
-        block = tl.load(table + index // BLOCK_SIZE, mask=index < end, other=0).to(tl.int64)
-    return block * block_stride + (index % BLOCK_SIZE) * slot_stride
+def _blocks(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Blocks of the positions from `start`, a multiple of BLOCK_N, on: one number if they share it, else one each."""
+    index = start if BLOCK_SIZE % BLOCK_N == 0 else start + tl.arange(0, BLOCK_N)
+    return tl.load(table + index // BLOCK_SIZE, mask=index < end, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -120,10 +116,11 @@ def attend_kernel(
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_M, VALUE_PAD], tl.float32)
+    blocks = _blocks(table, begin, end, BLOCK_SIZE, BLOCK_N)
     for start in range(begin, end, BLOCK_N):
         index = start + tl.arange(0, BLOCK_N)
         inside = index < end
-        slots = _slots(table, index, end, key_block, key_slot, BLOCK_SIZE, BLOCK_N) + kv_head * key_head
+        slots = blocks * key_block + (index % BLOCK_SIZE) * key_slot + kv_head * key_head
         key = tl.load(
             keys + slots[:, None] + key_dims[None, :],
             mask=inside[:, None] & (key_dims < KEY_DIM)[None, :],
@@ -153,13 +150,14 @@ def attend_kernel(
         if ROPE_DIM > 0:
             value = key
         else:
-            value_slots = _slots(table, index, end, value_block, value_slot, BLOCK_SIZE, BLOCK_N) + kv_head * value_head
+            value_slots = blocks * value_block + (index % BLOCK_SIZE) * value_slot + kv_head * value_head
             value = tl.load(
                 values + value_slots[:, None] + value_dims[None, :],
                 mask=inside[:, None] & (value_dims < VALUE_DIM)[None, :],
                 other=0.0,
             )
         sums = dot(shares.to(operand), value, sums * fade[:, None])
+        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)  # a turn ahead: keys must not wait for them
 
     if SINKS and NUM_SPLITS == 1:
         sink = tl.load(sinks + head) * _LOG2_E

@@ -1,0 +1,201 @@
+"""Kernels on a GPU that are no products with packed weights: are they right on this card, and how long do they take.
+
+    python benchmarks/gpu_ops.py [--only attention,rows] [--sweep NAME]
+
+Every kernel is compared with float64 first; a wrong one ends the run. Times are those of a CUDA graph of 20 launches,
+divided by 20, the median of several replays. Attention in decode takes turns over pools that the second-level cache
+cannot hold together, as the layers of a model do. --sweep times one kind of attention (gqa-decode, mla-decode,
+gqa-prefill, mla-prefill) with its work cut up in many ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from moesaic.kernels.triton.attention import Tiles, choose_tiles, paged_attention, paged_latent_attention
+from moesaic.kernels.triton.norm import add_rms_norm, rms_norm
+
+LAUNCHES, BLOCK_SIZE, DTYPE = 20, 64, torch.bfloat16
+GQA_HEADS, GQA_KV_HEADS, GQA_DIM = 32, 4, 128
+MLA_HEADS, LATENT, ROPE = 128, 512, 64
+
+
+def microseconds(calls: list[Callable[[], object]], replays: int = 7) -> float:
+    """Of one call, in a graph of LAUNCHES that take turns."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(LAUNCHES):
+            calls[index % len(calls)]()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / LAUNCHES)
+    return statistics.median(times)
+
+
+def check(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """End the run if the largest error, in units of the largest value, is above the tolerance."""
+    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    if not error <= tolerance:
+        raise SystemExit(f"{name}: error {error:.2e}, more than {tolerance:.0e}")
+    print(f"  right: {name}, error {error:.1e}")
+
+
+class AttentionCase:
+    """Sequences of equal length with random block tables, in several pools."""
+
+    def __init__(self, latent: bool, batch: int, context: int, new: int, dtype: torch.dtype = DTYPE) -> None:
+        self.latent, self.batch, self.context, self.new = latent, batch, context, new
+        blocks = -(-context // BLOCK_SIZE)
+        width = LATENT + ROPE if latent else 2 * GQA_KV_HEADS * GQA_DIM
+        self.key_bytes = batch * context * width * dtype.itemsize
+        count = max(1, min(LAUNCHES, 2**29 // self.key_bytes)) if new == 1 else 1
+        self.tables = (torch.randperm(batch * blocks, device="cuda").view(batch, blocks)).int()
+        self.lens = torch.full((batch,), context, dtype=torch.int32, device="cuda")
+        self.starts = torch.arange(0, batch * new + 1, new, dtype=torch.int32, device="cuda")
+        heads = () if latent else (GQA_KV_HEADS,)
+        shape = (batch * blocks, BLOCK_SIZE, *heads, LATENT + ROPE if latent else GQA_DIM)
+        per_pool = 1 if latent else 2
+        self.pools = [[torch.randn(shape, device="cuda").to(dtype) for _ in range(per_pool)] for _ in range(count)]
+        num_heads = MLA_HEADS if latent else GQA_HEADS
+        dims = (LATENT, ROPE) if latent else (GQA_DIM,)
+        self.queries = [torch.randn(batch * new, num_heads, dim, device="cuda") for dim in dims]
+        self.scale = (192 if latent else GQA_DIM) ** -0.5
+        pairs = batch * new * (context - (new - 1) / 2)
+        self.operations = 2 * pairs * num_heads * ((2 * LATENT + ROPE) if latent else 2 * GQA_DIM)
+
+    def call(self, pool: int = 0, tiles: Tiles | None = None) -> torch.Tensor:
+        kernel = paged_latent_attention if self.latent else paged_attention
+        step = self.tables, self.lens, self.starts
+        options = {"scale": self.scale, "max_query_len": self.new, "tiles": tiles}
+        return kernel(*self.queries, *self.pools[pool], *step, **options)
+
+    def expected(self) -> torch.Tensor:
+        """The same in float64."""
+        outputs = []
+        for row in range(self.batch):
+            own = slice(row * self.new, (row + 1) * self.new)
+            keys = self.pools[0][0][self.tables[row].long()].flatten(0, 1)[: self.context].double()
+            if self.latent:
+                query, keys = torch.cat([q[own] for q in self.queries], -1), keys.unsqueeze(1)
+                values = keys[..., :LATENT]
+            else:
+                query = self.queries[0][own]
+                values = self.pools[0][1][self.tables[row].long()].flatten(0, 1)[: self.context].double()
+            group = query.shape[1] // keys.shape[1]
+            parts = []
+            for head in range(query.shape[1]):
+                scores = query[:, head].double() @ keys[:, head // group].T * self.scale
+                hidden = torch.ones(self.new, self.context, dtype=torch.bool, device="cuda")
+                hidden = hidden.triu(self.context - self.new + 1)
+                parts.append(torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ values[:, head // group])
+            outputs.append(torch.stack(parts, 1))
+        return torch.cat(outputs)
+
+    def time(self, tiles: Tiles | None = None) -> float:
+        return microseconds([lambda i=i: self.call(i, tiles) for i in range(len(self.pools))])
+
+    def chosen(self) -> Tiles:
+        """What the kernel chooses by itself."""
+        rows = self.new * (MLA_HEADS if self.latent else GQA_HEADS // GQA_KV_HEADS)
+        columns = self.batch * (1 if self.latent else GQA_KV_HEADS)
+        dims = (LATENT, ROPE, LATENT) if self.latent else (GQA_DIM, 0, GQA_DIM)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return choose_tiles(rows, columns, self.tables.shape[1] * BLOCK_SIZE, dims, DTYPE, device)
+
+    def line(self, time: float, tiles: Tiles) -> str:
+        kind = "mla" if self.latent else "gqa"
+        return (
+            f"{kind} batch {self.batch} new {self.new:5} context {self.context:6}: {time:9.1f} us  "
+            f"{self.key_bytes / time / 1e3:7.0f} GB/s  {self.operations / time / 1e6:6.1f} TFLOP/s  {tiles}"
+        )
+
+
+def attention() -> None:
+    for latent in (False, True):
+        name = "mla" if latent else "gqa"
+        for dtype, tolerance in ((DTYPE, 2e-2), (torch.float16, 3e-3), (torch.float32, 1e-5)):
+            for batch, context, new in ((2, 1000, 1), (2, 300, 77)):
+                case = AttentionCase(latent, batch, context, new, dtype)
+                check(f"{name} {dtype} {batch} x {new} of {context}", case.call(), case.expected(), tolerance)
+        for batch in (1, 8):
+            for context in (512, 4096, 32768):
+                case = AttentionCase(latent, batch, context, 1)
+                print(case.line(case.time(), case.chosen()), flush=True)
+        case = AttentionCase(latent, 1, 2048, 2048)
+        print(case.line(case.time(), case.chosen()), flush=True)
+
+
+def sweep(name: str) -> None:
+    latent, decode = name.startswith("mla"), name.endswith("decode")
+    cases = [
+        AttentionCase(latent, *shape) for shape in (((1, 4096, 1), (1, 32768, 1)) if decode else ((1, 2048, 2048),))
+    ]
+    shapes = {
+        "gqa-decode": [(16, 32, 4), (16, 64, 4), (16, 128, 4), (16, 64, 2), (16, 128, 8)],
+        "mla-decode": [(16, 32, 4), (16, 64, 4), (32, 32, 4), (32, 64, 8), (64, 32, 8), (64, 64, 8), (16, 64, 8)],
+        "gqa-prefill": [(64, 64, 4), (128, 64, 8), (128, 64, 4), (128, 128, 8), (64, 128, 4)],
+        "mla-prefill": [(16, 64, 4), (32, 64, 8), (64, 32, 8), (64, 64, 8), (128, 32, 8), (64, 16, 4)],
+    }[name]
+    for rows, keys, warps in shapes:
+        for stages in (2, 3, 4):
+            for case in cases:
+                chosen = case.chosen()
+                programs = case.new * (MLA_HEADS if latent else GQA_HEADS) // rows
+                processors = torch.cuda.get_device_properties(0).multi_processor_count
+                for per in (1, 2) if decode else (0,):
+                    splits = max(1, min(64, per * processors // max(programs, 1 if latent else GQA_KV_HEADS)))
+                    tiles = replace(chosen, rows=rows, keys=keys, warps=warps, stages=stages, splits=splits)
+                    try:
+                        print(case.line(case.time(tiles), tiles), flush=True)
+                    except Exception as error:  # too much shared memory for the card
+                        print(f"{tiles}: {str(error).splitlines()[0][:100]}", flush=True)
+                        break
+
+
+def rows() -> None:
+    def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = x.double()
+        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+    weight = torch.randn(7168, device="cuda")
+    for tokens in (1, 8):
+        x, residual = (torch.randn(tokens, 7168, device="cuda") for _ in range(2))
+        total = residual + x
+        check("rms_norm", rms_norm(x, weight, 1e-6), rms(x, weight), 2e-6)
+        check("add_rms_norm", add_rms_norm(x, residual, weight, 1e-6), rms(total, weight), 2e-6)
+        check("residual", residual, total, 1e-7)
+        print(f"rms_norm {tokens} x 7168: {microseconds([lambda: rms_norm(x, weight, 1e-6)]):.2f} us")
+        print(f"add_rms_norm {tokens} x 7168: {microseconds([lambda: add_rms_norm(x, residual, weight, 1e-6)]):.2f} us")
+
+
+PARTS = {"attention": attention, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--sweep", choices=["gqa-decode", "mla-decode", "gqa-prefill", "mla-prefill"])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(torch.cuda.get_device_name())
+    if args.sweep:
+        sweep(args.sweep)
+        return
+    for part in args.only.split(","):
+        PARTS[part]()
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from moesaic.placement.units import format_bytes
+
 if TYPE_CHECKING:
     from moesaic.placement.plan import Placement, Plan
 
@@ -49,16 +51,6 @@ def render(plan: Plan) -> str:
         f"cache {format_bytes(plan.kv_bytes_per_position)} per token of context (plan: {plan.source})"
     )
     return "\n".join([*_align(rows), "", totals, *(f"warning: {text}" for text in plan.warnings)])
-
-
-def format_bytes(count: int) -> str:
-    """A number of bytes for people, with binary units: "17.3 GiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
 
 
 def _cells(entry: Placement) -> tuple[str, str, str, str]:

@@ -56,7 +56,9 @@ class ChunkPath:
         if not self._on_gpu[routed.layer]:
             if self._ready is not None:
                 self._ready.synchronize()
-            answer = moe_forward(*self._inputs, self._routed[routed.layer]).to(residual.device, non_blocking=True)
+            hidden, misses, weights = self._inputs
+            answer = moe_forward(hidden, misses, weights, self._routed[routed.layer])
+            answer = answer.to(residual.device, non_blocking=True)
             total = answer if total is None else total.add_(answer)
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
 

@@ -56,11 +56,15 @@ class ChunkPath:
         if not self._on_gpu[routed.layer]:
             if self._ready is not None:
                 self._ready.synchronize()
-            hidden, misses, weights = self._inputs
-            answer = moe_forward(hidden, misses, weights, self._routed[routed.layer])
-            answer = answer.to(residual.device, non_blocking=True)
-            total = answer if total is None else total.add_(answer)
+            total = self._on_cpu(routed, total)
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
+
+    def _on_cpu(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
+        """What does not lie on the GPU, added to what does."""
+        hidden, misses, weights = self._inputs
+        answer = moe_forward(hidden, misses, weights, self._routed[routed.layer])
+        back = answer.to(routed.hidden.device, non_blocking=True)
+        return back if total is None else total.add_(back)
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--llama-python", default="", help="environment of llama-cpp-python")
     parser.add_argument("--llama-bench", action="append", default=[], metavar="[LABEL=]'PATH ARGUMENTS'")
     parser.add_argument("--note", default="", help="what else to say of the machine or the builds")
+    parser.add_argument("--commit", default="", help="of Moesaic, where this is a copy without history")
     parser.add_argument("--parts", nargs="+", choices=["experts", "models"], default=["experts", "models"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--formats", nargs="+", choices=list(PAIRINGS), default=list(PAIRINGS), help="of the experts")
@@ -98,13 +100,13 @@ def main(argv: list[str]) -> None:
     finished = {_key(unit): unit for unit in stored["units"] if unit["state"] == "ok"}
     stored["units"] = []
     for part, model, name in _plan(args):
-        unit = finished.pop((part, model, name), None)
+        unit, started = finished.pop((part, model, name), None), time.monotonic()
         if unit is None and part == "experts":
             unit = compare_experts(model, name, args, cache, memory, budget)
         elif unit is None:
             unit = compare_models(model, name, layers[model], args, memory, budget)
         stored["units"].append(unit)
-        print(f"{part} {model} {name}: {unit['state']}", flush=True)
+        print(f"{part} {model} {name}: {unit['state']}, {time.monotonic() - started:.0f} s", flush=True)
         _store(args.out, {**stored, "units": [*stored["units"], *finished.values()]})
     print(markdown({**stored, "units": [*stored["units"], *finished.values()]}))
 
@@ -121,7 +123,7 @@ def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, A
     """The stored document: a new one, or the one to go on with."""
     file = args.out / "peers.json"
     earlier = json.loads(file.read_text()) if args.resume and file.exists() else {"units": [], "commands": []}
-    machine = describe(args.threads, cache, args.note)
+    machine = describe(args.threads, cache, args.note, args.commit)
     machine["versions"] = {
         "moesaic": package_versions(args.python),
         "kt-kernel": package_versions(args.kt_python),

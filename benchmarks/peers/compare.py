@@ -4,8 +4,8 @@ r"""Moesaic beside kt-kernel, llama.cpp and any llama-bench, in one run on this 
         --kt-python KT/bin/python --llama-python LLAMA/bin/python --llama-bench "ik -rtr=PATH -rtr 1"
 
 Each program lives in an environment of its own. Results are stored after every unit as peers.json and peers.md; with
---resume, units that are stored there and were run are not run again. A program that is missing, refuses or crashes
-becomes a cell that says so.
+--resume, units that are stored there and for which the time sufficed are not run again. A program that is missing,
+refuses or crashes becomes a cell that says so.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     layers = {model: args.layers or (_QUICK_LAYERS if args.quick else _LAYERS)[model] for model in MODELS}
     args.out.mkdir(parents=True, exist_ok=True)
     stored = _start(args, argv, cache)
-    finished = {_key(unit): unit for unit in stored["units"] if unit["state"] == "ok"}
+    finished = {_key(unit): unit for unit in stored["units"] if _complete(unit)}
     stored["units"] = []
     for part, model, name in _plan(args):
         unit, started = finished.pop((part, model, name), None), time.monotonic()
@@ -144,6 +144,11 @@ def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, A
 def _without_folders(text: str) -> str:
     """Results are for others to read: where programs lie on this machine is not."""
     return " ".join(re.sub(r"[^=]*/", "", word) for word in text.split(" "))
+
+
+def _complete(unit: dict[str, Any]) -> bool:
+    """Every program of it has run, crashed or refused: time was not what was missing."""
+    return unit["state"] == "ok" and "not run" not in json.dumps(unit["programs"])
 
 
 def _key(unit: dict[str, Any]) -> tuple[str, str, str]:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
 from moesaic.engine.causal_lm import finish_model
 from moesaic.engine.packing import Progress, run_jobs
-from moesaic.errors import CheckpointError, PlanError
+from moesaic.errors import CheckpointError
 from moesaic.kernels import binds_memory, num_threads
 from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for, generation_config_for
 from moesaic.placement import (
@@ -163,8 +163,7 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     """
     hardware = this_computer(prepared.plan.uses_gpu)
     prepared.plan.check_fits(hardware)
-    if prepared.plan.uses_gpu:
-        raise PlanError(f"plan '{prepared.plan.name}': this build cannot run on a GPU yet: use the plan 'cpu'.")
+    budget = prepared.plan.vram_budget(hardware)
     if binds_memory():
         prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
@@ -177,4 +176,8 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     check_no_meta_tensors(model)
     model = finish_model(model, prepared.plan)
     model.generation_config = generation_config_for(checkpoint, model.generation_config)
-    return model
+    if budget is None:
+        return model
+    from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
+
+    return start_on_gpu(model, prepared.plan, budget)

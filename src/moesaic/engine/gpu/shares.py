@@ -1,4 +1,4 @@
-"""Which experts of a chunk the GPU computes, streamed over PCIe, and which the CPU does: from the times of what was done.
+"""Which experts of a chunk the GPU computes and which the CPU does: from the times of what was done.
 
 An expert costs the GPU what its bytes take on the way, however many tokens chose it; it costs the CPU a read of its
 bytes and so much for each token. So the experts with the most tokens are the GPU's, as many as let both end together.

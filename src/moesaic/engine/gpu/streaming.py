@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from moesaic.engine.gpu.paths import Slots
 from moesaic.engine.gpu.prefill import ChunkPath
 from moesaic.engine.gpu.shares import ExpertShares
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.kernels import moe_forward
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.handoff import Exchange
@@ -46,7 +46,7 @@ class StreamingPath(ChunkPath):
     """As `ChunkPath`, with a share of the experts computed by the GPU.
 
     Args:
-        exchange, routed, slots, on_gpu: as for `ChunkPath`.
+        exchange, routed, slots: as for `ChunkPath`.
         staging: where streamed experts go.
         shares: who computes what.
     """
@@ -55,12 +55,11 @@ class StreamingPath(ChunkPath):
         self,
         exchange: Exchange,
         routed: list[PackedExperts],
-        slots: Slots | None,
-        on_gpu: list[bool],
+        slots: ExpertSlots,
         staging: StagingBuffers,
         shares: ExpertShares,
     ) -> None:
-        super().__init__(exchange, routed, slots, on_gpu)
+        super().__init__(exchange, routed, slots)
         self._staging, self._shares = staging, shares
         self._pending: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
 

@@ -59,7 +59,7 @@ class GpuTimedRuns:
         self._runner, self.what = runner, what
         self.prompt_tokens, self.new_tokens, self.batch, self._chunk = prompt_tokens, new_tokens, batch, chunk
         self._random = torch.Generator().manual_seed(_SEED)
-        self._vocab = runner.decoder.head.weight.rows
+        self._vocab = runner.decoder.vocab_size
 
     def run(self) -> float:
         """One run; tokens per second of all sequences together."""

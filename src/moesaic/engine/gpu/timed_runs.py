@@ -137,4 +137,4 @@ def vram_bandwidth(device: torch.device, repeat: int = 10) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    return _PROBE_BYTES / statistics.median(times[1:])
+    return _PROBE_BYTES / float(statistics.median(times[1:]))

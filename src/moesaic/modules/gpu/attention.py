@@ -13,7 +13,7 @@ import torch
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-from moesaic.kernels.triton.elementwise import add_scaled
+from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
@@ -102,7 +102,7 @@ class GpuGqaAttention:
             sliding_window=self.sliding_window,
             sinks=self.sinks,
         )
-        add_scaled(x, self.o(attended.view(len(x), -1)), self.residual_scale)
+        add_scaled_(x, self.o(attended.view(len(x), -1)), self.residual_scale)
 
 
 class GpuMlaAttention:
@@ -161,7 +161,7 @@ class GpuMlaAttention:
             max_query_len=step.max_query_len,
         )
         values = self._per_head(mixed, self.v_b)
-        add_scaled(x, self.o(values.reshape(tokens, -1)), 1.0)
+        add_scaled_(x, self.o(values.reshape(tokens, -1)), 1.0)
 
     @staticmethod
     def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

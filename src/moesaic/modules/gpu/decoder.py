@@ -120,7 +120,7 @@ class GpuDecoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
-        hidden = self.embedding(token_ids)
+        hidden: torch.Tensor = self.embedding(token_ids)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def run(self, hidden: torch.Tensor, step: GpuStep) -> None:

@@ -7,6 +7,8 @@ tokens nor whose turn it is.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -165,6 +167,20 @@ class ModelRunner:
         if self.decoder.tail is not None:
             return self._tail_logits(bucket.out[:count].cpu(), [(sequence, 1) for sequence in sequences], None)
         return bucket.out[:count]
+
+    def head_seconds(self, batch: int, repeat: int = 5) -> float:
+        """Seconds that last norm and head take for `batch` tokens; 0 if they are on the CPU."""
+        if self.decoder.tail is not None:
+            return 0.0
+        hidden = torch.zeros(batch, self.decoder.hidden_size, device=self.decoder.device)
+        times = []
+        for _ in range(repeat + 1):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            self.decoder.logits(hidden)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
 
     def _chunk_path(self) -> ExpertPath:
         if self._staging is None or self.shares is None:

@@ -56,7 +56,7 @@ class GpuTimedRuns:
         batch: int = 1,
         chunk: int = 8192,
     ) -> None:
-        self._runner, self.what = runner, what
+        self.runner, self.what = runner, what
         self.prompt_tokens, self.new_tokens, self.batch, self._chunk = prompt_tokens, new_tokens, batch, chunk
         self._random = torch.Generator().manual_seed(_SEED)
         self._vocab = runner.decoder.vocab_size
@@ -75,7 +75,7 @@ class GpuTimedRuns:
 
     def profile(self) -> StepShares:
         """Take a run of decode steps apart."""
-        runner, server = self._runner, self._runner.server
+        runner, server = self.runner, self.runner.server
         steps: list[tuple[float, float, float]] = []
         with self._sequences() as sequences:
             tokens = self._prefill(sequences)
@@ -94,8 +94,15 @@ class GpuTimedRuns:
         step, experts, between = (statistics.median(column) for column in zip(*steps, strict=True))
         return StepShares(step, experts, between, step - experts - between)
 
+    def layer_share(self) -> float:
+        """Share of the time that layers take, of what `run` measures: the rest is the head, and choosing a token."""
+        logits = self.runner.head_seconds(self.batch)
+        rate = self.run()
+        per_pass = self.batch / rate if self.what == "decode" else self.batch * self.prompt_tokens / rate
+        return max(0.0, 1.0 - logits / per_pass)
+
     def _sequences(self) -> _Sequences:
-        return _Sequences([PagedSequence(self._runner.pool) for _ in range(self.batch)])
+        return _Sequences([PagedSequence(self.runner.pool) for _ in range(self.batch)])
 
     def _prefill(self, sequences: list[PagedSequence]) -> list[int]:
         """Prompts through the layers; the likeliest next tokens."""
@@ -103,12 +110,12 @@ class GpuTimedRuns:
         for sequence in sequences:
             prompt = torch.randint(self._vocab, (self.prompt_tokens,), generator=self._random)
             for piece in prompt.split(self._chunk):
-                logits = self._runner.prefill([(sequence, piece)])
+                logits = self.runner.prefill([(sequence, piece)])
             tokens.append(int(logits.argmax(-1)))
         return tokens
 
     def _step(self, sequences: list[PagedSequence], tokens: list[int]) -> list[int]:
-        chosen: list[int] = self._runner.decode(sequences, tokens).argmax(-1).tolist()
+        chosen: list[int] = self.runner.decode(sequences, tokens).argmax(-1).tolist()
         return chosen
 
 

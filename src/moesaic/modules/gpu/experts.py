@@ -1,7 +1,7 @@
 """Experts in slots on a GPU: where a slot's bytes are, how they get there, and what is computed from them.
 
-A slot holds one expert: its packed matrices one after the other, as they lie in DRAM, each on a multiple of 64 bytes. It
-does not know which experts deserve a slot.
+A slot holds one expert: its packed matrices one after the other, as they lie in DRAM, each on a multiple of 64 bytes.
+This module does not know which experts deserve a slot.
 """
 
 from __future__ import annotations

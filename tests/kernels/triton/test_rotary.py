@@ -1,4 +1,4 @@
-"""Head norms, rotary positions and the way into a pool, against the kernels of the CPU, which have tests of their own."""
+"""Head norms, rotary positions and the way into a pool, against the kernels of the CPU, which have their own tests."""
 
 from __future__ import annotations
 

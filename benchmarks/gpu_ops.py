@@ -1,6 +1,6 @@
 """Kernels on a GPU that are no products with packed weights: are they right on this card, and how long do they take.
 
-    python benchmarks/gpu_ops.py [--only attention,rows] [--sweep NAME]
+    python benchmarks/gpu_ops.py [--only attention,small] [--sweep NAME]
 
 Every kernel is compared with float64 first; a wrong one ends the run. Times are those of a CUDA graph of 20 launches,
 divided by 20, the median of several replays. Attention in decode takes turns over pools that the second-level cache
@@ -13,12 +13,18 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 
+from moesaic.kernels import ops
+from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.triton.attention import Tiles, choose_tiles, paged_attention, paged_latent_attention
+from moesaic.kernels.triton.elementwise import combine
 from moesaic.kernels.triton.norm import add_rms_norm, rms_norm
+from moesaic.kernels.triton.rotary import RotaryTable, latent_rotate_append, norm_rotate_append
+from moesaic.kernels.triton.route import route, router_logits
 
 LAUNCHES, BLOCK_SIZE, DTYPE = 20, 64, torch.bfloat16
 GQA_HEADS, GQA_KV_HEADS, GQA_DIM = 32, 4, 128
@@ -44,9 +50,14 @@ def microseconds(calls: list[Callable[[], object]], replays: int = 7) -> float:
     return statistics.median(times)
 
 
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda")
+
+
 def check(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     """End the run if the largest error, in units of the largest value, is above the tolerance."""
-    error = float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+    largest = expected.double().abs().max().clamp(min=1e-30)
+    error = float((actual.double() - expected.double()).abs().max() / largest)
     if not error <= tolerance:
         raise SystemExit(f"{name}: error {error:.2e}, more than {tolerance:.0e}")
     print(f"  right: {name}, error {error:.1e}")
@@ -164,23 +175,113 @@ def sweep(name: str) -> None:
                         break
 
 
-def rows() -> None:
-    def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x = x.double()
-        return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
-
-    weight = torch.randn(7168, device="cuda")
-    for tokens in (1, 8):
-        x, residual = (torch.randn(tokens, 7168, device="cuda") for _ in range(2))
-        total = residual + x
-        check("rms_norm", rms_norm(x, weight, 1e-6), rms(x, weight), 2e-6)
-        check("add_rms_norm", add_rms_norm(x, residual, weight, 1e-6), rms(total, weight), 2e-6)
-        check("residual", residual, total, 1e-7)
-        print(f"rms_norm {tokens} x 7168: {microseconds([lambda: rms_norm(x, weight, 1e-6)]):.2f} us")
-        print(f"add_rms_norm {tokens} x 7168: {microseconds([lambda: add_rms_norm(x, residual, weight, 1e-6)]):.2f} us")
+def show(name: str, call: Callable[[], object]) -> None:
+    """Print the time of a small kernel."""
+    print(f"{name}: {microseconds([call]):.2f} us", flush=True)
 
 
-PARTS = {"attention": attention, "rows": rows}
+def rms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A norm in float64."""
+    x = x.double()
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+
+
+def norms(tokens: int) -> None:
+    x, residual, weight = (random(tokens, 7168), random(tokens, 7168), random(7168))
+    total = residual + x
+    check("rms_norm", rms_norm(x, weight, 1e-6), rms(x, weight), 2e-6)
+    check("add_rms_norm", add_rms_norm(x, residual, weight, 1e-6), rms(total, weight), 2e-6)
+    check("residual", residual, total, 1e-7)
+    show(f"rms_norm {tokens} x 7168", partial(rms_norm, x, weight, 1e-6))
+    show(f"add_rms_norm {tokens} x 7168", partial(add_rms_norm, x, residual, weight, 1e-6))
+
+
+def on_cpu(x: torch.Tensor, table: RotaryTable, positions: torch.Tensor, **options: object) -> torch.Tensor:
+    """Heads `[tokens, heads, dim]` normalised and rotated by the kernels of the CPU."""
+    heads = x.cpu().transpose(0, 1).unsqueeze(0).contiguous()
+    cos, sin = (angles.cpu()[positions.cpu()].unsqueeze(0) for angles in (table.cos, table.sin))
+    ops.norm_and_rotate_(heads, None, cos, sin, **options)
+    return heads[0].transpose(0, 1).cuda()
+
+
+def rotary(tokens: int) -> None:
+    positions = torch.randperm(4096, device="cuda")[:tokens]
+    slots = torch.randperm(64 * BLOCK_SIZE, device="cuda")[:tokens]
+    angles = torch.rand(4096, GQA_DIM // 2, device="cuda") * 6
+    table = RotaryTable(angles.cos(), angles.sin())
+    q, k, v = (random(tokens, heads, GQA_DIM) for heads in (GQA_HEADS, GQA_KV_HEADS, GQA_KV_HEADS))
+    keys, values = (torch.zeros(64, BLOCK_SIZE, GQA_KV_HEADS, GQA_DIM, device="cuda", dtype=DTYPE) for _ in range(2))
+    for norm in ops.HEAD_NORMS:
+        wide = norm == "all_heads"
+        q_norm, k_norm = (random(GQA_DIM * (heads if wide else 1)) for heads in (GQA_HEADS, GQA_KV_HEADS))
+        weights = {} if norm == "none" else {"q_norm": q_norm, "k_norm": k_norm, "eps": 1e-6}
+        for layout in ops.ROPE_LAYOUTS:
+            options = {"layout": layout, "norm": norm}
+            out = norm_rotate_append(q, k, v, table, positions, keys, values, slots, **options, **weights)
+            own = {"eps": 1e-6, "q_norm": q_norm.cpu()} if weights else {}
+            check(f"rotated queries {norm} {layout}", out, on_cpu(q, table, positions, **options, **own), 2e-6)
+            own = {"eps": 1e-6, "q_norm": k_norm.cpu()} if weights else {}
+            expected = on_cpu(k, table, positions, **options, **own)
+            check("appended keys", keys.flatten(0, 1)[slots], expected, 4e-3)
+            check("appended values", values.flatten(0, 1)[slots], v.to(DTYPE), 0)
+        call = partial(norm_rotate_append, q, k, v, table, positions, keys, values, slots, norm=norm, **weights)
+        show(f"norm_rotate_append {norm} {tokens} x {GQA_HEADS} + {GQA_KV_HEADS} heads", call)
+
+
+def latents(tokens: int) -> None:
+    positions = torch.randperm(4096, device="cuda")[:tokens]
+    slots = torch.randperm(64 * BLOCK_SIZE, device="cuda")[:tokens]
+    angles = torch.rand(4096, ROPE // 2, device="cuda") * 6
+    table, weight = RotaryTable(angles.cos(), angles.sin()), random(LATENT)
+    compressed, q_rope = random(tokens, LATENT + ROPE), random(tokens, MLA_HEADS, 128 + ROPE)[..., 128:]
+    cache = torch.zeros(64, BLOCK_SIZE, LATENT + ROPE, device="cuda", dtype=DTYPE)
+    layout = "interleaved_to_half"
+    call = partial(
+        latent_rotate_append, compressed, q_rope, table, positions, cache, slots, weight, 1e-6, layout=layout
+    )
+    check("rotated queries", call(), on_cpu(q_rope, table, positions, layout=layout), 2e-6)
+    written = cache.flatten(0, 1)[slots]
+    check("appended latents", written[:, :LATENT], rms(compressed[:, :LATENT], weight), 4e-3)
+    key = on_cpu(compressed[:, None, LATENT:], table, positions, layout=layout)[:, 0]
+    check("appended rotary keys", written[:, LATENT:], key, 4e-3)
+    show(f"latent_rotate_append {tokens} x {MLA_HEADS} heads", call)
+
+
+def routing(tokens: int) -> None:
+    x, weight, bias = random(tokens, 7168), random(256, 7168), random(256)
+    call = partial(router_logits, x, weight, bias)
+    check("router_logits", call(), x.double() @ weight.double().T + bias.double(), 2e-6)
+    show(f"router_logits {tokens} x 256 x 7168", call)
+    deepseek = RouteOptions(8, "sigmoid", bias / 10, "sum_of_two", 8, 4, True, 1e-20, 0.0, 2.5)
+    cases = {"softmax 128": (128, RouteOptions(8, normalize=True)), "deepseek v3": (256, deepseek)}
+    for name, (num_experts, options) in cases.items():
+        logits, table = random(tokens, num_experts) * 2, torch.arange(num_experts, device="cuda").int() - 100
+        routed = route(logits, options, slot_of_expert=table)
+        on_host = {field.name: getattr(options, field.name) for field in fields(options)}
+        on_host["bias"] = None if options.bias is None else options.bias.cpu()
+        weights, experts = ops.route(logits.cpu(), **on_host)
+        check(f"experts, {name}", routed.experts, experts.cuda(), 0)
+        check(f"weights, {name}", routed.weights, weights.cuda(), 3e-6)
+        check(f"slots, {name}", routed.slots, table[experts.cuda()], 0)
+        show(f"route {name} {tokens} tokens", partial(route, logits, options, slot_of_expert=table))
+
+
+def sums(tokens: int) -> None:
+    hidden, shared, cached, from_cpu = (random(tokens, 7168) for _ in range(4))
+    gate = random(tokens)
+    expected = hidden + 0.5 * (torch.sigmoid(gate)[:, None] * shared + cached + from_cpu)
+    check("combine", combine(hidden, shared, cached, from_cpu, 0.5, gate), expected, 1e-6)
+    show(f"combine {tokens} x 7168", partial(combine, hidden, shared, cached, from_cpu, 1e-6, gate))
+
+
+def small() -> None:
+    """Everything but attention, of one token, of eight, and of a prompt."""
+    for tokens in (1, 8, 2048):
+        for part in (norms, rotary, latents, routing, sums):
+            part(tokens)
+
+
+PARTS = {"attention": attention, "small": small}
 
 
 def main() -> None:

@@ -26,9 +26,9 @@ def attention_error(case: Case, heads: int, kv_heads: int, dim: int, value_dim: 
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("splits", [1, 3])
 def test_decode_of_sequences_of_different_lengths(block_size, splits):
-    case = Case([(1, 1), (70, 1), (129, 1), (16, 1)], block_size)
+    case = Case([(1, 1), (129, 1), (16, 1)], block_size)
     tiles = Tiles(16, 32, 4, 1, splits)
-    assert attention_error(case, 6, 2, 64, tiles=tiles) < 2e-6
+    assert attention_error(case, 4, 2, 64, tiles=tiles) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -44,9 +44,9 @@ def test_head_dimensions_that_are_no_powers_of_two(dim, value_dim):
 
 
 @pytest.mark.parametrize("splits", [1, 2])
-@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("group", [1, 3])
 def test_prefill_that_continues_a_cache(group, splits):
-    case = Case([(11, 11), (40, 7), (33, 1)], 16)
+    case = Case([(11, 11), (40, 7), (17, 1)], 16)
     assert attention_error(case, 2 * group, 2, 32, tiles=Tiles(32, 16, 4, 1, splits)) < 2e-6
 
 
@@ -61,12 +61,12 @@ def test_windows(window, splits):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_sinks_and_softcap(splits):
-    case = Case([(80, 1), (1, 1), (35, 1)], 16)
-    sinks = case.random(4) * 3
+    case = Case([(80, 1), (1, 1)], 16)
+    sinks = case.random(2) * 3
     tiles = Tiles(16, 16, 4, 1, splits)
-    assert attention_error(case, 4, 2, 32, tiles=tiles, sinks=sinks) < 2e-6
-    assert attention_error(case, 4, 2, 32, tiles=tiles, softcap=0.5) < 2e-6
-    assert attention_error(case, 4, 2, 32, tiles=tiles, sinks=sinks, softcap=2.0, sliding_window=9) < 2e-6
+    assert attention_error(case, 2, 1, 32, tiles=tiles, sinks=sinks) < 2e-6
+    assert attention_error(case, 2, 1, 32, tiles=tiles, softcap=0.5) < 2e-6
+    assert attention_error(case, 2, 1, 32, tiles=tiles, sinks=sinks, softcap=2.0, sliding_window=9) < 2e-6
 
 
 @pytest.mark.parametrize("splits", [1, 2])
@@ -95,12 +95,13 @@ def test_strided_queries_and_output():
     assert torch.count_nonzero(out[..., 32:]) == 0
 
 
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("block_size", "splits", "dtype"),
+    [(16, 1, torch.float32), (16, 3, torch.float16), (64, 1, torch.bfloat16), (64, 3, torch.float32)],
+)
 def test_latent_attention_in_decode(block_size, splits, dtype):
-    case = Case([(100, 1), (1, 1), (0, 1), (17, 1)], block_size)
-    q_latent, q_rope = case.random(4, 18, 64), case.random(4, 18, 16)
+    case = Case([(100, 1), (1, 1), (0, 1)], block_size)
+    q_latent, q_rope = case.random(3, 18, 64), case.random(3, 18, 16)
     cache = case.pool(None, 80, dtype=dtype)
     tiles = Tiles(16, 32, 4, 1, splits)
     actual = paged_latent_attention(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=1, tiles=tiles)

@@ -47,16 +47,15 @@ def _panels_kernel(
 ) -> None:
     """A program has a panel and a part of its columns: `iterations` of ITEMS items."""
     index, split = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, 16)[None, :]
     first = split * iterations
     last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
     panel = index.to(tl.int64) * panel_units
-    results = panel_products(
-        x, x_stride, words, halves, bytes, grid, panel, row, cols, num_items, first, last, F, TOKENS, ITEMS
+    totals = panel_products(
+        x, x_stride, words, halves, bytes, grid, panel, cols, num_items, first, last, F, TOKENS, ITEMS
     )
     r = index * 16 + tl.arange(0, 16)
     for token in tl.static_range(TOKENS):
-        result = results[token]
+        result = tl.sum(totals[token], axis=0)
         if HAS_BIAS:
             result += tl.load(bias + r, mask=r < rows, other=0.0)
         at = out + split.to(tl.int64) * split_stride + token * out_stride + r
@@ -103,7 +102,20 @@ def _tiles_kernel(
     inside = tl.minimum(r, rows - 1)
     panel = (inside // 16).to(tl.int64) * panel_units
     total = tile_products(
-        x, token, num_tokens, words, halves, bytes, grid, panel, inside % 16, cols, num_items, F, PRECISION
+        x,
+        token,
+        token < num_tokens,
+        num_tokens,
+        words,
+        halves,
+        bytes,
+        grid,
+        panel,
+        inside % 16,
+        cols,
+        num_items,
+        F,
+        PRECISION,
     )
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r < rows, other=0.0)

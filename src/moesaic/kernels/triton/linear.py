@@ -11,6 +11,7 @@ from moesaic.kernels._checks import describe
 from moesaic.kernels.triton.activations import to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
+from moesaic.kernels.triton.formats.common import MAGIC
 from moesaic.kernels.triton.products import panel_products, tile_products
 from moesaic.kernels.triton.views import WeightViews, grid_of, is_interpreted, weight_views
 
@@ -30,6 +31,7 @@ def _panels_kernel(
     halves,
     bytes,
     grid,
+    magic,
     bias,
     out,
     out_stride,
@@ -51,7 +53,7 @@ def _panels_kernel(
     last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
     panel = index.to(tl.int64) * panel_units
     totals = panel_products(
-        x, x_stride, words, halves, bytes, grid, panel, cols, num_items, first, last, F, TOKENS, ITEMS
+        x, x_stride, words, halves, bytes, grid, magic, panel, cols, num_items, first, last, F, TOKENS, ITEMS
     )
     r = index * 16 + tl.arange(0, 16)
     for token in tl.static_range(TOKENS):
@@ -82,6 +84,7 @@ def _tiles_kernel(
     halves,
     bytes,
     grid,
+    magic,
     bias,
     out,
     out_stride,
@@ -110,6 +113,7 @@ def _tiles_kernel(
         halves,
         bytes,
         grid,
+        magic,
         panel,
         inside % 16,
         cols,
@@ -149,6 +153,7 @@ def _few_tokens(
         views.halves,
         views.bytes,
         grid_of(form, views),
+        MAGIC,
         lanes if inner_bias is None else inner_bias,
         parts,
         parts.stride(-2),
@@ -185,6 +190,7 @@ def _many_tokens(
         views.halves,
         views.bytes,
         grid_of(form, views),
+        MAGIC,
         operands if bias is None else bias,
         out,
         out.stride(0),

@@ -1,7 +1,7 @@
 """Inner loops of the products: what a program does with the panels it is given. It knows no format and no model.
 
 Arguments that come in families: `words`, `halves` and `bytes` are one address as pointers to int32, float16 and uint8;
-`grid` is the format's codebook, if it has one; F is the format.
+`grid` is the format's codebook, if it has one, and `magic` is MAGIC; F is the format.
 """
 
 # mypy: disable-error-code="assignment,misc,var-annotated"
@@ -47,6 +47,7 @@ def lane_products(
     halves,
     bytes,
     grid,
+    magic,
     item,
     cols,
     F: tl.constexpr,
@@ -73,7 +74,7 @@ def lane_products(
         parts = zeros(TOKENS * groups, shape[0], shape[1])
     sums = zeros(TOKENS * groups, shape[0], 1)
     for step in tl.static_range(steps):
-        codes = F.codes(words, halves, bytes, grid, item, cols, step)
+        codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
         new_parts = ()
         new_sums = ()
         for t in tl.static_range(TOKENS):
@@ -116,6 +117,7 @@ def panel_products(
     halves,
     bytes,
     grid,
+    magic,
     panel,
     cols,
     num_items,
@@ -142,7 +144,7 @@ def panel_products(
         at = x + (item // 8 * stride + item % 8)
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
         totals = lane_products(
-            totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, n, cols, F, TOKENS, True
+            totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, TOKENS, True
         )
     return totals
 
@@ -178,6 +180,7 @@ def tile_products(
     halves,
     bytes,
     grid,
+    magic,
     panel,
     row,
     cols,
@@ -210,7 +213,7 @@ def tile_products(
         if F.scales is not None:
             scales = F.scales(tile_words, tile_halves, tile_bytes, n)
         for step in range(0, steps):
-            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, n, cols, step)
+            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
             for p in tl.static_range(planes):
                 if F.scales is None:
                     weights = _columns_of(codes, p, 0.0, 0.0, F, dtype)

@@ -48,6 +48,32 @@ def test_templates_load_and_match_everything(name: str) -> None:
     assert rules.find("model.anything", "other", "Thing") is not DEFAULT_RULE
 
 
+def test_devices_in_all_their_spellings() -> None:
+    for word in ("gpu", "gpu:0", "cuda", "cuda:0", "hip:0", "rocm"):
+        (rule,) = parse_rules(f"rules:\n  - match: {{role: mlp}}\n    device: {word}", "test.yaml").rules
+        assert rule.device == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "may", "needs"),
+    [
+        ("cpu", False, False),
+        ("auto", True, False),
+        ("hybrid", True, True),
+        ("layers", True, True),
+        ("gpu", True, True),
+        ("rules:\n  - match: {role: mlp}\n    device: cpu", True, False),
+        ("strategy: cpu\nrules:\n  - match: {role: mlp}\n    device: cpu", False, False),
+        ("strategy: hybrid\nrules:\n  - match: {role: mlp}\n    format: keep", True, True),
+        ("strategy: hybrid\nrules:\n  - match: {name: '*'}\n    device: cpu", False, False),
+    ],
+)
+def test_who_needs_a_gpu(text: str, may: bool, needs: bool) -> None:
+    rules = load_plan(text) if text in TEMPLATES else parse_rules(text, "test.yaml")
+    assert (rules.may_use_gpu, rules.needs_gpu) == (may, needs)
+    assert rules.name == (text if text in TEMPLATES else "test.yaml")
+
+
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_any_model_arguments, list_presets, positive_int
+from moesaic.cli.options import add_any_model_arguments, add_budget_arguments, list_presets, positive_int
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic bench`."""
     parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
     add_any_model_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt (decode: 16, prefill: 512)")
     parser.add_argument("--repeat", type=positive_int, default=3, metavar="N", help="take the median of N runs (3)")
@@ -54,6 +55,8 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         gguf=arguments.gguf,
         plan=arguments.plan,
+        vram=arguments.vram,
+        context=arguments.context,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
     )

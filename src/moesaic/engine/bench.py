@@ -16,7 +16,7 @@ from moesaic.engine.timed_runs import TimedRuns, What
 from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
-from moesaic.placement import Plan, detect_hardware
+from moesaic.placement import DEFAULT_CONTEXT, Hardware, Plan, Rules, detect_hardware
 from moesaic.quant import WeightFormat, get_format
 
 __all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_subject", "prepare_synthetic"]
@@ -86,6 +86,8 @@ def measure(
     threads: int | None = None,
     gguf: str | None = None,
     plan: str = "auto",
+    vram: int | None = None,
+    context: int | None = None,
     offline: bool = False,
     progress: bool = False,
 ) -> BenchResult:
@@ -103,6 +105,8 @@ def measure(
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
         plan: as for `from_pretrained`.
+        vram: bytes, as for `from_pretrained`.
+        context: as for `from_pretrained`; what the bench needs, at least 4096, if None.
         offline: as for `from_pretrained`.
         progress: as for `from_pretrained`.
 
@@ -111,12 +115,26 @@ def measure(
         UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
         PlanDoesNotFitError: the model does not fit in memory.
         GenerationError: prompt and tokens are longer than the context.
+        PlanError: the plan cannot be made.
     """
     if threads is not None:
         set_num_threads(threads)
-    prepared, total_layers = prepare_subject(model, preset, weight_format, num_layers, gguf, plan, offline)
     new_tokens = num_tokens + 1 if what == "decode" else 1
-    _check_context(prepared, prompt_tokens + new_tokens)
+    needed = prompt_tokens + new_tokens
+    if context is not None and context < needed:
+        raise GenerationError(f"the bench needs {needed} positions, but --context is {context}.")
+    prepared, total_layers = prepare_subject(
+        model,
+        preset,
+        weight_format,
+        num_layers,
+        gguf,
+        plan,
+        offline,
+        vram=vram,
+        context=context or max(DEFAULT_CONTEXT, needed),
+    )
+    _check_context(prepared, needed)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
     bench = TimedRuns(load(prepared, progress=progress), what, prompt_tokens, new_tokens)
     bench.run()
@@ -161,18 +179,33 @@ def prepare_subject(
     weight_format: str,
     num_layers: int | None,
     gguf: str | None,
-    plan: str,
+    plan: str | Rules,
     offline: bool,
+    *,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
+    hardware: Hardware | None = None,
 ) -> tuple[Prepared, int]:
     """What a bench or an estimate is of, a preset's synthetic weights or a model, and how many layers all of it has."""
     if preset is not None:
-        return prepare_synthetic(preset, get_format(weight_format), num_layers, plan), get_preset(preset).num_layers
+        fmt = get_format(weight_format)
+        made = prepare_synthetic(preset, fmt, num_layers, plan, vram=vram, context=context, hardware=hardware)
+        return made, get_preset(preset).num_layers
     assert model is not None
-    prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
+    prepared = prepare(model, gguf=gguf, plan=plan, vram=vram, context=context, offline=offline, hardware=hardware)
     return prepared, num_layers_of(prepared)
 
 
-def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int | None, plan: str) -> Prepared:
+def prepare_synthetic(
+    preset: str,
+    weight_format: WeightFormat,
+    num_layers: int | None,
+    plan: str | Rules,
+    *,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
+    hardware: Hardware | None = None,
+) -> Prepared:
     """A model of a preset's dimensions with random weights, ready to load; every expert gets memory of its own.
 
     All matrices have `weight_format`, apart from routers (F32).
@@ -189,7 +222,7 @@ def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int 
         return weight_format
 
     checkpoint = synthetic_checkpoint(build_meta_model(config), format_of, name=preset, seed=_SEED)
-    return prepare_checkpoint(checkpoint, plan, config=config)
+    return prepare_checkpoint(checkpoint, plan, config=config, vram=vram, context=context, hardware=hardware)
 
 
 def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
 from moesaic.engine.causal_lm import finish_model
 from moesaic.engine.packing import Progress, run_jobs
-from moesaic.errors import CheckpointError, PlanError
+from moesaic.errors import CheckpointError
 from moesaic.kernels import binds_memory, num_threads
 from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for, generation_config_for
 from moesaic.placement import (
@@ -30,7 +30,7 @@ from moesaic.placement import (
 )
 from moesaic.weights import Checkpoint, open_checkpoint, resolve
 
-__all__ = ["Prepared", "load", "prepare", "prepare_checkpoint"]
+__all__ = ["Prepared", "load", "prepare", "prepare_checkpoint", "this_computer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,8 @@ def prepare_checkpoint(
         vram: bytes of the GPU's memory to use at most; what is free, less a margin, if None.
         context: tokens of cache to leave room for.
         config: the model's configuration, if it is not the checkpoint's.
+        vram: as for `prepare`.
+        context: as for `prepare`.
         hardware: what to plan for; this computer if None.
 
     Raises:
@@ -122,12 +124,12 @@ def prepare_checkpoint(
         )
     if not isinstance(plan, Plan):
         rules = plan if isinstance(plan, Rules) else load_plan(str(plan))
-        hardware = _this_computer(rules.may_use_gpu) if hardware is None else hardware
+        hardware = this_computer(rules.may_use_gpu) if hardware is None else hardware
         plan = make_plan(model, weight_map, rules, hardware, vram=vram, context=context)
     return Prepared(checkpoint, config, model, weight_map, plan)
 
 
-def _this_computer(with_gpus: bool) -> Hardware:
+def this_computer(with_gpus: bool) -> Hardware:
     """The hardware, with GPUs only where a plan could use one: asking for them takes a while.
 
     A GPU that the installed PyTorch cannot use is listed with that problem.
@@ -159,10 +161,9 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
         CheckpointError: a tensor is damaged.
         UnsupportedModelError: the model needs something that the kernels do not have.
     """
-    hardware = _this_computer(prepared.plan.uses_gpu)
+    hardware = this_computer(prepared.plan.uses_gpu)
     prepared.plan.check_fits(hardware)
-    if prepared.plan.uses_gpu:
-        raise PlanError(f"plan '{prepared.plan.name}': this build cannot run on a GPU yet: use the plan 'cpu'.")
+    budget = prepared.plan.vram_budget(hardware)
     if binds_memory():
         prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
@@ -175,4 +176,8 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     check_no_meta_tensors(model)
     model = finish_model(model, prepared.plan)
     model.generation_config = generation_config_for(checkpoint, model.generation_config)
-    return model
+    if budget is None:
+        return model
+    from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
+
+    return start_on_gpu(model, prepared.plan, budget)

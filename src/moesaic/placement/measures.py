@@ -73,7 +73,9 @@ def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, int
             widths[role] = max(widths[role], width)
     experts = top_k * (2 * intermediate + hidden)  # gate, up and output of every choice
     widest = max(widths["attention"], widths["mlp"], widths["shared_experts"] + experts)
-    return StepSizes(hidden, top_k, int(config.vocab_size), widest)
+    head = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
+    rotary = 2 * int(head or hidden // config.num_attention_heads)  # cosines and sines
+    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary)
 
 
 def _outputs(module: Any) -> int:
@@ -88,6 +90,6 @@ def _attention_width(attention: Any) -> int:
     width = _outputs(attention) + (int(last.weight.shape[1]) if last is not None else 0)
     if hasattr(attention, "kv_lora_rank"):
         heads, latent = int(attention.num_heads), int(attention.kv_lora_rank)
-        # kv_b_proj is absorbed: its outputs never exist.
-        width += heads * (2 * latent + int(attention.qk_rope_head_dim)) - int(attention.kv_b_proj.weight.shape[0])
+        # Queries and sums, a copy of one in bfloat16. kv_b_proj is absorbed: its outputs never exist.
+        width += heads * (5 * latent // 2 + int(attention.qk_rope_head_dim)) - int(attention.kv_b_proj.weight.shape[0])
     return width

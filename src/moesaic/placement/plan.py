@@ -192,7 +192,7 @@ class Plan:
         """The plan for people: one line per kind of module, totals, warnings."""
         return render(self)
 
-    def to_json(self, **more: object) -> str:
+    def to_json(self, more: Mapping[str, object] | None = None) -> str:
         """The plan for programs: a JSON object with totals, warnings and all entries; sizes in bytes.
 
         Args:
@@ -212,7 +212,7 @@ class Plan:
             "warnings": list(self.warnings),
         }
         entries = [asdict(entry) | {"formats": dict(entry.formats)} for entry in self.entries]
-        return json.dumps(totals | more | {"entries": entries}, indent=2)
+        return json.dumps(totals | dict(more or {}) | {"entries": entries}, indent=2)
 
     def _totals(self, device: Device) -> dict[str, int]:
         return {

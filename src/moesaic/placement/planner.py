@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import PlanError, RuleError
@@ -34,6 +35,7 @@ __all__ = ["make_plan"]
 # Blocks that get an entry even without tensors of their own, because the loader may replace them as a whole.
 _BLOCK_ROLES = frozenset({"attention", "router", "mlp", "shared_experts", "experts"})
 _PACKED_CLASSES = frozenset({"Linear", "Embedding"})
+_MOVING_ROPES = frozenset({"dynamic", "longrope"})  # the table of angles on the GPU is made once
 _SLOT_ALIGNMENT = 64  # bytes between the tensors of one expert
 _COMFORT = 0.9  # share of the available memory above which a plan that fits is still worth a warning
 
@@ -179,8 +181,16 @@ class _Planner:
             return "the embedding stays in DRAM, a token reads one row of it"
         if implementation == "transformers":
             return "it is computed by transformers, which runs on the CPU only"
-        model_type = self._model.config.model_type
-        return "" if model_type in FAMILIES else f"there is no forward of '{model_type}' for the GPU"
+        return self._model_obstacle
+
+    @cached_property
+    def _model_obstacle(self) -> str:
+        """Why nothing of the model can be on the GPU, "" if it can."""
+        config = self._model.config
+        if config.model_type not in FAMILIES or not FAMILIES[config.model_type].fuse_layers:
+            return f"there is no forward of '{config.model_type}' for the GPU"
+        rope = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
+        return f"rotary angles of type '{rope}' change with the length" if rope in _MOVING_ROPES else ""
 
     def _step_sizes(self, units: Sequence[Unit]) -> StepSizes:
         """Widths of a step, with the widest experts."""

@@ -93,6 +93,13 @@ class Rules:
                 return False
         return self.strategy != "cpu"
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the rules ask for a GPU, so that there is no plan without one."""
+        if any(rule.device == "gpu" for rule in self.rules):
+            return True
+        return self.may_use_gpu and self.strategy != "auto"
+
     def find(self, name: str, role: str, class_name: str) -> Rule:
         """The first rule that matches, or `DEFAULT_RULE`."""
         return next((rule for rule in self.rules if rule.matches(name, role, class_name)), DEFAULT_RULE)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_CONTEXT",
     "DRIVER_BYTES",
+    "KV_BLOCK",
     "MAX_BATCH",
     "NO_STEP",
     "PREFILL_CHUNK",
@@ -33,6 +34,8 @@ __all__ = [
 ]
 
 DEFAULT_CONTEXT = 4096
+KV_BLOCK = 64
+"""Positions of a block of the paged cache."""
 PREFILL_CHUNK = 2048
 """Tokens of a prompt that go through the layers at once, at most."""
 MAX_BATCH = 8
@@ -46,7 +49,7 @@ _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
 _FLOAT = 4
-_CHOICE_BYTES = 12  # an expert's number (int64) and its weight (float32)
+_CHOICE_BYTES = 20  # an expert's number and whether the CPU has it (int64 each), its weight (float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +61,24 @@ class StepSizes:
         top_k: routed experts of a token.
         vocab_size: logits of a token.
         widest: floats per token that the widest block holds beside hidden states.
+        rotary: floats per position of the table of rotary angles.
     """
 
     hidden_size: int = 0
     top_k: int = 0
     vocab_size: int = 0
     widest: int = 0
+    rotary: int = 0
 
     def working_bytes(self, context: int) -> int:
-        """VRAM of a step: activations of a chunk of a prompt, and logits with a copy to sample from."""
-        chunk = min(PREFILL_CHUNK, context)
-        activations = chunk * (_STREAMS * self.hidden_size + self.widest) * _FLOAT
-        return activations + 2 * MAX_BATCH * self.vocab_size * _FLOAT
+        """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
+        activations = min(PREFILL_CHUNK, context) * (_STREAMS * self.hidden_size + self.widest)
+        return (activations + 2 * MAX_BATCH * self.vocab_size + context * self.rotary) * _FLOAT
 
     def mailbox_bytes(self, context: int) -> int:
-        """Pinned DRAM through which a chunk is handed to the CPU: hidden states there and back, choices."""
-        return min(PREFILL_CHUNK, context) * (2 * self.hidden_size * _FLOAT + self.top_k * _CHOICE_BYTES)
+        """Pinned DRAM through which the tokens of a chunk and those of a decode step are handed to the CPU and back."""
+        num_tokens = min(PREFILL_CHUNK, context) + MAX_BATCH
+        return num_tokens * (2 * self.hidden_size * _FLOAT + self.top_k * _CHOICE_BYTES)
 
 
 NO_STEP = StepSizes()
@@ -88,7 +93,7 @@ class VramBudget:
         context: positions that the cache has room for.
         weights: packed weights and vectors on the GPU.
         absorbed: both halves of MLA's `kv_b_proj` in bfloat16, by which queries and sums are multiplied.
-        kv_cache: states of `context` positions of the layers on the GPU.
+        kv_cache: states of `context` positions, in whole blocks, of the layers on the GPU.
         working: activations and logits.
         driver: what the driver takes.
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
@@ -104,6 +109,11 @@ class VramBudget:
     driver: int
     expert_bytes: int
     num_experts: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache."""
+        return -(-self.context // KV_BLOCK)
 
     @property
     def required(self) -> int:
@@ -160,7 +170,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         context=context,
         weights=plan.nbytes_on("gpu") - absorbed,
         absorbed=absorbed,
-        kv_cache=context * plan.kv_bytes_on("gpu"),
+        kv_cache=-(-context // KV_BLOCK) * KV_BLOCK * plan.kv_bytes_on("gpu"),
         working=plan.step.working_bytes(context),
         driver=DRIVER_BYTES,
         expert_bytes=max((entry.expert_bytes for entry in cached), default=0),

@@ -161,7 +161,7 @@ class GpuCausalLM:
     def _prefill(
         self, sequences: list[PagedSequence], rows: list[torch.Tensor], columns: int, kept: torch.Tensor
     ) -> torch.Tensor:
-        out = torch.zeros(len(rows), len(kept), self.runner.decoder.head.weight.rows)
+        out = torch.zeros(len(rows), len(kept), self.runner.decoder.vocab_size)
         for index, (sequence, row) in enumerate(zip(sequences, rows, strict=True)):
             first = columns - len(row)  # padding is on the left
             only_last = len(kept) == 1 and int(kept) == columns - 1

@@ -48,7 +48,6 @@ class ExpertCache:
         routed: the routed experts of every layer, in DRAM; page-locked, or copies are slow.
         num_slots: how many experts to hold.
         device: the GPU.
-        top_k: experts per token.
         policy: who deserves a slot; the default is `PromotionPolicy`'s.
     """
 
@@ -79,16 +78,18 @@ class ExpertCache:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
         return self._tables[layer, : self._routed[layer].num_experts]
 
-    def is_complete(self, layer: int) -> bool:
-        """Never: experts come and go."""
-        return False
-
     def compute(self, routed: Routed) -> torch.Tensor:
         """Weighted sum of the chosen experts that are in slots: float32 `[tokens, hidden_size]`."""
         assert routed.slots is not None
         layout = self._layouts[routed.layer]
         return layout.compute(
-            routed.hidden, routed.slots, routed.chosen, routed.weights, self.arena, self.slot_bytes, self.policy.num_slots
+            routed.hidden,
+            routed.slots,
+            routed.chosen,
+            routed.weights,
+            self.arena,
+            self.slot_bytes,
+            self.policy.num_slots,
         )
 
     def before_step(self) -> None:
@@ -119,15 +120,17 @@ class ExpertCache:
         self._copied += len(self._leaving)
         self._leaving = []
 
-    def after_step(self, uses: np.ndarray, num_tokens: int) -> None:
+    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int) -> None:
         """Take note of what was used, and choose what to copy during the next step.
 
         Args:
-            uses: uint32 `[num_layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
+            layers: whose uses these are.
+            uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
             num_tokens: of the step.
         """
-        new = uses - self._seen
-        self._seen = uses.copy()
+        new = np.zeros_like(self._seen)
+        new[layers] = uses - self._seen[layers]
+        self._seen[layers] = uses
         self.policy.record(new.astype(np.int64), num_tokens)
         busy = {move.slot for move, _ in self._under_way}
         self._leaving = self.policy.moves(busy)

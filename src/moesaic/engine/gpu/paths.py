@@ -6,28 +6,14 @@ each request where the layer needs it. Neither decides which experts lie on the 
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.kernels.handoff import ExpertServer
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.modules.gpu.step import Routed
 
-__all__ = ["EagerPath", "GraphPath", "Slots"]
-
-
-class Slots(Protocol):
-    """Experts in the memory of the GPU."""
-
-    def table(self, layer: int) -> torch.Tensor:
-        """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
-
-    def is_complete(self, layer: int) -> bool:
-        """Whether all experts of a layer are there, now and for ever."""
-
-    def compute(self, routed: Routed) -> torch.Tensor:
-        """Weighted sum of the chosen experts that are there: float32 `[tokens, hidden_size]`."""
+__all__ = ["EagerPath", "GraphPath"]
 
 
 class GraphPath:
@@ -35,16 +21,16 @@ class GraphPath:
 
     Args:
         exchange: the GPU's side of the mailbox.
-        slots: experts on the GPU; None: there are none.
+        slots: experts on the GPU.
         positions: of each layer, the position of its request in a step; None for layers without requests.
     """
 
-    def __init__(self, exchange: Exchange, slots: Slots | None, positions: list[int | None]) -> None:
+    def __init__(self, exchange: Exchange, slots: ExpertSlots, positions: list[int | None]) -> None:
         self._exchange, self._slots, self._positions = exchange, slots, positions
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
-        return None if self._slots is None else self._slots.table(layer)
+        return self._slots.table(layer)
 
     def start(self, routed: Routed) -> None:
         """Ask the CPU."""
@@ -61,7 +47,7 @@ class GraphPath:
         scale: float,
     ) -> None:
         """Compute what lies on the GPU, and add everything up."""
-        cached = None if self._slots is None else self._slots.compute(routed)
+        cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
         self._answer(position, len(routed.hidden))
         self._exchange.take_back(position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale)
@@ -85,7 +71,7 @@ class EagerPath(GraphPath):
     def __init__(
         self,
         exchange: Exchange,
-        slots: Slots | None,
+        slots: ExpertSlots,
         positions: list[int | None],
         server: ExpertServer,
         num_tokens: int,

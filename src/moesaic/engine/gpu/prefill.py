@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moesaic.engine.gpu.paths import Slots
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.kernels import moe_forward
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.handoff import Exchange
@@ -19,24 +19,21 @@ class ChunkPath:
     Args:
         exchange: adds up.
         routed: the routed experts of each layer, on the CPU.
-        slots: experts on the GPU; None: there are none.
-        on_gpu: of each layer, whether all its experts lie on the GPU.
+        slots: experts on the GPU.
     """
 
-    def __init__(
-        self, exchange: Exchange, routed: list[PackedExperts], slots: Slots | None, on_gpu: list[bool]
-    ) -> None:
-        self._exchange, self._routed, self._slots, self._on_gpu = exchange, routed, slots, on_gpu
+    def __init__(self, exchange: Exchange, routed: list[PackedExperts], slots: ExpertSlots) -> None:
+        self._exchange, self._routed, self._slots = exchange, routed, slots
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._ready: torch.cuda.Event | None = None
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
-        return None if self._slots is None else self._slots.table(layer)
+        return self._slots.table(layer)
 
     def start(self, routed: Routed) -> None:
         """Begin to copy the inputs."""
-        if self._on_gpu[routed.layer]:
+        if self._slots.is_complete(routed.layer):
             return
         self._inputs = tuple(_to_host(x) for x in (routed.hidden, routed.misses, routed.weights))
         if routed.hidden.is_cuda:
@@ -52,13 +49,19 @@ class ChunkPath:
         scale: float,
     ) -> None:
         """Compute and add."""
-        total = None if self._slots is None else self._slots.compute(routed)
-        if not self._on_gpu[routed.layer]:
+        total = self._slots.compute(routed)
+        if not self._slots.is_complete(routed.layer):
             if self._ready is not None:
                 self._ready.synchronize()
-            answer = moe_forward(*self._inputs, self._routed[routed.layer]).to(residual.device, non_blocking=True)
-            total = answer if total is None else total.add_(answer)
+            total = self._on_cpu(routed, total)
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
+
+    def _on_cpu(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
+        """What does not lie on the GPU, added to what does."""
+        hidden, misses, weights = self._inputs
+        answer = moe_forward(hidden, misses, weights, self._routed[routed.layer])
+        back = answer.to(routed.hidden.device, non_blocking=True)
+        return back if total is None else total.add_(back)
 
 
 def _to_host(x: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from moesaic.engine.gpu.paths import EagerPath, GraphPath, Slots
+from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.prefill import ChunkPath
+from moesaic.engine.gpu.shares import ExpertShares
+from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.handoff import Exchange
@@ -51,7 +55,7 @@ class _Bucket:
 
     input: StepInput
     hidden: torch.Tensor
-    logits: torch.Tensor
+    out: torch.Tensor  # logits, or what the tail goes on with
     graph: torch.cuda.CUDAGraph | None = None
 
 
@@ -61,22 +65,35 @@ class ModelRunner:
     Args:
         decoder: the model.
         options: memory and time.
-        slots: routed experts on the GPU; None: there are none.
+        slots: routed experts on the GPU; none if None.
+        staging: buffers for experts that are streamed to the GPU in prefill; None: the CPU computes all of them.
+        shares: who computes which experts in prefill, with `staging`.
 
     Attributes:
         pool: hands out blocks of the cache.
+        times: see `ExpertServer.serve`; filled by decode steps if it is set.
     """
 
-    def __init__(self, decoder: GpuDecoder, options: RunnerOptions, slots: Slots | None = None) -> None:
-        self.decoder, self.options, self.slots = decoder, options, slots
+    def __init__(
+        self,
+        decoder: GpuDecoder,
+        options: RunnerOptions,
+        slots: ExpertSlots | None = None,
+        staging: StagingBuffers | None = None,
+        shares: ExpertShares | None = None,
+    ) -> None:
+        self.decoder, self.options, self.slots = decoder, options, slots or ExpertSlots()
+        self._staging, self.shares = staging, shares
         self.pool = BlockPool(options.num_blocks, options.block_size)
         device = decoder.device
         self.pools = [
             PoolLayer.empty(layer.attention.kv_shape, options.num_blocks, options.block_size, options.kv_dtype, device)
             for layer in decoder.layers
         ]
-        self.on_gpu = [slots is not None and slots.is_complete(layer) for layer in range(len(decoder.routed))]
-        self.positions, served = _request_positions(self.on_gpu)
+        self.positions, served = _request_positions(
+            [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
+        )
+        self._served = served
         mailbox = None
         self.server: ExpertServer | None = None
         if served:
@@ -86,7 +103,7 @@ class ModelRunner:
         self.exchange.set_timeout(options.timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._buckets: dict[int, _Bucket] = {}
-        self.times: torch.Tensor | None = None  # see ExpertServer.serve; of the next decode steps
+        self.times: torch.Tensor | None = None
 
     @property
     def max_positions(self) -> int:
@@ -101,25 +118,29 @@ class ModelRunner:
             all_logits: of all tokens instead of the last of each sequence.
 
         Returns:
-            float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) on the GPU.
+            float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) where the head is.
 
         Raises:
             GenerationError: the cache is full; nothing was appended.
         """
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         hidden = self.decoder.embed(torch.cat([ids for _, ids in parts])).to(self.decoder.device)
-        path = ChunkPath(self.exchange, self.decoder.routed, self.slots, self.on_gpu)
+        path = self._chunk_path()
         longest = max(len(ids) for _, ids in parts)
         with torch.no_grad():
             self.decoder.run(hidden, self._step(step_input, longest, path))
-            rows = hidden if all_logits else hidden[step_input.query_start[1:].long() - 1]
-            return self.decoder.logits(rows.contiguous())
+            last = step_input.query_start[1:].long() - 1
+            if self.decoder.tail is not None:
+                return self._tail_logits(
+                    hidden.cpu(), [(s, len(ids)) for s, ids in parts], None if all_logits else last
+                )
+            return self.decoder.logits(hidden if all_logits else hidden[last].contiguous())
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence.
 
         Returns:
-            float32 `[sequences, vocab_size]` on the GPU, which the next call of the same batch size overwrites.
+            float32 `[sequences, vocab_size]` where the head is; the next call of the same batch size may overwrite it.
 
         Raises:
             GenerationError: the cache is full.
@@ -141,7 +162,24 @@ class ModelRunner:
             for sequence in sequences:
                 sequence.truncate(sequence.length - 1)
             raise
-        return bucket.logits[:count]
+        if self.decoder.tail is not None:
+            return self._tail_logits(bucket.out[:count].cpu(), [(sequence, 1) for sequence in sequences], None)
+        return bucket.out[:count]
+
+    def _chunk_path(self) -> ExpertPath:
+        if self._staging is None or self.shares is None:
+            return ChunkPath(self.exchange, self.decoder.routed, self.slots)
+        return StreamingPath(self.exchange, self.decoder.routed, self.slots, self._staging, self.shares)
+
+    def _tail_logits(
+        self, hidden: torch.Tensor, parts: list[tuple[PagedSequence, int]], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The layers on the CPU, on hidden states `[tokens, hidden_size]`; logits of these rows, or of all."""
+        tail = self.decoder.tail
+        assert tail is not None
+        pieces = hidden.split([count for _, count in parts])
+        done = torch.cat([tail(piece, sequence) for piece, (sequence, _) in zip(pieces, parts, strict=True)])
+        return tail.logits(done if rows is None else done[rows.cpu()])
 
     def copy(self, sequence: PagedSequence) -> PagedSequence:
         """A sequence of its own with the same contents.
@@ -156,13 +194,22 @@ class ModelRunner:
             for states in (pool.keys, pool.values):
                 if states is not None:
                     states[target] = states[source]
+        if self.decoder.tail is not None:
+            self.decoder.tail.copy(sequence, twin)
         return twin
 
     def _run(self, bucket: _Bucket, count: int) -> None:
+        cache = self.slots.cache
+        if cache is not None:
+            cache.before_step()
         if bucket.graph is None:
             self._decode_step(bucket, self._eager_path(count))
+            if cache is not None:
+                cache.during_step()
         else:
             bucket.graph.replay()
+            if cache is not None:
+                cache.during_step()
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
         if bucket.hidden.is_cuda:
@@ -172,13 +219,15 @@ class ModelRunner:
                 f"the CPU did not answer the GPU within {self.options.timeout:g} s: the computer is overloaded or the "
                 "process was stopped. The request failed; the next one may be tried."
             )
+        if cache is not None and self.server is not None:
+            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
 
     def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
         """What a graph holds."""
         with torch.no_grad():
             hidden = bucket.hidden.clone()  # a graph is replayed on the same input
             self.decoder.run(hidden, self._step(bucket.input, 1, path))
-            bucket.logits.copy_(self.decoder.logits(hidden))
+            bucket.out.copy_(hidden if self.decoder.tail is not None else self.decoder.logits(hidden))
             self.exchange.advance(0 if self.server is None else len(self.server.layers))
             self._failed.copy_(self.exchange.failed, non_blocking=True)
 
@@ -199,10 +248,11 @@ class ModelRunner:
 
     def _make_bucket(self, size: int) -> _Bucket:
         device, decoder = self.decoder.device, self.decoder
+        width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         bucket = _Bucket(
             StepInput.empty(size, size, self.options.num_blocks, device),
             torch.zeros(size, decoder.hidden_size, device=device),
-            torch.zeros(size, decoder.head.weight.rows, device=device),
+            torch.zeros(size, width, device=device),
         )
         if self.options.graphs and device.type == "cuda":
             self._decode_step(bucket, self._eager_path(size))  # compiles every kernel; all is padding

@@ -13,7 +13,7 @@ import torch
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-from moesaic.kernels.triton.elementwise import add_scaled
+from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
@@ -66,17 +66,16 @@ class GpuGqaAttention:
         self.head_dim, self.scaling, self.rope_layout = source.head_dim, source.scaling, source.rope_layout
         self.residual_scale = source.residual_scale
         self.sliding_window = sliding_window_of(config, self.layer_idx)
-        self.num_pairs = source.angles.num_pairs
         kv_heads = self.k.weight.rows // self.head_dim
         self.kv_shape = KvShape(kv_heads, self.head_dim, self.v.weight.rows // kv_heads)
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
         """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        q, k, v = self.q(normed), self.k(normed), self.v(normed)
+        q, k, v = (part(normed).view(len(x), -1, self.head_dim) for part in (self.q, self.k, self.v))
         pool, where = step.pools[self.layer_idx], step.input
         assert pool.values is not None
-        norm_rotate_append(
+        query = norm_rotate_append(
             q,
             k,
             v,
@@ -85,7 +84,6 @@ class GpuGqaAttention:
             pool.keys,
             pool.values,
             where.slot_mapping,
-            head_dim=self.head_dim,
             layout=self.rope_layout,
             norm=self.head_norm,
             q_norm=None if self.q_norm is None else self.q_norm.weight,
@@ -93,7 +91,7 @@ class GpuGqaAttention:
             eps=0.0 if self.q_norm is None else self.q_norm.eps,
         )
         attended = paged_attention(
-            q.view(len(x), -1, self.head_dim),
+            query,
             pool.keys,
             pool.values,
             where.block_tables,
@@ -104,7 +102,7 @@ class GpuGqaAttention:
             sliding_window=self.sliding_window,
             sinks=self.sinks,
         )
-        add_scaled(x, self.o(attended.view(len(x), -1)), self.residual_scale)
+        add_scaled_(x, self.o(attended.view(len(x), -1)), self.residual_scale)
 
 
 class GpuMlaAttention:
@@ -141,21 +139,20 @@ class GpuMlaAttention:
         if self.q_a is not None and self.q_a_norm is not None:
             query = rms_norm(self.q_a(normed), self.q_a_norm.weight, self.q_a_norm.eps)
         heads = self.q_b(query).view(tokens, self.num_heads, -1)
-        latent_rotate_append(
+        q_rope = latent_rotate_append(
             self.kv_a(normed),
             heads[..., self.nope_dim :],
             step.angles,
             where.positions,
             pool.keys,
             where.slot_mapping,
-            norm=self.kv_a_norm.weight,
-            eps=self.kv_a_norm.eps,
+            self.kv_a_norm.weight,
+            self.kv_a_norm.eps,
             layout=self.rope_layout,
         )
-        absorbed = self._per_head(heads[..., : self.nope_dim], self.k_b)
         mixed = paged_latent_attention(
-            absorbed,
-            heads[..., self.nope_dim :],
+            self._per_head(heads[..., : self.nope_dim], self.k_b),
+            q_rope,
             pool.keys,
             where.block_tables,
             where.seq_lens,
@@ -164,7 +161,7 @@ class GpuMlaAttention:
             max_query_len=step.max_query_len,
         )
         values = self._per_head(mixed, self.v_b)
-        add_scaled(x, self.o(values.reshape(tokens, -1)), 1.0)
+        add_scaled_(x, self.o(values.reshape(tokens, -1)), 1.0)
 
     @staticmethod
     def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

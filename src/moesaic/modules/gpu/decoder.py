@@ -1,4 +1,4 @@
-"""The decoder of a model on a GPU: its layers, last norm and head. The embedding stays on the CPU.
+"""The decoder of a model on a GPU: its first layers or all, then last norm and head. The embedding stays on the CPU.
 
 One row of the embedding per token is all that a step needs of it, so its memory is better spent on experts. It is made
 from a loaded model whose layers are all fused (`modules.decoder`), which afterwards has no weights but routed experts
@@ -23,6 +23,7 @@ from moesaic.modules.embedding import PackedEmbedding
 from moesaic.modules.gpu.attention import GpuGqaAttention, GpuMlaAttention, gpu_attention
 from moesaic.modules.gpu.feed_forward import GpuFeedForward
 from moesaic.modules.gpu.step import GpuStep
+from moesaic.modules.gpu.tail import CpuTail
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
@@ -47,16 +48,18 @@ class GpuLayer:
 
 
 class GpuDecoder:
-    """All layers, the last norm and the head.
+    """Layers, the last norm and the head.
 
     Args:
         model: a loaded causal language model; what goes to the GPU is taken out of it, layer by layer.
         device: the GPU.
         max_positions: positions that rotary angles are kept for.
         dtype: of matrices that are expanded (`weights.dense_heads`).
+        num_layers: so many of the first layers; all, and what follows them, if None.
 
     Attributes:
-        layers: in order.
+        layers: on the GPU, in order.
+        tail: what follows on the CPU, if not all layers are on the GPU.
         routed: routed experts of the layers that have any, in order; they stay in the CPU's memory.
         hidden_size: width of a hidden state.
         top_k: experts per token, 0 without routed experts.
@@ -66,7 +69,12 @@ class GpuDecoder:
     """
 
     def __init__(
-        self, model: Any, device: torch.device, max_positions: int, dtype: torch.dtype = torch.bfloat16
+        self,
+        model: Any,
+        device: torch.device,
+        max_positions: int,
+        dtype: torch.dtype = torch.bfloat16,
+        num_layers: int | None = None,
     ) -> None:
         self.device, self.config = device, model.config.get_text_config()
         decoder = model.get_decoder()
@@ -82,13 +90,18 @@ class GpuDecoder:
         self.layers: list[GpuLayer] = []
         self.routed: list[PackedExperts] = []
         self.top_k = 0
-        for layer in decoder.layers:
+        for layer in decoder.layers[:num_layers]:
             self.layers.append(self._take(layer.forward, dtype))
             _drop_weights(layer)
         self.embedding: PackedEmbedding = model.get_input_embeddings()
         self.hidden_size = self.embedding.embedding_dim
         self.embedding_scale = float(getattr(self.config, "embedding_multiplier", 1.0))
         self.logit_scale = 1.0 / float(getattr(self.config, "logits_scaling", 1.0))
+        self.vocab_size = int(model.get_output_embeddings().packed.rows)
+        self.tail: CpuTail | None = None
+        if num_layers is not None and num_layers < len(decoder.layers):
+            self.tail = CpuTail(model, num_layers)
+            return
         self.norm = GpuNorm.of(Norm(decoder.norm.weight, decoder.norm.eps), device)
         head = model.get_output_embeddings()
         self.head = GpuLinear.of(Linear(head.packed, head.bias), device)
@@ -107,7 +120,7 @@ class GpuDecoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
-        hidden = self.embedding(token_ids)
+        hidden: torch.Tensor = self.embedding(token_ids)
         return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
 
     def run(self, hidden: torch.Tensor, step: GpuStep) -> None:
@@ -117,7 +130,7 @@ class GpuDecoder:
             layer(hidden, step)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last norm and head: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
+        """Last norm and head, without a tail: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
         logits = self.head(rms_norm(hidden, self.norm.weight, self.norm.eps))
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 

@@ -13,7 +13,7 @@ import torch
 from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.elementwise import add_scaled
+from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.route import route, router_logits
 from moesaic.modules.gpu.experts import ResidentExperts
@@ -73,17 +73,18 @@ class GpuFeedForward:
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
         if self.router is None or self.layer is None:
             assert self.dense is not None
-            add_scaled(x, self.dense.of_all(normed), self.scale)
+            add_scaled_(x, self.dense.of_all(normed), self.scale)
             return
         path = step.experts
         logits = router_logits(normed, self.router.weight, self.router.bias)
-        table = path.table(self.layer)
-        if table is None:
-            weights, chosen = route(logits, self.router.options)
-            routed = Routed(self.layer, normed, chosen, weights, None, chosen)
-        else:
-            weights, chosen, slots, misses = route(logits, self.router.options, slot_of_expert=table)
-            routed = Routed(self.layer, normed, chosen, weights, slots, misses)
+        chosen = route(
+            logits,
+            self.router.options,
+            slot_of_expert=path.table(self.layer),
+            slot_mapping=step.input.slot_mapping,
+        )
+        misses = chosen.experts if chosen.misses is None else chosen.misses
+        routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses)
         path.start(routed)
         shared = None if self.dense is None else self.dense.of_all(normed)
         gate = None if self.shared_gate is None else self.shared_gate(normed)

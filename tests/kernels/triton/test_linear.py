@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from tests.kernels.oracle import packed, tokens
 from tests.kernels.triton.conftest import DEVICE
 
-from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import supported_formats
-from moesaic.kernels.triton.linear import decode_shape, linear
+from moesaic.kernels.triton.linear import linear
 from moesaic.quant import FORMATS
 
 # In float32: a sum of a few hundred products. In bfloat16, on a GPU: two roundings to 8 bits each.

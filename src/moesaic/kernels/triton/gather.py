@@ -11,6 +11,7 @@ from moesaic.kernels._checks import describe
 from moesaic.kernels.triton.activations import column
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
+from moesaic.kernels.triton.formats.common import MAGIC
 from moesaic.kernels.triton.products import tile_of
 from moesaic.kernels.triton.views import grid_of, weight_views
 
@@ -19,7 +20,19 @@ __all__ = ["gather_rows"]
 
 @triton.jit
 def _gather_kernel(
-    index, words, halves, bytes, grid, out, rows, cols, num_items, panel_units, F: tl.constexpr, ITEMS: tl.constexpr
+    index,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    out,
+    rows,
+    cols,
+    num_items,
+    panel_units,
+    F: tl.constexpr,
+    ITEMS: tl.constexpr,
 ) -> None:
     """A program has ITEMS items of a row."""
     planes: tl.constexpr = F.planes
@@ -37,7 +50,7 @@ def _gather_kernel(
         scales = F.scales(tile_words, tile_halves, tile_bytes, in_tile)
     at = out + n.to(tl.int64) * cols
     for step in tl.static_range(steps):
-        codes = F.codes(tile_words, tile_halves, tile_bytes, grid, in_tile, cols, step)
+        codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, in_tile, cols, step)
         for p in tl.static_range(planes):
             for c in tl.static_range(width):
                 value = codes[p * width + c]
@@ -84,6 +97,7 @@ def gather_rows(index: torch.Tensor, weight: DeviceTensor, matrix: int = 0) -> t
         views.halves,
         views.bytes,
         grid_of(form, views),
+        MAGIC,
         out,
         weight.rows,
         weight.cols,

@@ -11,6 +11,7 @@ from moesaic.kernels._checks import describe
 from moesaic.kernels.triton.activations import to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
+from moesaic.kernels.triton.formats.common import MAGIC
 from moesaic.kernels.triton.products import panel_products, tile_products
 from moesaic.kernels.triton.views import WeightViews, grid_of, is_interpreted, weight_views
 
@@ -30,6 +31,7 @@ def _panels_kernel(
     halves,
     bytes,
     grid,
+    magic,
     bias,
     out,
     out_stride,
@@ -47,16 +49,15 @@ def _panels_kernel(
 ) -> None:
     """A program has a panel and a part of its columns: `iterations` of ITEMS items."""
     index, split = tl.program_id(0), tl.program_id(1)
-    row = tl.arange(0, 16)[None, :]
     first = split * iterations
     last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
     panel = index.to(tl.int64) * panel_units
-    results = panel_products(
-        x, x_stride, words, halves, bytes, grid, panel, row, cols, num_items, first, last, F, TOKENS, ITEMS
+    totals = panel_products(
+        x, x_stride, words, halves, bytes, grid, magic, panel, cols, num_items, first, last, F, TOKENS, ITEMS
     )
     r = index * 16 + tl.arange(0, 16)
     for token in tl.static_range(TOKENS):
-        result = results[token]
+        result = tl.sum(totals[token], axis=0)
         if HAS_BIAS:
             result += tl.load(bias + r, mask=r < rows, other=0.0)
         at = out + split.to(tl.int64) * split_stride + token * out_stride + r
@@ -83,6 +84,7 @@ def _tiles_kernel(
     halves,
     bytes,
     grid,
+    magic,
     bias,
     out,
     out_stride,
@@ -103,7 +105,21 @@ def _tiles_kernel(
     inside = tl.minimum(r, rows - 1)
     panel = (inside // 16).to(tl.int64) * panel_units
     total = tile_products(
-        x, token, num_tokens, words, halves, bytes, grid, panel, inside % 16, cols, num_items, F, PRECISION
+        x,
+        token,
+        token < num_tokens,
+        num_tokens,
+        words,
+        halves,
+        bytes,
+        grid,
+        magic,
+        panel,
+        inside % 16,
+        cols,
+        num_items,
+        F,
+        PRECISION,
     )
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r < rows, other=0.0)
@@ -137,6 +153,7 @@ def _few_tokens(
         views.halves,
         views.bytes,
         grid_of(form, views),
+        MAGIC,
         lanes if inner_bias is None else inner_bias,
         parts,
         parts.stride(-2),
@@ -173,6 +190,7 @@ def _many_tokens(
         views.halves,
         views.bytes,
         grid_of(form, views),
+        MAGIC,
         operands if bias is None else bias,
         out,
         out.stride(0),

@@ -1,4 +1,10 @@
-"""Inner loops of the products: what a program does with the panels it is given. It knows no format and no model."""
+"""Inner loops of the products: what a program does with the panels it is given. It knows no format and no model.
+
+Arguments that come in families: `words`, `halves` and `bytes` are one address as pointers to int32, float16 and uint8;
+`grid` is the format's codebook, if it has one, and `magic` is MAGIC; F is the format.
+"""
+
+# mypy: disable-error-code="assignment,misc,var-annotated"
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["panel_products", "tile_of", "tile_products"]
+__all__ = ["lane_products", "panel_products", "tile_of", "tile_products", "zeros"]
 
 
 @triton.jit
@@ -24,6 +30,86 @@ def tile_of(words, halves, bytes, panel, item, num_items, F: tl.constexpr) -> An
 
 
 @triton.jit
+def zeros(COUNT: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr) -> Any:
+    """COUNT tensors [ITEMS, ROWS]."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((ITEMS, ROWS), tl.float32),)
+    return out
+
+
+@triton.jit
+def lane_products(
+    totals,
+    x,
+    x_stride,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    item,
+    cols,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SUMMED: tl.constexpr,
+) -> Any:
+    """Adds the products of an item per lane and row to `totals`, TOKENS tensors [items, rows].
+
+    Args:
+        x: pointers [items, 1] to each lane's first activation of the first token, in `lanes`, x_stride floats apart.
+        words, halves, bytes: of the tiles, [items, rows].
+        item: int32 [items, 1], the item's number in its tile.
+        SUMMED: whether the sums of an item's activations lie behind them; otherwise they are added up here.
+    """
+    planes: tl.constexpr = F.planes
+    steps: tl.constexpr = F.steps
+    width: tl.constexpr = F.width
+    groups: tl.constexpr = F.num_scales
+    apart: tl.constexpr = F.planes // F.num_scales
+    shape: tl.constexpr = totals[0].shape
+    if F.scales is None:
+        parts = totals
+    else:
+        parts = zeros(TOKENS * groups, shape[0], shape[1])
+    sums = zeros(TOKENS * groups, shape[0], 1)
+    for step in tl.static_range(steps):
+        codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
+        new_parts = ()
+        new_sums = ()
+        for t in tl.static_range(TOKENS):
+            for g in tl.static_range(groups):
+                part = parts[t * groups + g]
+                total = sums[t * groups + g]
+                for p in tl.static_range(g * apart, (g + 1) * apart):
+                    for c in tl.static_range(width):
+                        value = tl.load(x + t * x_stride + ((p * steps + step) * width + c) * 8)
+                        part = tl.fma(codes[p * width + c], tl.broadcast_to(value, shape), part)
+                        if F.has_offset and not SUMMED:
+                            total += value
+                new_parts = new_parts + (part,)
+                new_sums = new_sums + (total,)
+        parts = new_parts
+        sums = new_sums
+    if F.scales is None:
+        out = parts
+    else:
+        scales = F.scales(words, halves, bytes, item)
+        out = ()
+        for t in tl.static_range(TOKENS):
+            result = totals[t]
+            for g in tl.static_range(groups):
+                result = tl.fma(scales[g], parts[t * groups + g], result)
+                if F.has_offset:
+                    total = sums[t * groups + g]
+                    if SUMMED:
+                        total = tl.load(x + t * x_stride + (F.item + g) * 8)
+                    result = tl.fma(scales[groups + g], tl.broadcast_to(total, shape), result)
+            out = out + (result,)
+    return out
+
+
+@triton.jit
 def panel_products(
     x,
     x_stride,
@@ -31,8 +117,8 @@ def panel_products(
     halves,
     bytes,
     grid,
+    magic,
     panel,
-    row,
     cols,
     num_items,
     first,
@@ -41,68 +127,26 @@ def panel_products(
     TOKENS: tl.constexpr,
     ITEMS: tl.constexpr,
 ) -> Any:
-    """Products of one panel, or of rows of several, with few tokens.
+    """Products of a panel with few tokens: TOKENS tensors [ITEMS, 16 rows], whose sums over items they are.
 
     Args:
         x: activations as `lanes`, x_stride floats from one token to the next.
-        words, halves, bytes: the address from which `panel` counts, as pointers to int32, float16 and uint8.
-        grid: the format's codebook, if it has one.
-        panel: int64 [1, rows] or a number, where the panel begins, in units of 16 bytes.
-        row: int32 [1, rows], the row in the panel.
+        panel: int64, where the panel begins, in units of 16 bytes.
         first, last: the iterations to do, of ITEMS items each.
-
-    Returns:
-        TOKENS tensors float32 [rows].
     """
-    planes: tl.constexpr = F.planes
-    steps: tl.constexpr = F.steps
-    width: tl.constexpr = F.width
-    num_scales: tl.constexpr = F.num_scales
     stride: tl.constexpr = (F.item + F.num_sums) * 8
+    row = tl.arange(0, 16)[None, :]
     lane = tl.arange(0, ITEMS)[:, None]
-    zero = tl.zeros((ITEMS, row.shape[1]), tl.float32)
-    totals = ()
-    for _ in tl.static_range(TOKENS):
-        totals = totals + (zero,)
     words, halves, bytes = words + row, halves + row, bytes + row
+    totals = zeros(TOKENS, ITEMS, 16)
     for iteration in range(first, last):
         item = iteration * ITEMS + lane
         at = x + (item // 8 * stride + item % 8)
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
-        parts = ()
-        for _ in tl.static_range(TOKENS * num_scales):
-            parts = parts + (zero,)
-        for step in tl.static_range(steps):
-            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, n, cols, step)
-            sums = ()
-            for token in tl.static_range(TOKENS):
-                for g in tl.static_range(num_scales):
-                    part = parts[token * num_scales + g]
-                    for p in tl.static_range(g * (planes // num_scales), (g + 1) * (planes // num_scales)):
-                        for c in tl.static_range(width):
-                            value = tl.load(at + token * x_stride + ((p * steps + step) * width + c) * 8)
-                            part = tl.fma(codes[p * width + c], tl.broadcast_to(value, zero.shape), part)
-                    sums = sums + (part,)
-            parts = sums
-        new = ()
-        if F.scales is None:
-            for token in tl.static_range(TOKENS):
-                new = new + (totals[token] + parts[token],)
-        else:
-            scales = F.scales(tile_words, tile_halves, tile_bytes, n)
-            for token in tl.static_range(TOKENS):
-                total = totals[token]
-                for g in tl.static_range(num_scales):
-                    total = tl.fma(scales[g], parts[token * num_scales + g], total)
-                    if F.has_offset:
-                        value = tl.load(at + token * x_stride + (F.item + g) * 8)
-                        total = tl.fma(scales[num_scales + g], tl.broadcast_to(value, zero.shape), total)
-                new = new + (total,)
-        totals = new
-    results = ()
-    for token in tl.static_range(TOKENS):
-        results = results + (tl.sum(totals[token], axis=0),)
-    return results
+        totals = lane_products(
+            totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, TOKENS, True
+        )
+    return totals
 
 
 @triton.jit
@@ -129,12 +173,14 @@ def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: t
 @triton.jit
 def tile_products(
     x,
-    token,
-    num_tokens,
+    place,
+    inside,
+    num_places,
     words,
     halves,
     bytes,
     grid,
+    magic,
     panel,
     row,
     cols,
@@ -145,39 +191,37 @@ def tile_products(
     """Products of some rows with many tokens, by tensor cores: float32 [tokens, rows].
 
     Args:
-        x: activations as `operands`, in the type in which they and the weights are multiplied.
-        token: int32 [tokens, 1], which of the `num_tokens`.
-        words, halves, bytes, grid: as for `panel_products`.
-        panel: int64 [1, rows], where each row's panel begins, in units of 16 bytes.
+        x: activations as `operands` of num_places tokens, in the type in which they and the weights are multiplied.
+        place: int32 [tokens, 1], which of them; not read where `inside` is false.
+        panel: int64 [1, rows] or a number, where each row's panel begins, in units of 16 bytes.
         row: int32 [1, rows], the row in the panel.
         PRECISION: of tl.dot.
     """
     planes: tl.constexpr = F.planes
     steps: tl.constexpr = F.steps
     width: tl.constexpr = F.width
-    num_scales: tl.constexpr = F.num_scales
+    groups: tl.constexpr = F.num_scales
     dtype: tl.constexpr = x.dtype.element_ty
     lane = tl.arange(0, 16)[:, None]
     j = tl.arange(0, 16 * width)[None, :]
-    inside = token < num_tokens
-    at = x + (token.to(tl.int64) * (16 * width) + j)
-    apart = num_tokens.to(tl.int64) * (16 * width)
+    at = x + (place.to(tl.int64) * (16 * width) + j)
+    apart = num_places.to(tl.int64) * (16 * width)
     words, halves, bytes = words + row, halves + row, bytes + row
-    total = tl.zeros((token.shape[0], row.shape[1]), tl.float32)
+    total = tl.zeros((place.shape[0], row.shape[1]), tl.float32)
     for block in range(0, tl.cdiv(num_items, 16)):
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, block * 16 + lane, num_items, F)
         if F.scales is not None:
             scales = F.scales(tile_words, tile_halves, tile_bytes, n)
         for step in range(0, steps):
-            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, n, cols, step)
+            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
             for p in tl.static_range(planes):
                 if F.scales is None:
                     weights = _columns_of(codes, p, 0.0, 0.0, F, dtype)
                 elif F.has_offset:
-                    scale, offset = scales[p * num_scales // planes], scales[num_scales + p * num_scales // planes]
+                    scale, offset = scales[p * groups // planes], scales[groups + p * groups // planes]
                     weights = _columns_of(codes, p, scale, offset, F, dtype)
                 else:
-                    weights = _columns_of(codes, p, scales[p * num_scales // planes], 0.0, F, dtype)
+                    weights = _columns_of(codes, p, scales[p * groups // planes], 0.0, F, dtype)
                 values = tl.load(at + (block * (planes * steps) + p * steps + step) * apart, mask=inside, other=0.0)
                 total = tl.dot(values, weights, total, input_precision=PRECISION)
     return total

@@ -30,7 +30,7 @@ class DeviceFormat:
 
     Attributes:
         name: unique; compiled kernels are named after it.
-        codes: `(words, halves, bytes, grid, item, cols, step) -> planes * width floats`, plane by plane, [items, rows]
+        codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane, [items, rows]
             each; `item` counts in the tile. Of float formats they are the weights.
         scales: `(words, halves, bytes, item) -> num_scales floats`, followed by as many offsets if `has_offset`;
             consecutive planes share a scale. None: codes are the weights.

@@ -13,25 +13,25 @@ __all__ = ["BF16", "BF16_ODD", "F16", "F32"]
 
 
 @triton.jit
-def _f32(words, halves, bytes, grid, item, cols, step) -> Any:
+def _f32(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     k = tl.minimum(item * 16 + step, cols - 1)
     return (tl.load(words + 16 * k).to(tl.float32, bitcast=True),)
 
 
 @triton.jit
-def _f16(words, halves, bytes, grid, item, cols, step) -> Any:
+def _f16(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     k = tl.minimum(item * 16 + step, cols - 1)
     return (tl.load(halves + 16 * k).to(tl.float32),)
 
 
 @triton.jit
-def _bf16(words, halves, bytes, grid, item, cols, step) -> Any:
+def _bf16(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     pair = tl.load(words + 16 * tl.minimum(item * 8 + step, cols // 2 - 1))
     return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _bf16_odd(words, halves, bytes, grid, item, cols, step) -> Any:
+def _bf16_odd(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     k = tl.minimum(item * 16 + step, cols - 1)
     pair = tl.load(words + 16 * tl.maximum(tl.minimum(k, cols - 2) // 2, 0))
     last = tl.load(halves + 16 * (cols - 1)).to(tl.int16, bitcast=True).to(tl.int32)

@@ -41,9 +41,9 @@ def _six_bits(bytes, halves, start: tl.constexpr, item) -> Any:
 
 
 @triton.jit
-def _q4_k(words, halves, bytes, grid, item, cols, step) -> Any:
+def _q4_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     word = tl.load(words + 16 * (8 * item + step))
-    return byte_codes(word, 0, 15, 0, 0) + byte_codes(word, 4, 15, 0, 0)
+    return byte_codes(word, magic, 0, 15, 0, 0) + byte_codes(word, magic, 4, 15, 0, 0)
 
 
 @triton.jit
@@ -52,12 +52,12 @@ def _q4_k_scales(words, halves, bytes, item) -> Any:
 
 
 @triton.jit
-def _q5_k(words, halves, bytes, grid, item, cols, step) -> Any:
+def _q5_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
     word = tl.load(words + 16 * (8 * item + step))
     fifth = tl.load(words + 16 * (32 + step)) >> (2 * item)
     low = (word & 0x0F0F0F0F) | (fifth << 4 & 0x10101010)
     high = (word >> 4 & 0x0F0F0F0F) | (fifth << 3 & 0x10101010)
-    return byte_codes(low, 0, 31, 0, 0) + byte_codes(high, 0, 31, 0, 0)
+    return byte_codes(low, magic, 0, 31, 0, 0) + byte_codes(high, magic, 0, 31, 0, 0)
 
 
 @triton.jit

@@ -354,6 +354,6 @@ def grouped_sum_kernel(pairs, slots, out, out_stride, rows, TOP_K: tl.constexpr,
     if ADD:
         total += tl.load(out + token * out_stride + r, mask=inside, other=0.0)
     for k in range(0, TOP_K):
-        has_slot = tl.load(slots + token * TOP_K + k) >= 0
-        total += tl.load(pairs + (token * TOP_K + k) * rows + r, mask=inside & has_slot, other=0.0)
+        if tl.load(slots + token * TOP_K + k) >= 0:
+            total += tl.load(pairs + (token * TOP_K + k) * rows + r, mask=inside, other=0.0)
     tl.store(out + token * out_stride + r, total, mask=inside)

@@ -40,18 +40,18 @@ def test_vram_and_context_reach_the_plan(with_gpu: None) -> None:
     assert (plan.vram, plan.context, plan.uses_gpu) == (3 * GIB, 640, True)
     budget = plan.vram_budget(loader.this_computer(with_gpus=True))
     assert budget is not None
-    assert (budget.total, budget.num_blocks) == (3 * GIB, 10)
+    assert (budget.total, budget.num_blocks) == (3 * GIB, 10 + 8)
     assert loader.prepare(folder).plan.strategy == "gpu"
     made, _ = bench.prepare_subject(None, "mixtral-8x7b", "Q4_K", 2, None, "hybrid", True, vram=9 * GIB, context=64)
     assert (made.plan.vram, made.plan.context) == (9 * GIB, 64)
 
 
-def test_a_plan_with_a_gpu_is_not_run_elsewhere(with_gpu: None) -> None:
+def test_what_does_not_fit_is_refused_before_loading(with_gpu: None) -> None:
     folder = str(checkpoint_of("mixtral")[1])
-    with pytest.raises(PlanError, match="plan 'hybrid': this build cannot run on a GPU yet"):
-        moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="hybrid", vram="4GiB", progress=False)
     with pytest.raises(PlanDoesNotFitError, match=r"but the budget is 0\.00 GiB"):
         moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="hybrid", vram=1000, progress=False)
+    with pytest.raises(PlanDoesNotFitError, match=r"--vram is 30\.00 GiB, but 23\.00 GiB of RTX's"):
+        moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="hybrid", vram="30GiB", progress=False)
 
 
 @pytest.mark.parametrize("vram", ["much", "24", 0, -1])

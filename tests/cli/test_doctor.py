@@ -43,6 +43,7 @@ def problems(**changes: object) -> dict[str, bool]:
 
 @pytest.fixture(autouse=True)
 def quick_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(hardware, "_MIN_PROBE_BYTES", 1 << 22)
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.01)
     monkeypatch.delenv("MOESAIC_ISA", raising=False)
@@ -61,12 +62,17 @@ def test_a_good_machine_has_no_problem() -> None:
         ({"dram_limited": True}, "a container limit leaves 64.0 GiB"),
         ({"dram_available": 8 * GIB}, "only 8.0 of 64.0 GiB"),
         ({"numa_nodes": (NumaNode(0, (0,), GIB), NumaNode(1, (), GIB))}, "no CPU of NUMA node 1"),
-        ({"gpus": (Gpu("RTX", 24 * GIB),)}, "CPU only"),
+        ({"gpus": (Gpu("RTX", 24 * GIB),)}, "finds no GPU, so RTX is not used"),
     ],
 )
 def test_each_problem_is_told_with_advice(changes: dict[str, object], words: str) -> None:
     (text,) = problems(**changes)
     assert words in text
+
+
+def test_a_card_that_pytorch_uses_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert problems(gpus=(Gpu("RTX", 24 * GIB),)) == {}
 
 
 def test_a_broken_driver_is_told() -> None:

@@ -183,9 +183,19 @@ def _examine_gpus(report: Report) -> None:
             report.problems.append(
                 Problem(f"{gpu.name}: {gpu.problem}", "mend the driver if you want to use this card")
             )
-    if report.hardware.gpus:
-        text = "this version computes on the CPU only: the graphics card is not used"
-        report.problems.append(Problem(text, "nothing to do; models run from DRAM"))
+    usable = [gpu for gpu in report.hardware.gpus if not gpu.problem]
+    if usable and report.versions["torch"] is not None and not _torch_finds_a_gpu():
+        text = f"PyTorch {report.versions['torch']} finds no GPU, so {usable[0].name} is not used"
+        report.problems.append(Problem(text, "install a build of PyTorch for CUDA or ROCm (pytorch.org)"))
+
+
+def _torch_finds_a_gpu() -> bool:
+    try:
+        import torch
+
+        return torch.cuda.is_available()
+    except (ImportError, OSError, RuntimeError):  # a broken installation is what doctor is for
+        return False
 
 
 def _examine_model(report: Report, arguments: argparse.Namespace) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "STAGING_GROUP",
     "StepSizes",
     "VramBudget",
+    "cache_blocks",
     "is_absorbed",
     "require_gpu",
     "usable_gpu",
@@ -52,6 +53,11 @@ _FLOAT = 4
 _CHOICE_BYTES = 20  # an expert's number and whether the CPU has it (int64 each), its weight (float32)
 
 
+def cache_blocks(context: int) -> int:
+    """Blocks of a cache for `context` positions, of which each sequence of a batch may have begun one."""
+    return -(-context // KV_BLOCK) + MAX_BATCH
+
+
 @dataclass(frozen=True, slots=True)
 class StepSizes:
     """Numbers of floats by which the buffers of a step are measured.
@@ -73,7 +79,7 @@ class StepSizes:
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
         activations = min(PREFILL_CHUNK, context) * (_STREAMS * self.hidden_size + self.widest)
-        return (activations + 2 * MAX_BATCH * self.vocab_size + context * self.rotary) * _FLOAT
+        return (activations + 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary) * _FLOAT
 
     def mailbox_bytes(self, context: int) -> int:
         """Pinned DRAM through which the tokens of a chunk and those of a decode step are handed to the CPU and back."""
@@ -93,7 +99,7 @@ class VramBudget:
         context: positions that the cache has room for.
         weights: packed weights and vectors on the GPU.
         absorbed: both halves of MLA's `kv_b_proj` in bfloat16, by which queries and sums are multiplied.
-        kv_cache: states of `context` positions, in whole blocks, of the layers on the GPU.
+        kv_cache: states in `num_blocks` blocks, of the layers on the GPU.
         working: activations and logits.
         driver: what the driver takes.
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
@@ -113,7 +119,7 @@ class VramBudget:
     @property
     def num_blocks(self) -> int:
         """Blocks of the cache."""
-        return -(-self.context // KV_BLOCK)
+        return cache_blocks(self.context)
 
     @property
     def required(self) -> int:
@@ -170,7 +176,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         context=context,
         weights=plan.nbytes_on("gpu") - absorbed,
         absorbed=absorbed,
-        kv_cache=-(-context // KV_BLOCK) * KV_BLOCK * plan.kv_bytes_on("gpu"),
+        kv_cache=cache_blocks(context) * KV_BLOCK * plan.kv_bytes_on("gpu"),
         working=plan.step.working_bytes(context),
         driver=DRIVER_BYTES,
         expert_bytes=max((entry.expert_bytes for entry in cached), default=0),

@@ -4,8 +4,8 @@
 
 Every kernel is compared with float64 first; a wrong one ends the run. Times are those of a CUDA graph of 20 launches,
 divided by 20, the median of several replays. Attention in decode takes turns over 20 pools, as the layers of a model
-do (pools of short contexts then lie in the second-level cache). --sweep times one kind of attention (gqa-decode, mla-decode,
-gqa-prefill, mla-prefill) with its work cut up in many ways.
+do (pools of short contexts then lie in the second-level cache). --sweep times one kind of attention (gqa-decode,
+mla-decode, gqa-prefill, mla-prefill) with its work cut up in many ways.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ def test_everything_that_can_be_asked_for() -> None:
     asked = {"MOESAIC_ISA": " AVX2 ", "MOESAIC_THREADS": "3", "MOESAIC_NUMA_NODES": "2", "MOESAIC_PIN": "0"}
     settings = read_settings(asked)
     assert (settings.isa, settings.threads, settings.numa_nodes, settings.pin) == ("avx2", 3, 2, False)
+    assert settings.visible_gpus is None
+    assert read_settings({"CUDA_VISIBLE_DEVICES": ""}).visible_gpus == ()
+    assert read_settings({"CUDA_VISIBLE_DEVICES": "1, GPU-ab"}).visible_gpus == ("1", "GPU-ab")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ r"""Moesaic beside kt-kernel, llama.cpp and any llama-bench, in one run on this 
         --kt-python KT/bin/python --llama-python LLAMA/bin/python --llama-bench "ik -rtr=PATH -rtr 1"
 
 Each program lives in an environment of its own. Results are stored after every unit as peers.json and peers.md; with
---resume, units that are stored there and were run are not run again. A program that is missing, refuses or crashes
-becomes a cell that says so.
+--resume, units that are stored there and for which the time sufficed are not run again. A program that is missing,
+refuses or crashes becomes a cell that says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--llama-python", default="", help="environment of llama-cpp-python")
     parser.add_argument("--llama-bench", action="append", default=[], metavar="[LABEL=]'PATH ARGUMENTS'")
     parser.add_argument("--note", default="", help="what else to say of the machine or the builds")
+    parser.add_argument("--commit", default="", help="of Moesaic, where this is a copy without history")
     parser.add_argument("--parts", nargs="+", choices=["experts", "models"], default=["experts", "models"])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--formats", nargs="+", choices=list(PAIRINGS), default=list(PAIRINGS), help="of the experts")
@@ -95,16 +97,16 @@ def main(argv: list[str]) -> None:
     layers = {model: args.layers or (_QUICK_LAYERS if args.quick else _LAYERS)[model] for model in MODELS}
     args.out.mkdir(parents=True, exist_ok=True)
     stored = _start(args, argv, cache)
-    finished = {_key(unit): unit for unit in stored["units"] if unit["state"] == "ok"}
+    finished = {_key(unit): unit for unit in stored["units"] if _complete(unit)}
     stored["units"] = []
     for part, model, name in _plan(args):
-        unit = finished.pop((part, model, name), None)
+        unit, started = finished.pop((part, model, name), None), time.monotonic()
         if unit is None and part == "experts":
             unit = compare_experts(model, name, args, cache, memory, budget)
         elif unit is None:
             unit = compare_models(model, name, layers[model], args, memory, budget)
         stored["units"].append(unit)
-        print(f"{part} {model} {name}: {unit['state']}", flush=True)
+        print(f"{part} {model} {name}: {unit['state']}, {time.monotonic() - started:.0f} s", flush=True)
         _store(args.out, {**stored, "units": [*stored["units"], *finished.values()]})
     print(markdown({**stored, "units": [*stored["units"], *finished.values()]}))
 
@@ -121,7 +123,7 @@ def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, A
     """The stored document: a new one, or the one to go on with."""
     file = args.out / "peers.json"
     earlier = json.loads(file.read_text()) if args.resume and file.exists() else {"units": [], "commands": []}
-    machine = describe(args.threads, cache, args.note)
+    machine = describe(args.threads, cache, args.note, args.commit)
     machine["versions"] = {
         "moesaic": package_versions(args.python),
         "kt-kernel": package_versions(args.kt_python),
@@ -142,6 +144,11 @@ def _start(args: argparse.Namespace, argv: list[str], cache: int) -> dict[str, A
 def _without_folders(text: str) -> str:
     """Results are for others to read: where programs lie on this machine is not."""
     return " ".join(re.sub(r"[^=]*/", "", word) for word in text.split(" "))
+
+
+def _complete(unit: dict[str, Any]) -> bool:
+    """Every program of it has run, crashed or refused: time was not what was missing."""
+    return unit["state"] == "ok" and "not run" not in json.dumps(unit["programs"])
 
 
 def _key(unit: dict[str, Any]) -> tuple[str, str, str]:

@@ -32,9 +32,10 @@ def cache_bytes() -> int:
     return max(sizes) or 32 << 20
 
 
-def describe(threads: int, cache: int, note: str) -> dict[str, Any]:
-    """Processor, memory, rates measured now, versions, date."""
+def describe(threads: int, cache: int, note: str, commit: str = "") -> dict[str, Any]:
+    """Processor, memory, rates measured now, versions, date; `commit` is told of a copy that has no history."""
     hardware = detect_hardware()
+    commit = commit or _commit()
     bandwidth = read_bandwidth(min(4 * cache + (1 << 29), hardware.dram_available // 4), 2.0)
     return {
         "date": datetime.date.today().isoformat(),
@@ -53,7 +54,7 @@ def describe(threads: int, cache: int, note: str) -> dict[str, Any]:
         "virtual": "hypervisor" in Path("/proc/cpuinfo").read_text(errors="replace"),
         "system": f"Linux {platform.release().split('-')[0]}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}",
         "python": platform.python_version(),
-        "moesaic": f"{metadata.version('moesaic')}, commit {_commit()}" if _installed() else f"commit {_commit()}",
+        "moesaic": f"{metadata.version('moesaic')}, commit {commit}" if _installed() else f"commit {commit}",
         "load_average": os.getloadavg()[0],
         "note": note,
     }

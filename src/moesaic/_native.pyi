@@ -573,3 +573,39 @@ class DecoderStack:
         """
         All layers; x stays as it is. Layers with even numbers write to even_out, so the result is in even_out if their number is odd.
         """
+
+GAVE_UP: int = 9223372036854775807
+
+class ExpertServer:
+    """Answers a GPU's requests for routed experts; see csrc/handoff.h."""
+
+    def __init__(
+        self,
+        requested_ptr: int,
+        answered_ptr: int,
+        hidden_ptr: int,
+        chosen_ptr: int,
+        experts_ptr: int,
+        weights_ptr: int,
+        output_ptr: int,
+        max_tokens: int,
+        hidden_size: int,
+        top_k: int,
+        layers: Sequence[tuple[Experts, int]],
+    ) -> None:
+        """
+        layers: (experts, uses_ptr) of each; uses_ptr is uint32 [num_experts] to count in, or 0.
+        """
+
+    def serve(
+        self,
+        first_layer: int,
+        num_layers: int,
+        first_request: int,
+        num_tokens: int,
+        timeout_seconds: float,
+        times_ptr: int = 0,
+    ) -> int:
+        """
+        Answer one request for each of these layers; how many came in time. times_ptr: int64 [num_layers, 2], nanoseconds of the monotonic clock at arrival and answer, or 0.
+        """

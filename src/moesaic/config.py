@@ -4,6 +4,7 @@
     MOESAIC_THREADS    number of worker threads (default: the physical cores this process may use)
     MOESAIC_NUMA_NODES pretend so many memory nodes (default: those of the computer; 1: do not divide over nodes)
     MOESAIC_PIN        0: leave the threads to the system's scheduler instead of confining each to a core
+    CUDA_VISIBLE_DEVICES  graphics cards that this process may use, as NVIDIA's driver understands it
     XDG_STATE_HOME     folder for what programs remember, such as the chat's line history (default: ~/.local/state)
 
 It does not know what the settings are used for.
@@ -30,6 +31,7 @@ class Settings:
         threads: number of worker threads, at least 1.
         numa_nodes: number of memory nodes to pretend, at least 1.
         pin: whether threads are confined to cores.
+        visible_gpus: numbers or UUIDs of the graphics cards to use; empty for none, None for all.
         state_dir: folder of what Moesaic remembers between runs; it need not exist.
     """
 
@@ -37,6 +39,7 @@ class Settings:
     threads: int | None = None
     numa_nodes: int | None = None
     pin: bool = True
+    visible_gpus: tuple[str, ...] | None = None
     state_dir: Path = Path()
 
 
@@ -50,6 +53,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     pin = env.get("MOESAIC_PIN", "").strip() or "1"
     if pin not in ("0", "1"):
         raise ConfigError(f"MOESAIC_PIN is '{pin}': expected 0 or 1.")
+    visible = env.get("CUDA_VISIBLE_DEVICES")
     state_home = env.get("XDG_STATE_HOME", "")
     # The XDG specification: a relative path is invalid and to be ignored.
     state = Path(state_home) if state_home.startswith("/") else Path.home() / ".local" / "state"
@@ -58,6 +62,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         threads=_positive(env, "MOESAIC_THREADS"),
         numa_nodes=_positive(env, "MOESAIC_NUMA_NODES"),
         pin=pin == "1",
+        visible_gpus=None if visible is None else tuple(word.strip() for word in visible.split(",") if word.strip()),
         state_dir=state / "moesaic",
     )
 

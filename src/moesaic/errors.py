@@ -12,6 +12,7 @@
     │   ├── RuleError              a placement file is wrong (names file and line)
     │   └── PlanDoesNotFitError    the plan needs more memory than the machine has
     ├── KernelError                a native kernel was called wrongly or failed
+    │   └── ExpertTimeoutError     the CPU and the GPU waited for each other too long
     └── GenerationError            a request cannot be answered
 
 A message names the file, tensor or rule, what was found, what was expected, and what to do next. This module knows
@@ -25,6 +26,7 @@ import os
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ExpertTimeoutError",
     "GenerationError",
     "KernelError",
     "ModelNotFoundError",
@@ -108,6 +110,10 @@ class PlanDoesNotFitError(PlanError):
 
 class KernelError(MoesaicError):
     """A native kernel was called with shapes, types or pointers that it cannot take, or a worker failed."""
+
+
+class ExpertTimeoutError(KernelError):
+    """A step on the GPU and the experts on the CPU waited for each other too long; the step is lost, no more."""
 
 
 class GenerationError(MoesaicError):

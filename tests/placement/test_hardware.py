@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moesaic.placement import detect_hardware
+from moesaic.placement import detect_gpus, detect_hardware
 
 GIB = 1024**3
 
@@ -136,6 +136,46 @@ def test_nvidia_cards(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (second.name, second.memory_total) == ("NVIDIA A1", 0)
 
 
+CARDS = """cat <<EOF
+NVIDIA H200, 143771, 580.10, 141000, GPU-aaaa
+NVIDIA L4, 23034, 580.10, 20000, GPU-bbbb
+NVIDIA GB10, [N/A], 580.10, [N/A], GPU-cccc
+EOF"""
+
+
+def test_free_memory_of_nvidia_cards(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvidia_smi(machine / "bin", monkeypatch, CARDS)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus = detect_gpus(machine)
+    assert [(gpu.index, gpu.memory_total, gpu.memory_free) for gpu in gpus] == [
+        (0, 143771 * 1024**2, 141000 * 1024**2),
+        (1, 23034 * 1024**2, 20000 * 1024**2),
+        (2, 0, 0),
+    ]
+    assert detect_hardware(with_gpus=True, root=machine).gpus == gpus
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [
+        ("1", ["NVIDIA L4"]),
+        ("1,0", ["NVIDIA L4", "NVIDIA H200"]),
+        ("GPU-cc", ["NVIDIA GB10"]),
+        ("", []),
+        ("-1", []),
+        ("0,7,1", ["NVIDIA H200"]),  # the driver stops at what it does not know
+    ],
+)
+def test_only_visible_cards_count(
+    visible: str, names: list[str], machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_nvidia_smi(machine / "bin", monkeypatch, CARDS)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    gpus = detect_gpus(machine)
+    assert [gpu.name for gpu in gpus] == names
+    assert [gpu.index for gpu in gpus] == list(range(len(names)))
+
+
 def test_a_failing_nvidia_smi_is_reported(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvidia_smi(machine / "bin", monkeypatch, "exit 9")
     (gpu,) = detect_hardware(with_gpus=True, root=machine).gpus
@@ -150,11 +190,12 @@ def test_an_amd_card(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {
             f"{device}/vendor": "0x1002",
             f"{device}/mem_info_vram_total": str(24 * GIB),
+            f"{device}/mem_info_vram_used": str(3 * GIB),
             f"{device}/product_name": "W7900",
         },
     )
     (gpu,) = detect_hardware(with_gpus=True, root=machine).gpus
-    assert (gpu.name, gpu.memory_total) == ("W7900", 24 * GIB)
+    assert (gpu.name, gpu.memory_total, gpu.memory_free) == ("W7900", 24 * GIB, 21 * GIB)
 
 
 def test_this_machine() -> None:

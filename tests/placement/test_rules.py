@@ -48,6 +48,32 @@ def test_templates_load_and_match_everything(name: str) -> None:
     assert rules.find("model.anything", "other", "Thing") is not DEFAULT_RULE
 
 
+def test_devices_in_all_their_spellings() -> None:
+    for word in ("gpu", "gpu:0", "cuda", "cuda:0", "hip:0", "rocm"):
+        (rule,) = parse_rules(f"rules:\n  - match: {{role: mlp}}\n    device: {word}", "test.yaml").rules
+        assert rule.device == "gpu"
+
+
+@pytest.mark.parametrize(
+    ("text", "may", "needs"),
+    [
+        ("cpu", False, False),
+        ("auto", True, False),
+        ("hybrid", True, True),
+        ("layers", True, True),
+        ("gpu", True, True),
+        ("rules:\n  - match: {role: mlp}\n    device: cpu", True, False),
+        ("strategy: cpu\nrules:\n  - match: {role: mlp}\n    device: cpu", False, False),
+        ("strategy: hybrid\nrules:\n  - match: {role: mlp}\n    format: keep", True, True),
+        ("strategy: hybrid\nrules:\n  - match: {name: '*'}\n    device: cpu", False, False),
+    ],
+)
+def test_who_needs_a_gpu(text: str, may: bool, needs: bool) -> None:
+    rules = load_plan(text) if text in TEMPLATES else parse_rules(text, "test.yaml")
+    assert (rules.may_use_gpu, rules.needs_gpu) == (may, needs)
+    assert rules.name == (text if text in TEMPLATES else "test.yaml")
+
+
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)
@@ -59,7 +85,7 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         ("", 1, "empty"),
         ("rules: [", 1, "not valid YAML"),
-        ("- match: {role: experts}", 1, "expected a mapping with description or rules"),
+        ("- match: {role: experts}", 1, "expected a mapping with description, strategy or rules"),
         ("description: x", 1, "no 'rules'"),
         ("rules: {}", 1, "expected a list"),
         ("rules:\n  - match: {role: expert}\n    format: keep", 2, "Did you mean 'experts'?"),
@@ -68,7 +94,10 @@ def test_a_file_is_read(tmp_path: Path) -> None:
         ("rules:\n  - match: {role: experts}\n    format: Q4_KM", 3, "Did you mean 'Q4_K'?"),
         ("rules:\n  - match: {role: experts}\n    format: {gat: Q4_K}", 3, "Did you mean 'gate'?"),
         ("rules:\n  - match: {role: experts}\n    format: {}", 3, "'format' is empty"),
-        ("rules:\n  - match: {role: experts}\n    device: cuda:0", 3, "on the CPU only"),
+        ("rules:\n  - match: {role: experts}\n    device: cuda:1", 3, "one GPU is used, number 0: write 'gpu'"),
+        ("rules:\n  - match: {role: experts}\n    device: xpu", 3, "expected auto, cpu or gpu"),
+        ("strategy: hybird\nrules:\n  - match: {role: experts}\n    format: keep", 1, "Did you mean 'hybrid'?"),
+        ("rules:\n  - match: {role: experts}\n    format: keep\nstrategy: [auto]", 4, "strategy is a list"),
         ("rules:\n  - match: {role: experts}\n    device: disk", 3, "unknown device 'disk'"),
         ("rules:\n  - match: {role: experts}\n    implementation: mosaic", 3, "Did you mean 'moesaic'?"),
         ("rules:\n  - match: {role: experts}\n", 2, "only matches"),
@@ -107,8 +136,7 @@ def test_hostile_files_end_in_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("hybrid", "on a GPU, which this version cannot do yet"),
-        ("gpu", "use 'auto' or 'cpu'"),
+        ("hybird", "Did you mean 'hybrid'?"),
         ("atuo", "Did you mean 'auto'?"),
         ("nowhere.yaml", "no such placement file"),
     ],

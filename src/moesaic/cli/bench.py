@@ -8,11 +8,12 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_any_model_arguments, list_presets, positive_int
+from moesaic.cli.options import add_any_model_arguments, add_budget_arguments, list_presets, positive_int
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
     from moesaic.engine.bench import BenchResult
+    from moesaic.engine.gpu.bench import GpuFigures
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
@@ -27,8 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic bench`."""
     parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
     add_any_model_arguments(parser)
+    add_budget_arguments(parser)
     parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="tokens to decode (32)")
     parser.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt (decode: 16, prefill: 512)")
+    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences at once, on a GPU (1)")
     parser.add_argument("--repeat", type=positive_int, default=3, metavar="N", help="take the median of N runs (3)")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -54,11 +57,32 @@ def run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         gguf=arguments.gguf,
         plan=arguments.plan,
+        vram=arguments.vram,
+        context=arguments.context,
+        batch=arguments.batch,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
     )
     print(json.dumps(asdict(result), indent=2) if arguments.json else _render(result))
     return 0
+
+
+def _gpu_lines(gpu: GpuFigures) -> list[str]:
+    lines = [f"plan: {gpu.strategy} on {gpu.device}, {gpu.vram_peak / 2**30:.2f} GiB of VRAM at most"]
+    if gpu.num_slots:
+        lines.append(f"expert cache: {gpu.num_slots} experts, {gpu.hit_rate:.1%} hits")
+    if gpu.step_seconds is not None and gpu.experts_seconds is not None and gpu.between_seconds is not None:
+        lines.append(
+            f"a step: {gpu.step_seconds * 1e3:.2f} ms, of which experts on the CPU {gpu.experts_seconds * 1e3:.2f} ms, "
+            f"from answers to next requests {gpu.between_seconds * 1e3:.2f} ms"
+        )
+    if gpu.roofline_seconds is not None and gpu.dram_bytes is not None and gpu.vram_bytes is not None:
+        lines.append(
+            f"limit: {gpu.roofline_seconds * 1e3:.2f} ms ({gpu.dram_bytes / 1e9:.3f} GB from DRAM beside "
+            f"{gpu.vram_bytes / 1e9:.3f} GB from VRAM at {gpu.vram_bandwidth:.0f} GB/s, and hand-offs), of which the "
+            f"step reaches {gpu.roofline_share:.0%}"
+        )
+    return lines
 
 
 def _render(result: BenchResult) -> str:
@@ -74,7 +98,10 @@ def _render(result: BenchResult) -> str:
             f"read: {result.gigabytes_per_second:.1f} GB/s, {result.bandwidth_share:.0%} of the "
             f"{result.read_bandwidth:.1f} GB/s that this computer reads (median)"
         )
-    lines.append(f"outside native calls: {result.python_share:.1%} of the time")
+    if result.python_share is not None:
+        lines.append(f"outside native calls: {result.python_share:.1%} of the time")
+    if result.gpu is not None:
+        lines.extend(_gpu_lines(result.gpu))
     if result.extrapolated_tokens_per_second is not None:
         lines.append(
             f"extrapolated (not measured) to all {result.total_layers} layers: "

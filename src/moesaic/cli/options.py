@@ -1,20 +1,17 @@
-"""Options that several subcommands share, and what they lead to: numbers that are checked, a model that is prepared."""
+"""Options that several subcommands share, with numbers and sizes that are checked."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from moesaic.engine.loader import Prepared
 
 __all__ = [
     "add_any_model_arguments",
+    "add_budget_arguments",
     "add_model_arguments",
     "add_threads_argument",
+    "byte_size",
     "list_presets",
     "positive_int",
-    "prepare_model",
 ]
 
 
@@ -24,6 +21,16 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return value
+
+
+def byte_size(text: str) -> int:
+    """A size such as 24GiB in bytes, for argparse."""
+    from moesaic.placement.units import parse_size
+
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_threads_argument(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +47,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "org/name:QUANT from the Hugging Face hub",
     )
     _add_source_arguments(parser)
+    add_budget_arguments(parser)
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what a plan may use: VRAM, and the context that its cache is for."""
+    parser.add_argument(
+        "--vram", type=byte_size, metavar="SIZE", help="GPU memory to use, e.g. 24GiB (default: what is free)"
+    )
+    parser.add_argument(
+        "--context", type=positive_int, metavar="N", help="tokens of cache to leave room for (default: 4096)"
+    )
 
 
 def add_any_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +73,13 @@ def add_any_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gguf", metavar="FILE", help="take MODEL's weights from this GGUF file instead")
-    parser.add_argument("--plan", default="auto", metavar="PLAN", help="auto, cpu, or a YAML file of placement rules")
+    parser.add_argument(
+        "--plan",
+        default="auto",
+        metavar="PLAN",
+        help="auto, cpu, hybrid (routed experts on the CPU, the rest on the GPU), layers (the first layers on the "
+        "GPU), gpu, or a YAML file of placement rules",
+    )
     parser.add_argument("--offline", action="store_true", help="use only what is on this computer already")
 
 
@@ -64,10 +88,3 @@ def list_presets() -> str:
     from moesaic.engine.presets import PRESETS
 
     return "\n".join(f"{name:<18} {preset.description}" for name, preset in PRESETS.items())
-
-
-def prepare_model(arguments: argparse.Namespace) -> Prepared:
-    """Open the model that the arguments name and make its plan; reads no weight."""
-    from moesaic.engine.loader import prepare
-
-    return prepare(arguments.model, gguf=arguments.gguf, plan=arguments.plan, offline=arguments.offline)

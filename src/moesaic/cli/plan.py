@@ -3,39 +3,163 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_model_arguments, positive_int, prepare_model
+from moesaic.cli.options import (
+    add_any_model_arguments,
+    add_budget_arguments,
+    list_presets,
+)
+from moesaic.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moesaic.placement import Hardware, Plan, VramBudget
+    from moesaic.placement.roofline import Bandwidths, Roofline
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
 HELP = "show where every module would go and what it takes"
 DESCRIPTION = (
-    "Print the placement of a model (module, count, implementation, device, format, bytes), the DRAM that it takes and "
-    "the bytes that one token reads. No weight is loaded. Exit code 1 if it does not fit."
+    "Print the placement of a model (module, count, implementation, device, format, bytes), the DRAM and VRAM that it "
+    "takes, how the VRAM is divided, and the bytes that one token reads. No weight is loaded. Exit code 1 if it does "
+    "not fit."
 )
+
+_PROBE_SECONDS = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic plan`."""
-    add_model_arguments(parser)
-    parser.add_argument("--context", type=positive_int, default=4096, metavar="N", help="tokens of cache (4096)")
+    add_any_model_arguments(parser)
+    add_budget_arguments(parser)
+    parser.add_argument(
+        "--bandwidth",
+        type=_bandwidths,
+        metavar="dram=R,vram=R",
+        help="how fast memory is read, e.g. dram=97GB/s,vram=3350GB/s, for the decode speed that this allows",
+    )
+    parser.add_argument("--measure", action="store_true", help="measure how fast DRAM is read (a second or two)")
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan; raises PlanDoesNotFitError after that if there is too little memory."""
-    from moesaic.placement import detect_hardware
+    if arguments.synthetic == "list":
+        print(list_presets())
+        return 0
+    if (arguments.model is None) == (arguments.synthetic is None):
+        raise ConfigError("plan needs either MODEL or --synthetic PRESET ('--synthetic list' shows the presets).")
+    from moesaic.engine.loader import this_computer
+
+    plan = _plan(arguments)
+    hardware = this_computer(plan.uses_gpu)
+    budget = plan.vram_budget(hardware)
+    bandwidths = _known_bandwidths(arguments, hardware)
+    print(_json(plan, budget, bandwidths) if arguments.json else _render(plan, budget, bandwidths))
+    plan.check_fits(hardware)
+    if not arguments.json:
+        print(_fits(plan, budget, hardware))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    from moesaic.engine.bench import prepare_subject
+    from moesaic.placement import DEFAULT_CONTEXT
+
+    prepared, _ = prepare_subject(
+        arguments.model,
+        arguments.synthetic,
+        arguments.format,
+        arguments.layers,
+        arguments.gguf,
+        arguments.plan,
+        arguments.offline,
+        vram=arguments.vram,
+        context=arguments.context or DEFAULT_CONTEXT,
+    )
+    prepared.checkpoint.close()
+    return prepared.plan
+
+
+def _bandwidths(text: str) -> Bandwidths:
+    """For argparse: "dram=97GB/s,vram=3350GB/s", or one of the two."""
+    from moesaic.placement.roofline import Bandwidths
+    from moesaic.placement.units import parse_bandwidth
+
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, rate = part.partition("=")
+        if name.strip() not in ("dram", "vram") or name.strip() in found:
+            raise argparse.ArgumentTypeError(f"'{part}': expected dram=RATE, vram=RATE or both, such as dram=97GB/s")
+        try:
+            found[name.strip()] = parse_bandwidth(rate)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return Bandwidths(**found)
+
+
+def _known_bandwidths(arguments: argparse.Namespace, hardware: Hardware) -> Bandwidths:
+    """Those given; DRAM's measured if that was asked for and it was not given."""
+    from moesaic.placement.roofline import Bandwidths
+
+    given: Bandwidths = arguments.bandwidth or Bandwidths()
+    if not arguments.measure or given.dram is not None:
+        return given
+    from moesaic.kernels import read_bandwidth, set_num_threads
+
+    if arguments.threads is not None:
+        set_num_threads(arguments.threads)
+    return Bandwidths(read_bandwidth(hardware.probe_bytes, _PROBE_SECONDS).median, given.vram)
+
+
+def _json(plan: Plan, budget: VramBudget | None, bandwidths: Bandwidths) -> str:
+    from moesaic.placement.roofline import decode_roofline
+
+    more: dict[str, object] = {"vram_budget": None, "bandwidths": asdict(bandwidths), "roofline": None}
+    if budget is not None:
+        derived = ("num_blocks", "required", "shortfall", "staging_experts", "staging", "cache_experts", "cache")
+        more["vram_budget"] = asdict(budget) | {name: getattr(budget, name) for name in derived}
+    roofline = decode_roofline(plan, bandwidths)
+    if roofline is not None:
+        more["roofline"] = asdict(roofline) | {"tokens_per_second": roofline.tokens_per_second}
+    return plan.to_json(more)
+
+
+def _render(plan: Plan, budget: VramBudget | None, bandwidths: Bandwidths) -> str:
+    from moesaic.placement.roofline import decode_roofline
+    from moesaic.placement.table import format_bytes, render_budget
+
+    parts = [plan.table(), ""]
+    if budget is not None:
+        pinned = format_bytes(plan.pinned_bytes())
+        parts += [render_budget(budget), f"pinned DRAM: {pinned} to hand over between GPU and CPU", ""]
+    return "\n".join([*parts, _render_roofline(plan, bandwidths, decode_roofline(plan, bandwidths))])
+
+
+def _render_roofline(plan: Plan, bandwidths: Bandwidths, roofline: Roofline | None) -> str:
     from moesaic.placement.table import format_bytes
 
-    prepared = prepare_model(arguments)
-    plan, hardware = prepared.plan, detect_hardware()
-    prepared.checkpoint.close()
-    print(plan.to_json() if arguments.json else plan.table())
-    plan.check_fits(hardware, arguments.context)
-    if not arguments.json:
-        print(
-            f"fits: with a cache for {arguments.context} tokens it takes "
-            f"{format_bytes(plan.required_bytes(arguments.context))} of the {format_bytes(hardware.dram_available)} "
-            "available"
-        )
-    return 0
+    dram, vram = format_bytes(plan.bytes_per_token_on("cpu")), format_bytes(plan.bytes_per_token_on("gpu"))
+    read = f"a token reads {dram} from DRAM" + (f" and {vram} from VRAM" if plan.uses_gpu else "")
+    if roofline is None:
+        wanted = "dram=97GB/s,vram=3350GB/s" if plan.uses_gpu else "dram=97GB/s"
+        return f"{read}; for the decode speed that this allows: --measure, or --bandwidth {wanted}"
+    times = [f"{roofline.dram_seconds * 1e3:.2f} ms for DRAM at {bandwidths.dram or 0:.1f} GB/s"]
+    if roofline.vram_seconds is None:
+        times.append("VRAM left out: its bandwidth is not known (--bandwidth vram=3350GB/s)")
+    elif plan.uses_gpu:
+        times.append(f"{roofline.vram_seconds * 1e3:.2f} ms for VRAM at {bandwidths.vram or 0:.1f} GB/s")
+        times.append(f"{roofline.overlap_seconds * 1e3:.2f} ms of both at once")
+    without = ", without hits in the expert cache" if plan.uses_gpu else ""
+    return f"{read}: at most {roofline.tokens_per_second:.2f} tok/s ({', '.join(times)}; short context{without})"
+
+
+def _fits(plan: Plan, budget: VramBudget | None, hardware: Hardware) -> str:
+    from moesaic.placement.table import format_bytes
+
+    needed, available = format_bytes(plan.required_bytes()), format_bytes(hardware.dram_available)
+    text = f"fits: with a cache for {plan.context} tokens it takes {needed} of the {available} available"
+    if budget is None:
+        return text
+    return f"{text} in DRAM, and at least {format_bytes(budget.required)} of VRAM"

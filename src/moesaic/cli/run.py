@@ -103,6 +103,7 @@ def _load(arguments: argparse.Namespace) -> Session:
     """Load model and tokenizer; progress and notes go to standard error."""
     from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
     from moesaic.engine.session import Session
+    from moesaic.placement import DEFAULT_CONTEXT
 
     with warnings.catch_warnings(record=True) as notes:  # says when a tokenizer may be inexact
         warnings.simplefilter("always", UserWarning)
@@ -115,6 +116,8 @@ def _load(arguments: argparse.Namespace) -> Session:
         arguments.model,
         gguf=arguments.gguf,
         plan=arguments.plan,
+        vram=arguments.vram,
+        context=arguments.context or DEFAULT_CONTEXT,
         threads=arguments.threads,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),

@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moesaic.engine.loader import load, prepare
 from moesaic.engine.packing import Progress
+from moesaic.errors import ConfigError
 from moesaic.kernels import set_num_threads
 from moesaic.models import load_tokenizer
-from moesaic.placement import Plan, Rules
+from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules
+from moesaic.placement.units import parse_size
 from moesaic.weights import open_checkpoint, resolve
 
 __all__ = ["AutoModelForCausalLM", "AutoTokenizer"]
@@ -30,6 +32,8 @@ class AutoModelForCausalLM:
         *,
         gguf: str | Path | None = None,
         plan: str | Path | Rules | Plan = "auto",
+        vram: int | str | None = None,
+        context: int = DEFAULT_CONTEXT,
         threads: int | None = None,
         progress: Progress = True,
         offline: bool = False,
@@ -39,7 +43,9 @@ class AutoModelForCausalLM:
         Args:
             model: `demo`, a folder with safetensors, a `.gguf`, `org/name` or `org/name:QUANT` on the hub.
             gguf: a GGUF to take the weights and the configuration from instead.
-            plan: a template's name, a placement file, rules, or a plan.
+            plan: a template's name (auto, cpu, hybrid, layers, gpu), a placement file, rules, or a plan.
+            vram: memory of the GPU to use at most, in bytes or as in "24GiB"; what is free, less a margin, if None.
+            context: tokens of cache to leave room for; on a GPU no more fit.
             threads: threads of the kernels, at least 1; None takes MOESAIC_THREADS or the physical cores.
             progress: True draws a bar, False is silent, a function is called with (bytes done, bytes in all).
             offline: take from the hub only what is on this computer.
@@ -49,7 +55,18 @@ class AutoModelForCausalLM:
         """
         if threads is not None:
             set_num_threads(threads)
-        return load(prepare(model, gguf=gguf, plan=plan, offline=offline), progress=progress)
+        prepared = prepare(model, gguf=gguf, plan=plan, vram=_bytes(vram), context=context, offline=offline)
+        return load(prepared, progress=progress)
+
+
+def _bytes(vram: int | str | None) -> int | None:
+    try:
+        size = parse_size(vram) if isinstance(vram, str) else vram
+    except ValueError as error:
+        raise ConfigError(f"vram: {error}.") from error
+    if size is not None and size < 1:
+        raise ConfigError(f"vram is {size}: expected bytes above 0, or a size such as '24GiB'.")
+    return size
 
 
 class AutoTokenizer:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
 
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.engine.timed_runs import TimedRuns, What
-from moesaic.errors import GenerationError
+from moesaic.errors import ConfigError, GenerationError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
-from moesaic.placement import Plan, detect_hardware
+from moesaic.placement import DEFAULT_CONTEXT, Hardware, Plan, Rules, detect_hardware
 from moesaic.quant import WeightFormat, get_format
+
+if TYPE_CHECKING:
+    from moesaic.engine.gpu.bench import GpuFigures
+    from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 
 __all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_subject", "prepare_synthetic"]
 
@@ -50,6 +57,9 @@ class BenchResult:
         python_share: share of the time that no native call was computing, in a run of its own.
         layer_share: share of the time spent in decoder layers, from that run.
         extrapolated_tokens_per_second: with all layers, if fewer were run: calculated, not measured.
+        batch: sequences that ran together.
+        gpu: what there is to say about a model on a GPU (see `engine.gpu.bench`); bandwidth and shares of Python and
+            layers are None then.
     """
 
     what: What
@@ -68,9 +78,11 @@ class BenchResult:
     read_bandwidth: float
     gigabytes_per_second: float | None
     bandwidth_share: float | None
-    python_share: float
-    layer_share: float
+    python_share: float | None
+    layer_share: float | None
     extrapolated_tokens_per_second: float | None
+    batch: int = 1
+    gpu: GpuFigures | None = None
 
 
 def measure(
@@ -86,6 +98,9 @@ def measure(
     threads: int | None = None,
     gguf: str | None = None,
     plan: str = "auto",
+    vram: int | None = None,
+    context: int | None = None,
+    batch: int = 1,
     offline: bool = False,
     progress: bool = False,
 ) -> BenchResult:
@@ -103,6 +118,9 @@ def measure(
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
         plan: as for `from_pretrained`.
+        vram: bytes, as for `from_pretrained`.
+        context: as for `from_pretrained`; what the bench needs, at least 4096, if None.
+        batch: sequences that run together; more than 1 on a GPU only.
         offline: as for `from_pretrained`.
         progress: as for `from_pretrained`.
 
@@ -111,27 +129,69 @@ def measure(
         UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
         PlanDoesNotFitError: the model does not fit in memory.
         GenerationError: prompt and tokens are longer than the context.
+        PlanError: the plan cannot be made.
     """
     if threads is not None:
         set_num_threads(threads)
-    prepared, total_layers = prepare_subject(model, preset, weight_format, num_layers, gguf, plan, offline)
     new_tokens = num_tokens + 1 if what == "decode" else 1
+    needed = batch * (prompt_tokens + new_tokens)
+    if context is not None and context < needed:
+        raise GenerationError(f"the bench needs {needed} positions, but --context is {context}.")
+    prepared, total_layers = prepare_subject(
+        model,
+        preset,
+        weight_format,
+        num_layers,
+        gguf,
+        plan,
+        offline,
+        vram=vram,
+        context=context or max(DEFAULT_CONTEXT, needed),
+    )
     _check_context(prepared, prompt_tokens + new_tokens)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
-    bench = TimedRuns(load(prepared, progress=progress), what, prompt_tokens, new_tokens)
+    if batch > 1 and not prepared.plan.uses_gpu:
+        raise ConfigError("several sequences at once (--batch) are measured on a GPU only: leave it out.")
+    bench = _timed_runs(load(prepared, progress=progress), what, prompt_tokens, new_tokens, batch)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
     return _result(prepared, bench, runs, model=preset or str(model), total_layers=total_layers, bandwidth=bandwidth)
 
 
+def _timed_runs(
+    model: PreTrainedModel, what: What, prompt_tokens: int, new_tokens: int, batch: int
+) -> TimedRuns | GpuTimedRuns:
+    runner = getattr(model, "runner", None)
+    if runner is None:
+        return TimedRuns(model, what, prompt_tokens, new_tokens)
+    from moesaic.engine.gpu.timed_runs import GpuTimedRuns
+
+    return GpuTimedRuns(runner, what, prompt_tokens, new_tokens, batch)
+
+
 def _result(
-    prepared: Prepared, bench: TimedRuns, runs: tuple[float, ...], *, model: str, total_layers: int, bandwidth: float
+    prepared: Prepared,
+    bench: TimedRuns | GpuTimedRuns,
+    runs: tuple[float, ...],
+    *,
+    model: str,
+    total_layers: int,
+    bandwidth: float,
 ) -> BenchResult:
     """Put together what was measured and what follows from it."""
     plan, run_layers = prepared.plan, num_layers_of(prepared)
     rate = statistics.median(runs)
-    achieved = rate * plan.bytes_per_token / _GIGA if bench.what == "decode" else None
-    python_share, layer_share = bench.profile()
+    achieved = python_share = layer_share = gpu = None
+    batch = 1
+    if isinstance(bench, TimedRuns):
+        achieved = rate * plan.bytes_per_token / _GIGA if bench.what == "decode" else None
+        python_share, layer_share = bench.profile()
+        extrapolated = _extrapolate(rate, layer_share, run_layers, total_layers)
+    else:
+        from moesaic.engine.gpu.bench import gpu_figures
+
+        gpu, batch = gpu_figures(bench.runner, plan, bench, bandwidth), bench.batch
+        extrapolated = _extrapolate(rate, bench.layer_share(), run_layers, total_layers)
     return BenchResult(
         what=bench.what,
         model=model,
@@ -151,7 +211,9 @@ def _result(
         bandwidth_share=None if achieved is None else achieved / bandwidth,
         python_share=python_share,
         layer_share=layer_share,
-        extrapolated_tokens_per_second=_extrapolate(rate, layer_share, run_layers, total_layers),
+        extrapolated_tokens_per_second=extrapolated,
+        batch=batch,
+        gpu=gpu,
     )
 
 
@@ -161,18 +223,33 @@ def prepare_subject(
     weight_format: str,
     num_layers: int | None,
     gguf: str | None,
-    plan: str,
+    plan: str | Rules,
     offline: bool,
+    *,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
+    hardware: Hardware | None = None,
 ) -> tuple[Prepared, int]:
     """What a bench or an estimate is of, a preset's synthetic weights or a model, and how many layers all of it has."""
     if preset is not None:
-        return prepare_synthetic(preset, get_format(weight_format), num_layers, plan), get_preset(preset).num_layers
+        fmt = get_format(weight_format)
+        made = prepare_synthetic(preset, fmt, num_layers, plan, vram=vram, context=context, hardware=hardware)
+        return made, get_preset(preset).num_layers
     assert model is not None
-    prepared = prepare(model, gguf=gguf, plan=plan, offline=offline)
+    prepared = prepare(model, gguf=gguf, plan=plan, vram=vram, context=context, offline=offline, hardware=hardware)
     return prepared, num_layers_of(prepared)
 
 
-def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int | None, plan: str) -> Prepared:
+def prepare_synthetic(
+    preset: str,
+    weight_format: WeightFormat,
+    num_layers: int | None,
+    plan: str | Rules,
+    *,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
+    hardware: Hardware | None = None,
+) -> Prepared:
     """A model of a preset's dimensions with random weights, ready to load; every expert gets memory of its own.
 
     All matrices have `weight_format`, apart from routers (F32).
@@ -189,7 +266,7 @@ def prepare_synthetic(preset: str, weight_format: WeightFormat, num_layers: int 
         return weight_format
 
     checkpoint = synthetic_checkpoint(build_meta_model(config), format_of, name=preset, seed=_SEED)
-    return prepare_checkpoint(checkpoint, plan, config=config)
+    return prepare_checkpoint(checkpoint, plan, config=config, vram=vram, context=context, hardware=hardware)
 
 
 def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:

@@ -55,10 +55,14 @@ class _MoesaicCausalLM:
             "with `moesaic quantize MODEL OUT.gguf --format F`."
         )
 
+    def new_cache(self) -> Any:
+        """The cache that `generate()` uses by default, empty; it may be kept and passed to later calls."""
+        return GrowingCache(self.config)  # type: ignore[attr-defined]
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.GenerationMixin.generate`; the cache is a `GrowingCache` unless another one is asked for."""
+        """As `transformers.GenerationMixin.generate`; the cache is `new_cache()` unless another one is asked for."""
         if _uses_default_cache(self, kwargs):
-            kwargs[CACHE_ARGUMENT] = GrowingCache(self.config)  # type: ignore[attr-defined]
+            kwargs[CACHE_ARGUMENT] = self.new_cache()
         with _one_torch_thread() if self._all_layers_fused else contextlib.nullcontext():
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 

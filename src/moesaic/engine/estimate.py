@@ -13,8 +13,9 @@ from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.decode_probe import Overhead, Probe, measure_overhead
 from moesaic.engine.decode_work import DecodeWork, decode_work
 from moesaic.engine.loader import Prepared
+from moesaic.errors import PlanError
 from moesaic.kernels import active_isa, num_threads, set_num_threads, tiles_from
-from moesaic.placement import Plan, detect_hardware
+from moesaic.placement import Plan, detect_hardware, load_plan
 from moesaic.quant import WeightFormat, get_format
 
 __all__ = ["Estimate", "Part", "Products", "divide", "estimate_decode", "fastest_paths"]
@@ -104,7 +105,7 @@ def estimate_decode(
         num_layers: layers of a synthetic model; all if None.
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
-        plan: as for `from_pretrained`.
+        plan: a template or file that places nothing on a GPU; `auto` is taken as on a computer without one.
         offline: as for `from_pretrained`.
 
     Raises:
@@ -112,13 +113,22 @@ def estimate_decode(
         UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
         ModelNotFoundError: there is no such model.
         CheckpointError: a file of it is damaged.
+        PlanError: the plan uses a GPU.
     """
     if threads is not None:
         set_num_threads(threads)
-    prepared, total_layers = prepare_subject(model, preset, weight_format, num_layers, gguf, plan, offline)
+    rules, hardware = load_plan(plan), detect_hardware()  # without GPUs: what is estimated is the CPU
+    if rules.needs_gpu:
+        raise PlanError(
+            f"plan '{rules.name}' uses a GPU, but decode speed is estimated for the CPU alone: leave --plan out, or "
+            "see the bound that 'moesaic plan --bandwidth' prints."
+        )
+    prepared, total_layers = prepare_subject(
+        model, preset, weight_format, num_layers, gguf, rules, offline, hardware=hardware
+    )
     prepared.checkpoint.close()
     work = decode_work(prepared)
-    probe = Probe(detect_hardware().cold_bytes, _SECONDS)
+    probe = Probe(hardware.cold_bytes, _SECONDS)
     parts = divide(work, probe, measure_overhead(work.vocab_size, _DEMO_SECONDS), bandwidth)
     return _estimate(prepared, preset or str(model), total_layers, parts)
 

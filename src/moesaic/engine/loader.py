@@ -6,9 +6,10 @@ knows the order of the steps and no detail of any of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
@@ -17,10 +18,19 @@ from moesaic.engine.packing import Progress, run_jobs
 from moesaic.errors import CheckpointError
 from moesaic.kernels import binds_memory, num_threads
 from moesaic.models import WeightMap, build_meta_model, build_weight_map, config_for, generation_config_for
-from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan, make_plan
+from moesaic.placement import (
+    DEFAULT_CONTEXT,
+    Hardware,
+    Plan,
+    Rules,
+    detect_gpus,
+    detect_hardware,
+    load_plan,
+    make_plan,
+)
 from moesaic.weights import Checkpoint, open_checkpoint, resolve
 
-__all__ = ["Prepared", "load", "prepare", "prepare_checkpoint"]
+__all__ = ["Prepared", "load", "prepare", "prepare_checkpoint", "this_computer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,8 @@ def prepare(
     *,
     gguf: str | Path | None = None,
     plan: str | Path | Rules | Plan = "auto",
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
     offline: bool = False,
     hardware: Hardware | None = None,
 ) -> Prepared:
@@ -56,6 +68,8 @@ def prepare(
         model: `demo`, a folder, a `.gguf`, `org/name` or `org/name:QUANT`.
         gguf: a GGUF to take the weights and the configuration from instead.
         plan: a template's name, a placement file, rules, or a plan that was made before.
+        vram: bytes of the GPU's memory to use at most; what is free, less a margin, if None.
+        context: tokens of cache to leave room for.
         offline: take from the hub only what is on this computer.
         hardware: what to plan for; this computer if None.
 
@@ -67,7 +81,7 @@ def prepare(
     """
     checkpoint = open_checkpoint(resolve(model, gguf, offline).checkpoint)
     try:
-        return prepare_checkpoint(checkpoint, plan, hardware=hardware)
+        return prepare_checkpoint(checkpoint, plan, vram=vram, context=context, hardware=hardware)
     except BaseException:
         checkpoint.close()
         raise
@@ -78,6 +92,8 @@ def prepare_checkpoint(
     plan: str | Path | Rules | Plan = "auto",
     *,
     config: PretrainedConfig | None = None,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
     hardware: Hardware | None = None,
 ) -> Prepared:
     """Everything up to the plan, for an open checkpoint.
@@ -85,7 +101,11 @@ def prepare_checkpoint(
     Args:
         checkpoint: where the weights are.
         plan: a template's name, a placement file, rules, or a plan that was made before.
+        vram: bytes of the GPU's memory to use at most; what is free, less a margin, if None.
+        context: tokens of cache to leave room for.
         config: the model's configuration, if it is not the checkpoint's.
+        vram: as for `prepare`.
+        context: as for `prepare`.
         hardware: what to plan for; this computer if None.
 
     Raises:
@@ -104,8 +124,22 @@ def prepare_checkpoint(
         )
     if not isinstance(plan, Plan):
         rules = plan if isinstance(plan, Rules) else load_plan(str(plan))
-        plan = make_plan(model, weight_map, rules, detect_hardware() if hardware is None else hardware)
+        hardware = this_computer(rules.may_use_gpu) if hardware is None else hardware
+        plan = make_plan(model, weight_map, rules, hardware, vram=vram, context=context)
     return Prepared(checkpoint, config, model, weight_map, plan)
+
+
+def this_computer(with_gpus: bool) -> Hardware:
+    """The hardware, with GPUs only where a plan could use one: asking for them takes a while.
+
+    A GPU that the installed PyTorch cannot use is listed with that problem.
+    """
+    hardware = detect_hardware()
+    gpus = detect_gpus() if with_gpus else ()
+    if gpus and not torch.cuda.is_available():
+        problem = f"PyTorch {torch.__version__} finds no GPU (is it a build for the CPU?)"
+        gpus = tuple(replace(gpu, problem=gpu.problem or problem) for gpu in gpus)
+    return replace(hardware, gpus=gpus)
 
 
 def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
@@ -123,11 +157,13 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
 
     Raises:
         PlanDoesNotFitError: the plan needs more memory than this computer, or one of its memory nodes, has.
+        PlanError: the plan needs a GPU and there is none that can be used.
         CheckpointError: a tensor is damaged.
         UnsupportedModelError: the model needs something that the kernels do not have.
     """
-    hardware = detect_hardware()
+    hardware = this_computer(prepared.plan.uses_gpu)
     prepared.plan.check_fits(hardware)
+    budget = prepared.plan.vram_budget(hardware)
     if binds_memory():
         prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
@@ -140,4 +176,8 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     check_no_meta_tensors(model)
     model = finish_model(model, prepared.plan)
     model.generation_config = generation_config_for(checkpoint, model.generation_config)
-    return model
+    if budget is None:
+        return model
+    from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
+
+    return start_on_gpu(model, prepared.plan, budget)

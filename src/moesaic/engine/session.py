@@ -35,7 +35,7 @@ class Session:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    _cache: GrowingCache | None = field(default=None, init=False)
+    _cache: Any | None = field(default=None, init=False)
     _cached_ids: list[int] = field(default_factory=list, init=False)
 
     @property
@@ -111,7 +111,7 @@ class Session:
         """Give the cache's memory back."""
         self._cache, self._cached_ids = None, []
 
-    def _prefill(self, new_ids: torch.Tensor, cache: GrowingCache) -> None:
+    def _prefill(self, new_ids: torch.Tensor, cache: Any) -> None:
         """Compute all pieces of a long prompt but the last, which is left to `generate()`.
 
         Its own `prefill_chunk_size` would feed what the cache holds again: transformers 5.17 forgets that it is there.
@@ -123,7 +123,7 @@ class Session:
         pieces = torch.split(new_ids, _PREFILL_CHUNK, dim=1)
         with torch.no_grad():
             for piece in pieces[:-1]:
-                self.model.get_decoder()(input_ids=piece, use_cache=True, **{CACHE_ARGUMENT: cache})
+                self.model(input_ids=piece, use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
 
     def _room(self, prompt_tokens: int) -> int | None:
         if prompt_tokens == 0:
@@ -137,7 +137,7 @@ class Session:
             )
         return self.context_length - prompt_tokens
 
-    def _take_cache(self, prompt_ids: Sequence[int]) -> tuple[GrowingCache, int]:
+    def _take_cache(self, prompt_ids: Sequence[int]) -> tuple[Any, int]:
         """A cache cut to the prefix that it shares with the prompt, and the length of that prefix."""
         cache, cached_ids = self._cache, self._cached_ids
         self.forget()  # whatever happens below, a cache that is in use is not kept as a valid one
@@ -145,12 +145,18 @@ class Session:
         while shared < min(len(cached_ids), len(prompt_ids) - 1) and cached_ids[shared] == prompt_ids[shared]:
             shared += 1
         if cache is None or shared == 0:
-            return GrowingCache(self.model.config), 0
+            return self._new_cache(), 0
         if shared < cache.get_seq_length():
             if any(cache.is_sliding) or any(cache.is_linear):  # these layers no longer have what came before
-                return GrowingCache(self.model.config), 0
+                return self._new_cache(), 0
             cache.crop(shared - cache.get_seq_length())
         return cache, shared
+
+    def _new_cache(self) -> Any:
+        """An empty cache of the kind that the model runs on."""
+        if hasattr(self.model, "new_cache"):
+            return self.model.new_cache()
+        return GrowingCache(self.model.config)  # a stock model
 
     def _finish_reason(
         self, ids: Sequence[int], config: GenerationConfig, should_stop: Callable[[], bool]

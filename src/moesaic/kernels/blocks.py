@@ -69,7 +69,9 @@ class FeedForwardBlock:
         if num_experts % options.num_groups or not 1 <= options.topk_groups <= options.num_groups:
             raise KernelError(f"{options.topk_groups} of {options.num_groups} groups of {num_experts} experts.")
         self.hidden = hidden
-        self._owners = (norm, experts, router, route, shared, shared_gate)  # the block holds addresses into these
+        # The native block holds addresses into these.
+        self.norm, self.experts, self.router, self.route = norm, experts, router, route
+        self.shared, self.shared_gate, self.residual_scale = shared, shared_gate, residual_scale
         self.block = _native.FeedForwardBlock(
             norm.arguments("norm", hidden),
             NO_MATRIX if router is None else router.arguments("router", hidden),

@@ -10,20 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moesaic.placement.hardware import Hardware, detect_hardware
+    from moesaic.placement.hardware import Gpu, Hardware, detect_gpus, detect_hardware
     from moesaic.placement.plan import Placement, Plan
     from moesaic.placement.planner import make_plan
     from moesaic.placement.roles import ROLES, module_roles
     from moesaic.placement.rules import TEMPLATES, Rule, Rules, load_plan
+    from moesaic.placement.vram import DEFAULT_CONTEXT, VramBudget
 
 __all__ = [
+    "DEFAULT_CONTEXT",
     "ROLES",
     "TEMPLATES",
+    "Gpu",
     "Hardware",
     "Placement",
     "Plan",
     "Rule",
     "Rules",
+    "VramBudget",
+    "detect_gpus",
     "detect_hardware",
     "load_plan",
     "make_plan",
@@ -31,13 +36,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "DEFAULT_CONTEXT": "vram",
     "ROLES": "roles",
     "TEMPLATES": "rules",
+    "Gpu": "hardware",
     "Hardware": "hardware",
     "Placement": "plan",
     "Plan": "plan",
     "Rule": "rules",
     "Rules": "rules",
+    "VramBudget": "vram",
+    "detect_gpus": "hardware",
     "detect_hardware": "hardware",
     "load_plan": "rules",
     "make_plan": "planner",

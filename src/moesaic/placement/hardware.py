@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Gpu", "Hardware", "NumaNode", "detect_hardware"]
+from moesaic.placement.gpus import Gpu, detect_gpus
 
-_NVIDIA_SMI_SECONDS = 10.0
+__all__ = ["Gpu", "Hardware", "NumaNode", "detect_gpus", "detect_hardware"]
+
 _CACHES = 8  # of what is read in turn, at most an eighth can come from a cache
 _FREE_SHARE = 4
 _MIN_PROBE_BYTES = 512 * 1024**2
@@ -34,16 +33,6 @@ class NumaNode:
     node: int
     cpus: tuple[int, ...]
     dram_total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One graphics card; `memory_total` in bytes, 0 if unknown. `problem` says why it cannot be asked, if so."""
-
-    name: str
-    memory_total: int
-    driver: str = ""
-    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +99,7 @@ def detect_hardware(*, with_gpus: bool = False, root: Path = Path("/")) -> Hardw
         dram_available=available,
         dram_limited=limited,
         numa_nodes=_numa_nodes(root, cpus),
-        gpus=_gpus(root) if with_gpus else (),
+        gpus=detect_gpus(root) if with_gpus else (),
         last_level_cache=_last_level_cache(root, cpus),
     )
 
@@ -233,36 +222,3 @@ def _numa_nodes(root: Path, cpus: frozenset[int]) -> tuple[NumaNode, ...]:
     if nodes:
         return tuple(nodes)
     return (NumaNode(0, tuple(sorted(cpus)), _meminfo(root)[0]),)
-
-
-def _gpus(root: Path) -> tuple[Gpu, ...]:
-    return _nvidia_gpus(root) + _amd_gpus(root)
-
-
-def _nvidia_gpus(root: Path) -> tuple[Gpu, ...]:
-    listed = sorted((root / "proc/driver/nvidia/gpus").glob("*/information"))
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        names = [re.search(r"^Model:\s*(.+)$", _read(path), re.MULTILINE) for path in listed]
-        problem = "nvidia-smi is not installed, so its memory is unknown"
-        return tuple(Gpu(found[1] if found else "NVIDIA GPU", 0, problem=problem) for found in names)
-    command = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        return (Gpu("NVIDIA GPU", 0, problem=f"nvidia-smi failed: {error}"),)
-    gpus = []
-    for line in answer.stdout.splitlines():
-        name, memory, driver = [*(part.strip() for part in line.split(",")), "", ""][:3]
-        gpus.append(Gpu(name, int(memory) * 1024**2 if memory.isdecimal() else 0, driver))
-    return tuple(gpus)
-
-
-def _amd_gpus(root: Path) -> tuple[Gpu, ...]:
-    gpus = []
-    for device in sorted((root / "sys/class/drm").glob("card[0-9]*/device")):
-        if _read(device / "vendor") == "0x1002":
-            memory = _read(device / "mem_info_vram_total")
-            name = _read(device / "product_name") or "AMD GPU"
-            gpus.append(Gpu(name, int(memory) if memory.isdecimal() else 0))
-    return tuple(gpus)

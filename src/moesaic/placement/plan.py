@@ -11,17 +11,18 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Literal
 
-from moesaic.errors import PlanDoesNotFitError, PlanError
+from moesaic.errors import PlanError
+from moesaic.placement import fits
 from moesaic.placement.hardware import Hardware
+from moesaic.placement.roles import layer_of
+from moesaic.placement.rule import plan_name
 from moesaic.placement.table import render
+from moesaic.placement.vram import DEFAULT_CONTEXT, NO_STEP, StepSizes, VramBudget, vram_budget, vram_total
 
-__all__ = ["Placement", "Plan"]
+__all__ = ["Device", "Implementation", "Placement", "Plan"]
 
 Implementation = Literal["moesaic", "transformers"]
-
-# Python, torch, the tokenizer and the activations of a prefill chunk, beside the weights and the cache.
-_WORKING_BYTES = 512 * 1024**2
-_DEFAULT_CONTEXT = 4096
+Device = Literal["cpu", "gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,27 @@ class Placement:
         role: one of `roles.ROLES`.
         class_name: class of the stock module.
         implementation: who computes it.
-        device: where its weights lie and where it is computed.
+        device: where its weights lie and where it is computed: "cpu" or "gpu".
         formats: name of each tensor that the module owns -> its format after loading. Names are the parameter's own,
             or gate, up, down, gate_bias, up_bias, down_bias for experts and k_b, v_b for a split MLA projection.
         nbytes: bytes of these tensors in memory.
         bytes_per_token: bytes of them that computing one token reads.
+        kv_bytes_per_position: bytes of cache per token of context, of an attention.
+        num_experts: of a block of experts.
+        expert_bytes: the same block's bytes per expert, each tensor on a 64-byte boundary.
     """
 
     module: str
     role: str
     class_name: str
     implementation: Implementation
-    device: str
+    device: Device
     formats: Mapping[str, str]
     nbytes: int
     bytes_per_token: int
+    kv_bytes_per_position: int = 0
+    num_experts: int = 0
+    expert_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,25 +65,59 @@ class Plan:
         source: the placement file or template.
         model_class: class of the stock model.
         entries: one placement for every module that owns tensors, and for every block that may be replaced as a whole.
-        kv_bytes_per_position: bytes of cache that one token of context takes, over all layers.
         warnings: what the user should know, one sentence each.
+        step: widths of a step's activations.
+        vram: bytes of VRAM to use at most; None for what is free, less a margin.
+        context: tokens of cache that the plan was made for.
+        strategy: the template by which modules were placed whose rule names no device.
     """
 
     source: str
     model_class: str
     entries: tuple[Placement, ...]
-    kv_bytes_per_position: int = 0
     warnings: tuple[str, ...] = ()
+    step: StepSizes = NO_STEP
+    vram: int | None = None
+    context: int = DEFAULT_CONTEXT
+    strategy: str = ""
 
     @cached_property
     def nbytes(self) -> int:
-        """Bytes of all weights in memory."""
+        """Bytes of all weights in memory, DRAM and VRAM."""
         return sum(entry.nbytes for entry in self.entries)
 
     @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of weights that one token of decode reads: of the experts only those that are active for a token."""
         return sum(entry.bytes_per_token for entry in self.entries)
+
+    @cached_property
+    def kv_bytes_per_position(self) -> int:
+        """Bytes of cache that one token of context takes, over all layers."""
+        return sum(entry.kv_bytes_per_position for entry in self.entries)
+
+    @cached_property
+    def uses_gpu(self) -> bool:
+        """Whether anything is placed on the GPU."""
+        return any(entry.device == "gpu" for entry in self.entries)
+
+    def nbytes_on(self, device: Device) -> int:
+        """Bytes of the weights in DRAM ("cpu") or in VRAM ("gpu")."""
+        return sum(entry.nbytes for entry in self.entries if entry.device == device)
+
+    def bytes_per_token_on(self, device: Device) -> int:
+        """Bytes of weights that one token of decode reads there."""
+        return sum(entry.bytes_per_token for entry in self.entries if entry.device == device)
+
+    def kv_bytes_on(self, device: Device) -> int:
+        """Bytes of cache that one token of context takes there."""
+        return sum(entry.kv_bytes_per_position for entry in self.entries if entry.device == device)
+
+    @cached_property
+    def gpu_layers(self) -> frozenset[int]:
+        """The decoder layers that are computed on the GPU, their routed experts perhaps not."""
+        layers = (layer_of(entry.module) for entry in self.entries if entry.device == "gpu")
+        return frozenset(layer for layer in layers if layer is not None)
 
     @cached_property
     def _by_module(self) -> dict[str, Placement]:
@@ -98,28 +139,44 @@ class Plan:
             )
         return entry
 
-    def required_bytes(self, context: int = _DEFAULT_CONTEXT) -> int:
-        """Bytes of DRAM to run with a cache for `context` tokens."""
-        return self.nbytes + context * self.kv_bytes_per_position + _WORKING_BYTES
+    def pinned_bytes(self, context: int | None = None) -> int:
+        """Bytes of pinned DRAM through which GPU and CPU hand over to each other; 0 without a GPU."""
+        return self.step.mailbox_bytes(self._context(context)) if self.uses_gpu else 0
 
-    def check_fits(self, hardware: Hardware, context: int = _DEFAULT_CONTEXT) -> None:
-        """Refuse a plan that this computer has no memory for, before anything is loaded.
+    def required_bytes(self, context: int | None = None) -> int:
+        """Bytes of DRAM to run with a cache for `context` tokens (None: the plan's own context)."""
+        return fits.dram_needs(self, self._context(context)).total
+
+    def vram_budget(self, hardware: Hardware, context: int | None = None) -> VramBudget | None:
+        """How the VRAM is divided with a cache for `context` tokens; None if the plan uses no GPU.
 
         Raises:
-            PlanDoesNotFitError: naming what is needed, what there is and the shortfall.
+            PlanError: this computer has no GPU or does not say how much memory it has, and `vram` is None.
         """
-        needed = self.required_bytes(context)
-        shortfall = needed - hardware.dram_available
-        if shortfall <= 0:
-            return
-        limit = "the container's limit of " if hardware.dram_limited else ""
-        raise PlanDoesNotFitError(
-            f"{self.model_class} does not fit: it needs {_gib(needed)} of DRAM (weights {_gib(self.nbytes)}, cache for "
-            f"{context} tokens {_gib(context * self.kv_bytes_per_position)}, working memory {_gib(_WORKING_BYTES)}), "
-            f"but {_gib(hardware.dram_available)} of {limit}{_gib(hardware.dram_total)} are available: "
-            f"{_gib(shortfall)} too little. Use a file or a rule with a smaller format (Q4_K: 4.5 bits a weight, "
-            f"Q2_K: 2.6), or free memory."
-        )
+        if not self.uses_gpu:
+            return None
+        return vram_budget(self, vram_total(hardware, self.vram, self.name), self._context(context))
+
+    def check_fits(self, hardware: Hardware, context: int | None = None) -> None:
+        """Refuse a plan that this computer has no memory for, before anything is loaded.
+
+        Args:
+            hardware: the computer; with its GPUs, if the plan uses one.
+            context: tokens of cache; the plan's own if None.
+
+        Raises:
+            PlanDoesNotFitError: naming what is needed, what there is and the shortfall, of DRAM and of VRAM.
+            PlanError: the plan needs a GPU and there is none.
+        """
+        fits.check(self, hardware, self._context(context))
+
+    def _context(self, context: int | None) -> int:
+        return self.context if context is None else context
+
+    @property
+    def name(self) -> str:
+        """What a person calls the plan: "hybrid" for the template, the path of any other file."""
+        return plan_name(self.source)
 
     def check_fits_nodes(self, hardware: Hardware) -> None:
         """Refuse a plan whose even share of the weights is more than the DRAM of a memory node that holds one.
@@ -129,36 +186,37 @@ class Plan:
         Raises:
             PlanDoesNotFitError: naming the node, what it should hold and what it has.
         """
-        nodes = [node for node in hardware.numa_nodes if node.cpus]
-        share = self.nbytes // max(1, len(nodes))
-        for node in nodes if len(nodes) > 1 else []:
-            room = node.dram_total - _WORKING_BYTES
-            if share > room:
-                raise PlanDoesNotFitError(
-                    f"{self.model_class} does not fit on NUMA node {node.node}: its share of the weights is "
-                    f"{_gib(share)}, but it has {_gib(max(0, room))} of DRAM for them: {_gib(share - room)} too "
-                    "little. Set MOESAIC_NUMA_NODES=1 to leave the division over nodes to the system (slower), or use "
-                    "a smaller format."
-                )
+        fits.check_nodes(self, hardware)
 
     def table(self) -> str:
         """The plan for people: one line per kind of module, totals, warnings."""
         return render(self)
 
-    def to_json(self) -> str:
-        """The plan for programs: a JSON object with totals, warnings and all entries; sizes in bytes."""
+    def to_json(self, more: Mapping[str, object] | None = None) -> str:
+        """The plan for programs: a JSON object with totals, warnings and all entries; sizes in bytes.
+
+        Args:
+            more: keys to add to the object, such as a budget.
+        """
         totals = {
             "plan": self.source,
+            "strategy": self.strategy,
             "model": self.model_class,
             "nbytes": self.nbytes,
             "bytes_per_token": self.bytes_per_token,
             "kv_bytes_per_position": self.kv_bytes_per_position,
             "required_bytes": self.required_bytes(),
+            "context": self.context,
+            "dram": self._totals("cpu") | {"pinned_bytes": self.pinned_bytes()},
+            "vram": self._totals("gpu"),
             "warnings": list(self.warnings),
         }
         entries = [asdict(entry) | {"formats": dict(entry.formats)} for entry in self.entries]
-        return json.dumps(totals | {"entries": entries}, indent=2)
+        return json.dumps(totals | dict(more or {}) | {"entries": entries}, indent=2)
 
-
-def _gib(count: int) -> str:
-    return f"{count / 1024**3:.2f} GiB"
+    def _totals(self, device: Device) -> dict[str, int]:
+        return {
+            "nbytes": self.nbytes_on(device),
+            "bytes_per_token": self.bytes_per_token_on(device),
+            "kv_bytes_per_position": self.kv_bytes_on(device),
+        }

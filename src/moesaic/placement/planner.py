@@ -7,21 +7,24 @@ kinds of modules have a Moesaic implementation and that the matrices of those ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from moesaic import _native
 from moesaic.errors import PlanError, RuleError
+from moesaic.modules import FAMILIES
 from moesaic.placement.hardware import Hardware
-from moesaic.placement.plan import Implementation, Placement, Plan
+from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, step_sizes
+from moesaic.placement.plan import Device, Implementation, Placement, Plan
 from moesaic.placement.roles import module_roles
 from moesaic.placement.rules import KEEP, Rule, Rules
-from moesaic.placement.table import format_bytes
+from moesaic.placement.strategies import Choice, Devices, Unit, choose
+from moesaic.placement.units import format_bytes
+from moesaic.placement.vram import DEFAULT_CONTEXT, StepSizes
 from moesaic.quant import WeightFormat, get_format
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
 
@@ -29,27 +32,38 @@ if TYPE_CHECKING:
 
 __all__ = ["make_plan"]
 
-_FLOAT_BYTES = 4  # vectors, and everything that stays a torch tensor, are float32 on the CPU
 # Blocks that get an entry even without tensors of their own, because the loader may replace them as a whole.
 _BLOCK_ROLES = frozenset({"attention", "router", "mlp", "shared_experts", "experts"})
 _PACKED_CLASSES = frozenset({"Linear", "Embedding"})
+_MOVING_ROPES = frozenset({"dynamic", "longrope"})  # the table of angles on the GPU is made once
+_SLOT_ALIGNMENT = 64  # bytes between the tensors of one expert
 _COMFORT = 0.9  # share of the available memory above which a plan that fits is still worth a warning
 
 
-def make_plan(model: PreTrainedModel, weight_map: WeightMap, rules: Rules, hardware: Hardware) -> Plan:
+def make_plan(
+    model: PreTrainedModel,
+    weight_map: WeightMap,
+    rules: Rules,
+    hardware: Hardware,
+    *,
+    vram: int | None = None,
+    context: int = DEFAULT_CONTEXT,
+) -> Plan:
     """Place every module of a model.
 
     Args:
         model: the stock Hugging Face model on the meta device.
         weight_map: formats and shapes of the checkpoint's tensors.
         rules: which implementation, device and format each module gets.
-        hardware: what the plan is made for.
+        hardware: what the plan is made for; with its GPUs, if one is to be used.
+        vram: bytes of VRAM to use at most; what is free, less a margin, if None.
+        context: tokens of cache to leave room for.
 
     Raises:
         RuleError: a rule asks for what a module that it matches cannot do.
-        PlanError: the model or its checkpoint holds something that cannot be placed.
+        PlanError: the model or its checkpoint holds something that cannot be placed, or there is no GPU for the plan.
     """
-    return _Planner(model, weight_map, rules, hardware).plan()
+    return _Planner(model, weight_map, rules, hardware, vram, context).plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,25 +86,33 @@ class _Stack:
 class _Planner:
     """One run of `make_plan`."""
 
-    def __init__(self, model: PreTrainedModel, weight_map: WeightMap, rules: Rules, hardware: Hardware) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        weight_map: WeightMap,
+        rules: Rules,
+        hardware: Hardware,
+        vram: int | None,
+        context: int,
+    ) -> None:
         self._model, self._weight_map, self._rules, self._hardware = model, weight_map, rules, hardware
+        self._vram, self._context = vram, context
         self._roles = module_roles(model)
-        self._used: set[Rule] = set()
         self._embedding_formats: dict[str, str] = {}
         self._kept: dict[tuple[Rule, str], list[str]] = {}  # (rule, format) -> tensors that cannot take that format
 
     def plan(self) -> Plan:
-        entries: dict[str, Placement] = {}
-        for name, module in self._model.named_modules():
-            if self._is_unit(name, module):
-                entries[name] = self._place(name, module)
-        kv_bytes = sum(
-            _kv_bytes(module, entries[name].implementation)
-            for name, module in self._model.named_modules()
-            if self._roles[name] == "attention" and name in entries
-        )
-        plan = Plan(self._rules.source, type(self._model).__name__, tuple(entries.values()), kv_bytes)
-        return replace(plan, warnings=tuple(self._warnings(plan)))
+        modules = [(name, module) for name, module in self._model.named_modules() if self._is_unit(name, module)]
+        units = [self._unit(name, module) for name, module in modules]
+        step = self._step_sizes(units)
+
+        def trial(devices: Devices) -> Plan:
+            entries = tuple(unit.gpu if devices[unit.name] == "gpu" else unit.cpu for unit in units)
+            source, model_class = self._rules.source, type(self._model).__name__
+            return Plan(source, model_class, entries, step=step, vram=self._vram, context=self._context)
+
+        choice = choose(units, self._rules, self._hardware, trial)
+        return replace(choice.plan, strategy=choice.strategy, warnings=tuple(self._warnings(choice, units)))
 
     def _is_unit(self, name: str, module: nn.Module) -> bool:
         parent = name.rpartition(".")[0]
@@ -99,28 +121,86 @@ class _Planner:
         role = self._roles[name]
         if role in _BLOCK_ROLES and self._roles[parent] != role:
             return True
-        return next(_own_tensors(module), None) is not None
+        return next(own_tensors(module), None) is not None
 
-    def _place(self, name: str, module: Any) -> Placement:
+    def _unit(self, name: str, module: Any) -> Unit:
+        """A module as it would be on each device."""
         role, class_name = self._roles[name], type(module).__name__
         rule = self._rules.find(name, role, class_name)
-        self._used.add(rule)
         implementation = self._implementation(rule, name, module)
-        formats: dict[str, str] = {}
-        nbytes = 0
-        for stack in self._stacks(name, module, implementation):
-            fmt = self._format(rule, name, stack) if stack.packed else get_format("F32")
-            formats[stack.key] = fmt.name
-            nbytes += len(stack.refs) * _nbytes(fmt, stack)
-        per_token = nbytes
+        stacks = list(self._stacks(name, module, implementation))
+        formats = {
+            stack.key: self._format(rule, name, stack) if stack.packed else get_format("F32") for stack in stacks
+        }
+        cpu = self._place(name, module, implementation, "cpu", stacks, formats)
+        gpu_formats = {key: get_format("BF16") if _is_kv_b(name, key) else fmt for key, fmt in formats.items()}
+        gpu = self._place(name, module, implementation, "gpu", stacks, gpu_formats)
+        if role == "embedding":
+            self._embedding_formats = dict(cpu.formats)
+        elif role == "lm_head" and self._is_tied(module) and dict(cpu.formats) == self._embedding_formats:
+            cpu = replace(cpu, nbytes=0)  # it shares the embedding's memory
+        return Unit(cpu, gpu, rule, self._obstacle(role, implementation))
+
+    def _place(
+        self,
+        name: str,
+        module: Any,
+        implementation: Implementation,
+        device: Device,
+        stacks: Sequence[_Stack],
+        formats: Mapping[str, WeightFormat],
+    ) -> Placement:
+        role = self._roles[name]
+        nbytes = per_token = sum(len(stack.refs) * _nbytes(formats[stack.key], stack) for stack in stacks)
+        num_experts = expert_bytes = 0
         if role == "experts":
             per_token = math.ceil(nbytes * self._active_share(name))
+            num_experts = len(stacks[0].refs)
+            sizes = (_nbytes(formats[stack.key], stack) for stack in stacks)
+            expert_bytes = sum(math.ceil(size / _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT for size in sizes)
         elif role == "embedding":
             per_token = nbytes // int(module.weight.shape[0])  # one row
-            self._embedding_formats = formats
-        elif role == "lm_head" and self._is_tied(module) and formats == self._embedding_formats:
-            nbytes = 0  # it shares the embedding's memory
-        return Placement(name, role, class_name, implementation, "cpu", formats, nbytes, per_token)
+        is_block = role == "attention" and self._roles[name.rpartition(".")[0]] != role
+        return Placement(
+            module=name,
+            role=role,
+            class_name=type(module).__name__,
+            implementation=implementation,
+            device=device,
+            formats={key: fmt.name for key, fmt in formats.items()},
+            nbytes=nbytes,
+            bytes_per_token=per_token,
+            kv_bytes_per_position=cache_bytes(module, implementation, device) if is_block else 0,
+            num_experts=num_experts,
+            expert_bytes=expert_bytes,
+        )
+
+    def _obstacle(self, role: str, implementation: Implementation) -> str:
+        """Why a module cannot be on the GPU, "" if it can."""
+        if role == "embedding":
+            return "the embedding stays in DRAM, a token reads one row of it"
+        if implementation == "transformers":
+            return "it is computed by transformers, which runs on the CPU only"
+        return self._model_obstacle
+
+    @cached_property
+    def _model_obstacle(self) -> str:
+        """Why nothing of the model can be on the GPU, "" if it can."""
+        config = self._model.config
+        if config.model_type not in FAMILIES or not FAMILIES[config.model_type].fuse_layers:
+            return f"there is no forward of '{config.model_type}' for the GPU"
+        rope = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
+        return f"rotary angles of type '{rope}' change with the length" if rope in _MOVING_ROPES else ""
+
+    def _step_sizes(self, units: Sequence[Unit]) -> StepSizes:
+        """Widths of a step, with the widest experts."""
+        top_k = intermediate = 0
+        for unit in units:
+            if unit.is_experts:
+                refs = self._weight_map.experts(unit.name)
+                top_k = max(top_k, round(self._active_share(unit.name) * refs.num_experts))
+                intermediate = max(intermediate, refs.up[0].shape[0])
+        return step_sizes(self._model, self._roles, top_k, intermediate)
 
     def _implementation(self, rule: Rule, name: str, module: nn.Module) -> Implementation:
         if rule.implementation == "transformers":
@@ -154,7 +234,7 @@ class _Planner:
         if mla is not None:
             yield from (_Stack("k_b", mla.k_b, packed), _Stack("v_b", mla.v_b, packed))
         packed = packed and (self._roles[name] == "router" or type(module).__name__ in _PACKED_CLASSES)
-        for key, _ in _own_tensors(module):
+        for key, _ in own_tensors(module):
             yield _Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and key == "weight")
 
     def _format(self, rule: Rule, name: str, stack: _Stack) -> WeightFormat:
@@ -189,9 +269,11 @@ class _Planner:
             raise PlanError(f"'{name}': the config's num_experts_per_tok is {active}: expected a positive number.")
         return min(1.0, active / self._weight_map.experts(name).num_experts)
 
-    def _warnings(self, plan: Plan) -> Iterator[str]:
+    def _warnings(self, choice: Choice, units: Sequence[Unit]) -> Iterator[str]:
+        yield from choice.notes
+        used = {unit.rule for unit in units}
         for rule in self._rules.rules:
-            if rule not in self._used:
+            if rule not in used:
                 where = f"{self._rules.source}:{rule.line}"
                 yield f"{where}: the rule for {rule} places nothing: check its pattern and its order."
         for (rule, fmt), tensors in self._kept.items():
@@ -201,17 +283,16 @@ class _Planner:
                 f"{self._rules.source}:{rule.line}: {tensors[0]}{more} cannot be held in {fmt}, whose blocks take "
                 f"{block} columns at a time: kept in the file's format."
             )
-        needed, available = plan.required_bytes(), self._hardware.dram_available
+        if self._vram is not None and not choice.plan.uses_gpu:
+            yield "--vram has no effect: nothing is placed on a GPU."
+        needed, available = choice.plan.required_bytes(), self._hardware.dram_available
         if available * _COMFORT < needed <= available:
             yield f"the plan takes {needed / available:.0%} of the {format_bytes(available)} that are available."
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and persistent buffers of the module itself."""
-    yield from module.named_parameters(recurse=False, remove_duplicate=False)
-    for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-        if key not in module._non_persistent_buffers_set:
-            yield key, buffer
+def _is_kv_b(name: str, key: str) -> bool:
+    """Whether this is MLA's `kv_b_proj` or a half of it, which the GPU holds as bfloat16 matrices per head."""
+    return key in ("k_b", "v_b") or (key == "weight" and name.endswith(".kv_b_proj"))
 
 
 def _projection(name: str) -> str:
@@ -220,21 +301,4 @@ def _projection(name: str) -> str:
 
 
 def _nbytes(fmt: WeightFormat, stack: _Stack) -> int:
-    if stack.packed:
-        *leading, rows, cols = stack.shape
-        return math.prod(leading) * int(_native.packed_nbytes(fmt.ggml_type, rows, cols))
-    return math.prod(stack.shape) * _FLOAT_BYTES
-
-
-def _kv_bytes(attention: Any, implementation: Implementation) -> int:
-    """Bytes of cache per position: MLA's latent and rotary key, or keys and values; 0 for linear attention.
-
-    The stock MLA caches the expanded keys and values of all heads.
-    """
-    if hasattr(attention, "kv_lora_rank"):
-        if implementation == "moesaic":
-            return int(attention.kv_lora_rank + attention.qk_rope_head_dim) * _FLOAT_BYTES
-        heads = attention.config.num_attention_heads
-        return int(heads * (attention.qk_head_dim + attention.v_head_dim)) * _FLOAT_BYTES
-    projections = (getattr(attention, "k_proj", None), getattr(attention, "v_proj", None))
-    return sum(int(p.weight.shape[0]) * _FLOAT_BYTES for p in projections if p is not None)
+    return packed_bytes(fmt, stack.shape) if stack.packed else math.prod(stack.shape) * FLOAT_BYTES

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["ROLES", "module_roles"]
+__all__ = ["ROLES", "layer_of", "module_roles"]
 
 ROLES = ("experts", "attention", "shared_experts", "mlp", "router", "norm", "embedding", "lm_head", "other")
 
@@ -40,6 +40,11 @@ def module_roles(model: PreTrainedModel) -> dict[str, str]:
     if head is not None:
         fixed[id(head)] = "lm_head"
     return dict(_walk(model, "", "other", fixed, 0))
+
+
+def layer_of(name: str) -> int | None:
+    """The decoder layer that the module of this qualified name belongs to; None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _walk(

@@ -1,26 +1,25 @@
 """Placement files: YAML rules that choose implementation, device and weight format of modules.
 
     description: attention in 8 bits, one layer as transformers has it      # optional
+    strategy: hybrid                                # optional: where modules go whose rule names no device (auto)
     rules:                                                                  # the first rule that matches a module wins
       - match: {name: "model.layers.3.*"}          # glob over the qualified name, or "re:" and a regular expression
         implementation: transformers               # moesaic | transformers; left out: moesaic where it has one
       - match: {role: [attention, shared_experts]} # every key given must match; a list matches any of its items
         format: Q8_0                               # keep | a format
       - match: {role: experts, class: "Qwen3*"}    # glob over the class name
-        device: cpu                                # auto | cpu
+        device: cpu                                # auto | cpu | gpu
         format: {gate: keep, up: keep, down: Q6_K} # by projection
 
-A module that no rule matches is placed as by `auto`. This module checks files and matches names; it knows no model,
-no memory and no weights.
+A strategy is the name of a template. A module that no rule matches is placed by the strategy, its format kept.
+This module checks files; it knows no model, no memory and no weights.
 """
 
 from __future__ import annotations
 
 import difflib
-import fnmatch
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,70 +28,16 @@ import yaml
 
 from moesaic.errors import PlanError, RuleError, UnsupportedFormatError
 from moesaic.placement.roles import ROLES
+from moesaic.placement.rule import DEFAULT_RULE, KEEP, TEMPLATES, Rule, Rules
 from moesaic.quant import FORMATS, get_format
 
 __all__ = ["DEFAULT_RULE", "KEEP", "TEMPLATES", "Rule", "Rules", "load_plan", "parse_rules"]
 
-KEEP = "keep"
-TEMPLATES = ("auto", "cpu")
-_LATER_TEMPLATES = ("hybrid", "layers", "gpu")
 _IMPLEMENTATIONS = ("moesaic", "transformers")
-_DEVICES = ("auto", "cpu")
+_DEVICES = ("auto", "cpu", "gpu")
+_GPU_WORDS = r"(?:gpu|cuda|hip|rocm)(?::(\d+))?"
 _PROJECTIONS = ("gate", "up", "down")
 _MAX_FILE_BYTES = 1 << 20  # a plan is written by a person; anything longer is not one
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rule:
-    """One rule of a placement file; two rules are equal only if they are the same line of the same file.
-
-    Attributes:
-        roles, names, classes: alternatives that a module must match; empty matches every module.
-        implementation: "moesaic", "transformers", or None for moesaic where it has an implementation.
-        device: "cpu", or "auto".
-        formats: projection ("gate", "up", "down", or "*" for every matrix) -> name of a format, or "keep".
-        line: line of the file, counted from 1; 0 for the built-in default.
-    """
-
-    roles: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    implementation: str | None = None
-    device: str = "auto"
-    formats: Mapping[str, str] = field(default_factory=lambda: {"*": KEEP})
-    line: int = 0
-
-    def matches(self, name: str, role: str, class_name: str) -> bool:
-        """Whether the module of this qualified name, role and class is placed by this rule."""
-        return (
-            (not self.roles or role in self.roles)
-            and (not self.names or any(_name_matches(pattern, name) for pattern in self.names))
-            and (not self.classes or any(fnmatch.fnmatchcase(class_name, pattern) for pattern in self.classes))
-        )
-
-    def format_of(self, projection: str) -> str:
-        """The format this rule gives to a projection ("gate", "up", "down", or another name), or "keep"."""
-        return self.formats.get(projection, self.formats.get("*", KEEP))
-
-    def __str__(self) -> str:
-        parts = [("role", self.roles), ("name", self.names), ("class", self.classes)]
-        return ", ".join(f"{key}: {' | '.join(values)}" for key, values in parts if values) or "everything"
-
-
-DEFAULT_RULE = Rule()
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The rules of one placement file, in order; the first that matches a module places it."""
-
-    source: str
-    rules: tuple[Rule, ...]
-    description: str = ""
-
-    def find(self, name: str, role: str, class_name: str) -> Rule:
-        """The first rule that matches, or `DEFAULT_RULE`."""
-        return next((rule for rule in self.rules if rule.matches(name, role, class_name)), DEFAULT_RULE)
 
 
 def load_plan(path_or_template: str | Path) -> Rules:
@@ -106,15 +51,11 @@ def load_plan(path_or_template: str | Path) -> Rules:
     if text in TEMPLATES:
         source = resources.files("moesaic.placement") / "templates" / f"{text}.yaml"
         return parse_rules(source.read_text(encoding="utf-8"), f"{text}.yaml")
-    if text in _LATER_TEMPLATES:
-        raise PlanError(
-            f"plan '{text}' places modules on a GPU, which this version cannot do yet: use 'auto' or 'cpu'."
-        )
     path = Path(path_or_template)
     if not path.is_file():
         if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
             raise PlanError(f"{path}: there is no such placement file.")
-        hint = _did_you_mean(text, (*TEMPLATES, *_LATER_TEMPLATES))
+        hint = _did_you_mean(text, TEMPLATES)
         raise PlanError(f"'{text}' is no plan: expected {_listing(TEMPLATES)} or a YAML file.{hint}")
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise RuleError(path, 1, f"the file has {path.stat().st_size} bytes: expected a placement of at most 1 MiB.")
@@ -149,9 +90,13 @@ class _Reader:
         self._source = source
 
     def rules(self, root: yaml.Node) -> Rules:
-        keys = self._mapping(root, "the file", ("description", "rules"), required=("rules",))
-        description = self._text(keys["description"], "description") if "description" in keys else ""
-        return Rules(self._source, tuple(self._rule(node) for node in self._items(keys["rules"], "rules")), description)
+        keys = self._mapping(root, "the file", ("description", "strategy", "rules"), required=("rules",))
+        options: dict[str, Any] = {}
+        if "description" in keys:
+            options["description"] = self._text(keys["description"], "description")
+        if "strategy" in keys:
+            options["strategy"] = self._choice(keys["strategy"], "strategy", TEMPLATES)
+        return Rules(self._source, tuple(self._rule(node) for node in self._items(keys["rules"], "rules")), **options)
 
     def _rule(self, node: yaml.Node) -> Rule:
         keys = self._mapping(node, "a rule", ("match", "implementation", "device", "format"), required=("match",))
@@ -201,9 +146,15 @@ class _Reader:
 
     def _device(self, node: yaml.Node) -> str:
         text = self._text(node, "device")
-        if re.fullmatch(r"(gpu|cuda|hip|rocm|xpu|mps)(:\d+)?", text):
-            raise self._error(node, f"device '{text}': this version places modules on the CPU only; write 'cpu'.")
-        return self._choice(node, "device", _DEVICES)
+        card = re.fullmatch(_GPU_WORDS, text)
+        if card is None:
+            return self._choice(node, "device", _DEVICES)
+        if int(card[1] or 0) > 0:
+            raise self._error(
+                node,
+                f"device '{text}': one GPU is used, number 0: write 'gpu' (CUDA_VISIBLE_DEVICES chooses which it is).",
+            )
+        return "gpu"
 
     def _pattern(self, node: yaml.Node) -> str:
         text = self._text(node, "name")
@@ -258,12 +209,6 @@ class _Reader:
 
     def _error(self, node: yaml.Node, message: str) -> RuleError:
         return RuleError(self._source, node.start_mark.line + 1, message)
-
-
-def _name_matches(pattern: str, name: str) -> bool:
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
 
 
 def _kind(node: yaml.Node) -> str:

@@ -1,4 +1,4 @@
-"""Renders a plan as a table: modules of the same kind over all layers in one line."""
+"""Renders a plan as a table, modules of the same kind over all layers in one line, and its budget of VRAM."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from moesaic.placement.plan import Placement, Plan
+from moesaic.placement.units import format_bytes
+from moesaic.placement.vram import PREFILL_CHUNK
 
-__all__ = ["format_bytes", "render"]
+if TYPE_CHECKING:
+    from moesaic.placement.plan import Device, Placement, Plan
+    from moesaic.placement.vram import VramBudget
+
+__all__ = ["format_bytes", "render", "render_budget"]
 
 _HEADER = ("module", "count", "role", "implementation", "device", "format", "bytes", "read per token")
 _LEFT_ALIGNED = frozenset({0, 2, 3, 4, 5})
@@ -44,21 +48,43 @@ def render(plan: Plan) -> str:
         module = name.replace("{}", f"[{_ranges(group.layers)}]") if group.layers else name
         sizes = (format_bytes(group.nbytes), format_bytes(group.bytes_per_token))
         rows.append((module, str(group.count), *cells, *sizes))
-    totals = (
-        f"total: {format_bytes(plan.nbytes)} of weights in DRAM, {format_bytes(plan.bytes_per_token)} read per token, "
-        f"cache {format_bytes(plan.kv_bytes_per_position)} per token of context (plan: {plan.source})"
-    )
-    return "\n".join([*_align(rows), "", totals, *(f"warning: {text}" for text in plan.warnings)])
+    return "\n".join([*_align(rows), "", *_totals(plan), *(f"warning: {text}" for text in plan.warnings)])
 
 
-def format_bytes(count: int) -> str:
-    """A number of bytes for people, with binary units: "17.3 GiB"."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
+def render_budget(budget: VramBudget) -> str:
+    """How a plan divides the VRAM, a line per part."""
+    share = budget.cache_experts / budget.num_experts if budget.num_experts else 0.0
+    expert = format_bytes(budget.expert_bytes)
+    chunk = min(PREFILL_CHUNK, budget.context)
+    parts = [
+        ("weights", budget.weights, ""),
+        ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
+        ("KV cache", budget.kv_cache, f"{budget.context} tokens, BF16"),
+        ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
+        ("driver", budget.driver, ""),
+        ("prefill staging", budget.staging, f"2 x {budget.staging_experts // 2} experts of {expert}"),
+        ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
+    ]
+    lines = [f"VRAM: {format_bytes(budget.total)} to use"]
+    lines += [f"  {name:<18}  {format_bytes(size):>10}  {note}".rstrip() for name, size, note in parts if size]
+    missing = budget.total - sum(size for _, size, _ in parts)
+    name = "not used" if missing >= 0 else "too little"
+    return "\n".join([*lines, f"  {name:<18}  {format_bytes(abs(missing)):>10}"])
+
+
+def _totals(plan: Plan) -> list[str]:
+    strategy = f", as {plan.strategy}" if plan.strategy not in ("", plan.name) else ""
+    lines: list[str] = []
+    memories: tuple[tuple[Device, str], ...] = (("cpu", "DRAM"), ("gpu", "VRAM"))
+    for device, memory in memories:
+        if device == "cpu" or plan.uses_gpu:
+            size, read, cache = plan.nbytes_on(device), plan.bytes_per_token_on(device), plan.kv_bytes_on(device)
+            lines.append(
+                f"{'total:' if not lines else '      '} {format_bytes(size)} of weights in {memory}, "
+                f"{format_bytes(read)} read per token, cache {format_bytes(cache)} per token of context"
+            )
+    lines[0] += f" (plan: {plan.source}{strategy})"
+    return lines
 
 
 def _cells(entry: Placement) -> tuple[str, str, str, str]:

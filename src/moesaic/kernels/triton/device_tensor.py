@@ -1,4 +1,4 @@
-"""Packed weights in the memory of a GPU: the same bytes as `PackedTensor`, elsewhere. It knows neither files nor models."""
+"""Packed weights in the memory of a GPU: the bytes of a `PackedTensor`, elsewhere. Knows neither files nor models."""
 
 from __future__ import annotations
 

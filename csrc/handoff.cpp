@@ -1,0 +1,77 @@
+#include "handoff.h"
+
+#include <atomic>
+#include <chrono>
+#include <stdexcept>
+
+#include "spin.h"
+
+namespace moesaic {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int kPausesPerLook = 64;  // at the clock
+
+std::int64_t nanoseconds() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
+}
+
+// Whether the request came before the deadline.
+bool wait_for(const std::int64_t* requested, std::int64_t number, Clock::time_point deadline) {
+    // The other side writes to this word; atomic_ref takes no pointer to const.
+    const std::atomic_ref<std::int64_t> word(*const_cast<std::int64_t*>(requested));
+    bool arrived = false;
+    int pauses = 0;
+    spin_until(kPausesWithOwnCore, [&] {
+        arrived = word.load(std::memory_order_acquire) >= number;
+        if (arrived) return true;
+        if (++pauses < kPausesPerLook) return false;
+        pauses = 0;
+        return Clock::now() >= deadline;
+    });
+    return arrived;
+}
+
+void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tokens) {
+    if (layer.uses == nullptr) return;
+    for (std::int64_t i = 0; i < num_tokens * m.top_k; ++i) {
+        const std::int64_t expert = m.chosen[i];
+        if (expert >= 0 && expert < layer.experts->num_experts) ++layer.uses[expert];
+    }
+}
+
+}  // namespace
+
+std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t first_request,
+                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times) {
+    if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
+    if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
+    for (const ServedLayer& layer : layers) {
+        if (layer.experts->hidden != m.hidden_size) throw std::invalid_argument("experts of another width");
+    }
+    const std::atomic_ref<std::int64_t> answered(*m.answered);
+    const auto timeout = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_seconds));
+    std::int64_t served = 0;
+    try {
+        for (const ServedLayer& layer : layers) {
+            const std::int64_t number = first_request + served;
+            if (!wait_for(m.requested, number, Clock::now() + timeout)) {
+                answered.store(kGaveUp, std::memory_order_release);
+                return served;
+            }
+            const std::int64_t start = times.empty() ? 0 : nanoseconds();
+            count_uses(layer, m, num_tokens);  // before the answer, after which the next request may come
+            moe_forward(*layer.experts, {m.experts, m.weights, m.top_k}, m.hidden, m.hidden_size, num_tokens, m.output);
+            answered.store(number, std::memory_order_release);
+            if (!times.empty()) times[static_cast<std::size_t>(served)] = {start, nanoseconds()};
+            ++served;
+        }
+    } catch (...) {
+        answered.store(kGaveUp, std::memory_order_release);
+        throw;
+    }
+    return served;
+}
+
+}  // namespace moesaic

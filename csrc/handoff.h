@@ -1,0 +1,47 @@
+// Routed experts on the CPU inside a step that runs on a GPU: requests come through memory that both can see.
+//
+// The GPU writes a request's data and then its number; the thread that serves waits for that number, computes, and
+// writes it back. Requests are numbered one after the other, over all layers and steps. Knows nothing of GPUs: only
+// that somebody else writes `requested` with release and reads `answered` with acquire.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <span>
+
+#include "moe.h"
+
+namespace moesaic {
+
+struct Mailbox {
+    const std::int64_t* requested;  // number of the last request that is complete
+    std::int64_t* answered;         // number of the last answer that is complete
+    const float* hidden;            // [tokens, hidden]
+    const std::int64_t* chosen;     // [tokens, top_k], all experts that the router chose
+    const std::int64_t* experts;    // [tokens, top_k], those to compute here; any number outside the experts: none
+    const float* weights;           // [tokens, top_k]
+    float* output;                  // [tokens, hidden]
+    std::int64_t max_tokens, hidden_size, top_k;
+};
+
+// A number above all others: whoever waits for an answer passes.
+constexpr std::int64_t kGaveUp = std::numeric_limits<std::int64_t>::max();
+
+// One layer of a step.
+struct ServedLayer {
+    const Experts* experts;
+    std::uint32_t* uses;  // [num_experts], counts how often each was chosen; null: not counted
+};
+
+// Nanoseconds of the steady clock at which a request was there, and at which it was answered.
+struct ServedTimes {
+    std::int64_t requested, answered;
+};
+
+// Answer the requests first_request, first_request + 1, ..., one per layer. Returns the number of layers served: fewer
+// than there are if a request did not come within `timeout_seconds`. Then, and when experts throw, `answered` becomes
+// kGaveUp. `times` is empty or has an element for each layer.
+std::int64_t serve_experts(const Mailbox& mailbox, std::span<const ServedLayer> layers, std::int64_t first_request,
+                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times);
+
+}  // namespace moesaic

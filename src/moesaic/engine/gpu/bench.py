@@ -1,0 +1,99 @@
+"""What a bench says about a model on a GPU beside its rate: where a step's time goes, and how near it is to its limits.
+
+The limit of a decode step is the longer of two times: the CPU reads the experts that it computes, the GPU reads all
+that it computes; and the hand-offs come on top. Bytes are the plan's, bandwidths are measured in the same process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.engine.gpu.timed_runs import GpuTimedRuns, vram_bandwidth
+from moesaic.placement import Plan
+
+__all__ = ["GpuFigures", "gpu_figures"]
+
+_HANDOFF_SECONDS = 10e-6
+"""What a layer's hand-off may take in the limit."""
+_GIGA = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFigures:
+    """Beside the rate.
+
+    Attributes:
+        device: the card's name.
+        strategy: how modules were placed.
+        vram_peak: most bytes of VRAM that tensors took, since the process began.
+        vram_bandwidth: GB/s that the GPU reads from its memory.
+        num_slots: experts that the expert cache has room for.
+        hit_rate: share of chosen experts that were in it.
+        step_seconds: of a decode step, median.
+        experts_seconds: of that, the CPU computed experts.
+        between_seconds: of that, from an answer of the CPU to the next request: attention, router, hand-off.
+        dram_bytes: read by the CPU for a step's tokens, but for experts found in the cache.
+        vram_bytes: read by the GPU, with them.
+        roofline_seconds: the limit of a step.
+        roofline_share: of the limit in what was measured.
+    """
+
+    device: str
+    strategy: str
+    vram_peak: int
+    vram_bandwidth: float
+    num_slots: int
+    hit_rate: float
+    step_seconds: float | None
+    experts_seconds: float | None
+    between_seconds: float | None
+    dram_bytes: int | None
+    vram_bytes: int | None
+    roofline_seconds: float | None
+    roofline_share: float | None
+
+
+def gpu_figures(runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandwidth: float) -> GpuFigures:
+    """Take a run apart.
+
+    Args:
+        runner: of the model that was measured.
+        plan: what it was placed by.
+        bench: the runs.
+        read_bandwidth: GB/s of DRAM.
+    """
+    cache = runner.slots.cache
+    before = None if cache is None else (int(cache.policy.hits.sum()), int(cache.policy.uses.sum()))
+    shares = bench.profile() if bench.what == "decode" else None
+    hit_rate = 0.0
+    if cache is not None and before is not None:
+        uses = int(cache.policy.uses.sum()) - before[1]
+        hit_rate = (int(cache.policy.hits.sum()) - before[0]) / uses if uses else 0.0
+    device = runner.decoder.device
+    vram = vram_bandwidth(device) / _GIGA
+    dram_bytes = vram_bytes = roofline = None
+    if shares is not None and bench.batch == 1:
+        experts = sum(e.bytes_per_token for e in plan.entries if e.role == "experts" and e.device == "cpu")
+        dram_bytes = round(plan.bytes_per_token_on("cpu") - hit_rate * experts)
+        vram_bytes = round(plan.bytes_per_token_on("gpu") + hit_rate * experts)
+        served = 0 if runner.server is None else len(runner.server.layers)
+        longest = max(dram_bytes / read_bandwidth, vram_bytes / vram) / _GIGA
+        roofline = longest + served * _HANDOFF_SECONDS
+    return GpuFigures(
+        device=torch.cuda.get_device_name(device),
+        strategy=plan.strategy,
+        vram_peak=torch.cuda.max_memory_reserved(device),
+        vram_bandwidth=vram,
+        num_slots=0 if cache is None else cache.policy.num_slots,
+        hit_rate=hit_rate,
+        step_seconds=None if shares is None else shares.step,
+        experts_seconds=None if shares is None else shares.experts,
+        between_seconds=None if shares is None else shares.between,
+        dram_bytes=dram_bytes,
+        vram_bytes=vram_bytes,
+        roofline_seconds=roofline,
+        roofline_share=None if roofline is None or shares is None else roofline / shares.step,
+    )

@@ -1,0 +1,158 @@
+"""Busy experts in VRAM: slots, tables that steps read, and copies on a side stream.
+
+Slots are equal and hold any layer's experts. A step looks experts up in a table in device memory, so a graph that was
+captured once follows every change. Between steps finished copies are entered and new ones begin, while experts that
+leave were taken out of the table before the step in which their slot is written: no kernel ever reads a slot that is
+being filled. Which expert deserves a slot is `promotion`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moesaic.engine.gpu.promotion import Move, PromotionPolicy
+from moesaic.kernels.experts import PackedExperts
+from moesaic.modules.gpu.experts import SlotLayout, copy_expert, slot_layout
+from moesaic.modules.gpu.step import Routed
+
+__all__ = ["CacheStatistics", "ExpertCache"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStatistics:
+    """What the cache did so far.
+
+    Attributes:
+        num_slots: experts that it can hold.
+        num_held: experts that it holds.
+        hit_rates: per layer, the share of chosen experts that were there.
+        hit_rate: of all layers together.
+        copied: experts copied.
+    """
+
+    num_slots: int
+    num_held: int
+    hit_rates: tuple[float, ...]
+    hit_rate: float
+    copied: int
+
+
+class ExpertCache:
+    """Slots for the routed experts of a model.
+
+    Args:
+        routed: the routed experts of every layer, in DRAM; page-locked, or copies are slow.
+        num_slots: how many experts to hold.
+        device: the GPU.
+        policy: who deserves a slot; the default is `PromotionPolicy`'s.
+    """
+
+    def __init__(
+        self,
+        routed: Sequence[PackedExperts],
+        num_slots: int,
+        device: torch.device,
+        policy: PromotionPolicy | None = None,
+    ) -> None:
+        self._routed = list(routed)
+        self._device = device
+        self._layouts: list[SlotLayout] = [slot_layout(experts, device) for experts in routed]
+        self.slot_bytes = max(layout.nbytes for layout in self._layouts)
+        most = max(experts.num_experts for experts in routed)
+        self.policy = policy or PromotionPolicy(len(self._routed), most, num_slots)
+        self.arena = torch.empty(num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        self._tables = torch.full((len(self._routed), most), -1, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        self._staged = torch.full((len(self._routed), most), -1, dtype=torch.int32, pin_memory=pinned)
+        self._stream = torch.cuda.Stream(device) if pinned else None
+        self._leaving: list[Move] = []  # out of the table from the next step on; copied after that step began
+        self._under_way: list[tuple[Move, torch.cuda.Event | None]] = []
+        self._seen = np.zeros((len(self._routed), most), np.uint32)
+        self._copied = 0
+
+    def table(self, layer: int) -> torch.Tensor:
+        """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
+        return self._tables[layer, : self._routed[layer].num_experts]
+
+    def compute(self, routed: Routed) -> torch.Tensor:
+        """Weighted sum of the chosen experts that are in slots: float32 `[tokens, hidden_size]`."""
+        assert routed.slots is not None
+        layout = self._layouts[routed.layer]
+        return layout.compute(
+            routed.hidden,
+            routed.slots,
+            routed.chosen,
+            routed.weights,
+            self.arena,
+            self.slot_bytes,
+            self.policy.num_slots,
+        )
+
+    def before_step(self) -> None:
+        """Enter experts whose copies are complete and take out those that leave; on the stream of the step."""
+        finished = [(move, event) for move, event in self._under_way if event is None or event.query()]
+        for move, event in finished:
+            if event is not None:
+                torch.cuda.current_stream(self._device).wait_event(event)
+            self.policy.complete(move)
+        if finished:
+            self._under_way = [item for item in self._under_way if item not in finished]
+        if finished or self._leaving:
+            self._staged.copy_(torch.from_numpy(self.policy.slot_of))
+            self._tables.copy_(self._staged, non_blocking=True)
+
+    def during_step(self) -> None:
+        """Begin the copies into slots that the step, which has been launched, does not read any more."""
+        for move in self._leaving:
+            if self._stream is None:
+                self._copy(move)
+                self._under_way.append((move, None))
+                continue
+            with torch.cuda.stream(self._stream):
+                self._copy(move)
+                event = torch.cuda.Event()
+                event.record()
+            self._under_way.append((move, event))
+        self._copied += len(self._leaving)
+        self._leaving = []
+
+    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int) -> None:
+        """Take note of what was used, and choose what to copy during the next step.
+
+        Args:
+            layers: whose uses these are.
+            uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
+            num_tokens: of the step.
+        """
+        new = np.zeros_like(self._seen)
+        new[layers] = uses - self._seen[layers]
+        self._seen[layers] = uses
+        self.policy.record(new.astype(np.int64), num_tokens)
+        busy = {move.slot for move, _ in self._under_way}
+        self._leaving = self.policy.moves(busy)
+
+    def wait(self) -> None:
+        """Let all copies that were begun end, and enter them."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        self.before_step()
+
+    def statistics(self) -> CacheStatistics:
+        """What it did so far."""
+        policy = self.policy
+        total = int(policy.uses.sum())
+        return CacheStatistics(
+            policy.num_slots,
+            int((policy.slot_of >= 0).sum()),
+            tuple(float(rate) for rate in policy.hit_rates()),
+            int(policy.hits.sum()) / total if total else 0.0,
+            self._copied,
+        )
+
+    def _copy(self, move: Move) -> None:
+        first = move.slot * self.slot_bytes
+        copy_expert(self._routed[move.layer], move.expert, self._layouts[move.layer], self.arena[first:])

@@ -1,0 +1,143 @@
+"""Decides which experts deserve a place in VRAM: a score of recency and frequency, and a budget of copies per step.
+
+The score of an expert is the number of times it was chosen, where what happened `half_life` tokens ago counts half: it
+follows a conversation's topic and still knows what is always busy. Experts on the CPU replace those on the GPU with
+lower scores. Copies read the same memory as the CPU's experts do, so they may take no more than a small share of what
+a step reads. This module knows neither memory nor devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Move", "PromotionPolicy"]
+
+NOWHERE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """An expert that is to be copied into a slot, and the one that leaves it.
+
+    Attributes:
+        slot: where to.
+        layer, expert: what.
+        evicted: (layer, expert) that the slot holds until then; None if it is free.
+    """
+
+    slot: int
+    layer: int
+    expert: int
+    evicted: tuple[int, int] | None
+
+
+class PromotionPolicy:
+    """Which expert is in which slot, and which should be.
+
+    Args:
+        num_layers: layers with routed experts.
+        num_experts: of each layer (the most, if they differ).
+        num_slots: places.
+        half_life: tokens after which a use counts half.
+        advantage: how many uses more than the one that it replaces an expert needs; keeps equals from taking turns.
+        share: of the bytes that the CPU reads in a step, what copies may take.
+
+    Attributes:
+        slot_of: int32 `[num_layers, num_experts]`, -1: in no slot.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        num_slots: int,
+        *,
+        half_life: float = 256.0,
+        advantage: float = 1.0,
+        share: float = 0.025,
+    ) -> None:
+        self.slot_of = np.full((num_layers, num_experts), NOWHERE, np.int32)
+        self.score = np.zeros((num_layers, num_experts), np.float64)
+        self._holder = np.full(num_slots, NOWHERE, np.int64)  # layer * num_experts + expert
+        self._num_experts = num_experts
+        self._half_life, self._advantage, self._share = half_life, advantage, share
+        self._allowance = 0.0  # copies that the budget of the steps so far still allows
+        self.hits = np.zeros(num_layers, np.int64)
+        self.uses = np.zeros(num_layers, np.int64)
+
+    @property
+    def num_slots(self) -> int:
+        """Places."""
+        return len(self._holder)
+
+    def record(self, uses: np.ndarray, num_tokens: int) -> None:
+        """Take note of a step.
+
+        Args:
+            uses: `[num_layers, num_experts]`, how often each expert was chosen in it.
+            num_tokens: of the step.
+        """
+        cached = self.slot_of >= 0
+        self.hits += np.where(cached, uses, 0).sum(axis=1)
+        self.uses += uses.sum(axis=1)
+        self.score *= 0.5 ** (num_tokens / self._half_life)
+        self.score += uses
+        read = np.count_nonzero(np.where(cached, 0, uses))  # experts that the CPU read
+        self._allowance = min(self._allowance + self._share * float(read), float(self.num_slots))
+
+    def hit_rates(self) -> np.ndarray:
+        """Share of the uses so far that found their expert in a slot, per layer; 0 where there were none."""
+        return self.hits / np.maximum(self.uses, 1)
+
+    def moves(self, busy: frozenset[int] | set[int] = frozenset()) -> list[Move]:
+        """What to copy next.
+
+        The experts are entered in `slot_of` by `complete`, and those that leave are out of it at once.
+
+        Args:
+            busy: slots that a copy is under way to.
+        """
+        count = int(self._allowance)
+        if count < 1 or self.num_slots == 0:
+            return []
+        wanted = self._best_outside(count)
+        moves: list[Move] = []
+        for flat, slot in zip(wanted, self._worst_slots(len(wanted), busy), strict=False):
+            held = int(self._holder[slot])
+            if self.score.flat[flat] <= (0.0 if held < 0 else self.score.flat[held] + self._advantage):
+                break
+            layer, expert = divmod(int(flat), self._num_experts)
+            evicted = None if held < 0 else divmod(held, self._num_experts)
+            if evicted is not None:
+                self.slot_of[evicted] = NOWHERE
+            self._holder[slot] = flat
+            moves.append(Move(int(slot), layer, expert, evicted))
+        self._allowance -= len(moves)
+        return moves
+
+    def complete(self, move: Move) -> None:
+        """The expert is in its slot."""
+        self.slot_of[move.layer, move.expert] = move.slot
+
+    def _best_outside(self, count: int) -> np.ndarray:
+        """Experts in no slot (nor on their way to one) with the highest scores, best first."""
+        score = np.where(self.slot_of >= 0, 0.0, self.score).ravel()
+        on_their_way = self._holder[self._holder >= 0]
+        score[on_their_way] = 0.0
+        count = min(count, int(np.count_nonzero(score)))
+        if count == 0:
+            return np.empty(0, np.int64)
+        best = np.argpartition(-score, count - 1)[:count]
+        return np.asarray(best[np.argsort(-score[best], kind="stable")])
+
+    def _worst_slots(self, count: int, busy: frozenset[int] | set[int]) -> np.ndarray:
+        """Free slots, then those whose experts have the lowest scores."""
+        value = np.where(self._holder < 0, -1.0, self.score.ravel()[self._holder])
+        value[list(busy)] = np.inf
+        count = min(count, int(np.count_nonzero(np.isfinite(value))))
+        if count == 0:
+            return np.empty(0, np.int64)
+        worst = np.argpartition(value, count - 1)[:count]
+        return np.asarray(worst[np.argsort(value[worst], kind="stable")])

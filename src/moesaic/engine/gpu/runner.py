@@ -1,0 +1,302 @@
+"""Runs steps of a decoder on a GPU: chunks of prompts eagerly, decode steps as one graph per batch size.
+
+A decode step is captured once for each bucket of batch sizes. The thread that replays a graph answers its requests for
+routed experts, so that there is no thread besides the kernels' pool. It knows sequences and tokens; it chooses neither
+tokens nor whose turn it is.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from moesaic.engine.gpu.paths import EagerPath, GraphPath
+from moesaic.engine.gpu.prefill import ChunkPath
+from moesaic.engine.gpu.shares import ExpertShares
+from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
+from moesaic.errors import ExpertTimeoutError, KernelError
+from moesaic.kernels.handoff import ExpertServer, Mailbox
+from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kvcache.paged import BlockPool, PagedSequence, PoolLayer, StepInput
+from moesaic.modules.gpu.decoder import GpuDecoder
+from moesaic.modules.gpu.step import ExpertPath, GpuStep
+
+__all__ = ["ModelRunner", "RunnerOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """How a runner uses memory and time.
+
+    Attributes:
+        num_blocks: blocks of the cache.
+        block_size: positions of a block.
+        kv_dtype: what the cache stores.
+        max_batch: most sequences of a decode step.
+        graphs: whether decode steps are captured; only a GPU can.
+        timeout: seconds that GPU and CPU wait for each other.
+    """
+
+    num_blocks: int
+    block_size: int = 64
+    kv_dtype: torch.dtype = torch.bfloat16
+    max_batch: int = 8
+    graphs: bool = True
+    timeout: float = 30.0
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """The buffers of decode steps of up to so many sequences, and the graph that reads and writes them."""
+
+    input: StepInput
+    hidden: torch.Tensor
+    out: torch.Tensor  # logits, or what the tail goes on with
+    graph: torch.cuda.CUDAGraph | None = None
+
+
+class ModelRunner:
+    """A decoder with its cache.
+
+    Args:
+        decoder: the model.
+        options: memory and time.
+        slots: routed experts on the GPU; none if None.
+        staging: buffers for experts that are streamed to the GPU in prefill; None: the CPU computes all of them.
+        shares: who computes which experts in prefill, with `staging`.
+
+    Attributes:
+        pool: hands out blocks of the cache.
+        times: see `ExpertServer.serve`; filled by decode steps if it is set.
+    """
+
+    def __init__(
+        self,
+        decoder: GpuDecoder,
+        options: RunnerOptions,
+        slots: ExpertSlots | None = None,
+        staging: StagingBuffers | None = None,
+        shares: ExpertShares | None = None,
+    ) -> None:
+        self.decoder, self.options, self.slots = decoder, options, slots or ExpertSlots()
+        self._staging, self.shares = staging, shares
+        self.pool = BlockPool(options.num_blocks, options.block_size)
+        device = decoder.device
+        self.pools = [
+            PoolLayer.empty(layer.attention.kv_shape, options.num_blocks, options.block_size, options.kv_dtype, device)
+            for layer in decoder.layers
+        ]
+        self.positions, served = _request_positions(
+            [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
+        )
+        self._served = served
+        mailbox = None
+        self.server: ExpertServer | None = None
+        if served:
+            mailbox = Mailbox.of(options.max_batch, decoder.hidden_size, decoder.top_k, pinned=device.type == "cuda")
+            self.server = ExpertServer(mailbox, [decoder.routed[layer] for layer in served], count_uses=True)
+        self.exchange = Exchange(mailbox, device)
+        self.exchange.set_timeout(options.timeout)
+        self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._buckets: dict[int, _Bucket] = {}
+        self.times: torch.Tensor | None = None
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that all sequences together may have."""
+        return self.options.num_blocks * self.options.block_size
+
+    def prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], all_logits: bool = False) -> torch.Tensor:
+        """Append tokens to sequences.
+
+        Args:
+            parts: sequences, each with its new token ids, int64 `[tokens]` on the CPU.
+            all_logits: of all tokens instead of the last of each sequence.
+
+        Returns:
+            float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) where the head is.
+
+        Raises:
+            GenerationError: the cache is full; nothing was appended.
+        """
+        step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
+        hidden = self.decoder.embed(torch.cat([ids for _, ids in parts])).to(self.decoder.device)
+        path = self._chunk_path()
+        longest = max(len(ids) for _, ids in parts)
+        with torch.no_grad():
+            self.decoder.run(hidden, self._step(step_input, longest, path))
+            last = step_input.query_start[1:].long() - 1
+            if self.decoder.tail is not None:
+                return self._tail_logits(
+                    hidden.cpu(), [(s, len(ids)) for s, ids in parts], None if all_logits else last
+                )
+            return self.decoder.logits(hidden if all_logits else hidden[last].contiguous())
+
+    def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+        """Append one token to each sequence.
+
+        Returns:
+            float32 `[sequences, vocab_size]` where the head is; the next call of the same batch size may overwrite it.
+
+        Raises:
+            GenerationError: the cache is full.
+            ExpertTimeoutError: GPU and CPU waited for each other too long. In both cases nothing was appended, and
+                further calls may work.
+        """
+        count = len(sequences)
+        if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
+            raise KernelError(f"{count} sequences, {len(token_ids)} tokens: expected 1 to {self.options.max_batch}.")
+        bucket = self._bucket(count)
+        step_input = StepInput.build([(sequence, 1) for sequence in sequences], like=bucket.input)
+        try:
+            step_input.copy_into(bucket.input)
+            embedded = self.decoder.embed(torch.as_tensor(token_ids, dtype=torch.int64))
+            bucket.hidden[:count].copy_(embedded)
+            self._run(bucket, count)
+        except BaseException:
+            self._recover()
+            for sequence in sequences:
+                sequence.truncate(sequence.length - 1)
+            raise
+        if self.decoder.tail is not None:
+            return self._tail_logits(bucket.out[:count].cpu(), [(sequence, 1) for sequence in sequences], None)
+        return bucket.out[:count]
+
+    def head_seconds(self, batch: int, repeat: int = 5) -> float:
+        """Seconds that last norm and head take for `batch` tokens; 0 if they are on the CPU."""
+        if self.decoder.tail is not None:
+            return 0.0
+        hidden = torch.zeros(batch, self.decoder.hidden_size, device=self.decoder.device)
+        times = []
+        for _ in range(repeat + 1):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            self.decoder.logits(hidden)
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[1:])
+
+    def _chunk_path(self) -> ExpertPath:
+        if self._staging is None or self.shares is None:
+            return ChunkPath(self.exchange, self.decoder.routed, self.slots)
+        return StreamingPath(self.exchange, self.decoder.routed, self.slots, self._staging, self.shares)
+
+    def _tail_logits(
+        self, hidden: torch.Tensor, parts: list[tuple[PagedSequence, int]], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The layers on the CPU, on hidden states `[tokens, hidden_size]`; logits of these rows, or of all."""
+        tail = self.decoder.tail
+        assert tail is not None
+        pieces = hidden.split([count for _, count in parts])
+        done = torch.cat([tail(piece, sequence) for piece, (sequence, _) in zip(pieces, parts, strict=True)])
+        return tail.logits(done if rows is None else done[rows.cpu()])
+
+    def copy(self, sequence: PagedSequence) -> PagedSequence:
+        """A sequence of its own with the same contents.
+
+        Raises:
+            GenerationError: the cache is full.
+        """
+        twin = PagedSequence(self.pool)
+        twin.append(sequence.length)
+        source, target = (torch.tensor(each.blocks, device=self.decoder.device) for each in (sequence, twin))
+        for pool in self.pools:
+            for states in (pool.keys, pool.values):
+                if states is not None:
+                    states[target] = states[source]
+        if self.decoder.tail is not None:
+            self.decoder.tail.copy(sequence, twin)
+        return twin
+
+    def _run(self, bucket: _Bucket, count: int) -> None:
+        cache = self.slots.cache
+        if cache is not None:
+            cache.before_step()
+        if bucket.graph is None:
+            self._decode_step(bucket, self._eager_path(count))
+            if cache is not None:
+                cache.during_step()
+        else:
+            bucket.graph.replay()
+            if cache is not None:
+                cache.during_step()
+            if self.server is not None:
+                self.server.serve(count, timeout=self.options.timeout, times=self.times)
+        if bucket.hidden.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        if int(self._failed):
+            raise ExpertTimeoutError(
+                f"the CPU did not answer the GPU within {self.options.timeout:g} s: the computer is overloaded or the "
+                "process was stopped. The request failed; the next one may be tried."
+            )
+        if cache is not None and self.server is not None:
+            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
+
+    def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
+        """What a graph holds."""
+        with torch.no_grad():
+            hidden = bucket.hidden.clone()  # a graph is replayed on the same input
+            self.decoder.run(hidden, self._step(bucket.input, 1, path))
+            bucket.out.copy_(hidden if self.decoder.tail is not None else self.decoder.logits(hidden))
+            self.exchange.advance(0 if self.server is None else len(self.server.layers))
+            self._failed.copy_(self.exchange.failed, non_blocking=True)
+
+    def _step(self, step_input: StepInput, max_query_len: int, path: ExpertPath) -> GpuStep:
+        return GpuStep(step_input, self.pools, self.decoder.angles, max_query_len, path)
+
+    def _eager_path(self, num_tokens: int) -> ExpertPath:
+        if self.server is None:
+            return GraphPath(self.exchange, self.slots, self.positions)
+        return EagerPath(self.exchange, self.slots, self.positions, self.server, num_tokens, self.options.timeout)
+
+    def _bucket(self, count: int) -> _Bucket:
+        """The smallest bucket with room for `count` sequences."""
+        size = min(1 << (count - 1).bit_length(), self.options.max_batch)
+        if size not in self._buckets:
+            self._buckets[size] = self._make_bucket(size)
+        return self._buckets[size]
+
+    def _make_bucket(self, size: int) -> _Bucket:
+        device, decoder = self.decoder.device, self.decoder
+        width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
+        bucket = _Bucket(
+            StepInput.empty(size, size, self.options.num_blocks, device),
+            torch.zeros(size, decoder.hidden_size, device=device),
+            torch.zeros(size, width, device=device),
+        )
+        if self.options.graphs and device.type == "cuda":
+            self._decode_step(bucket, self._eager_path(size))  # compiles every kernel; all is padding
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._decode_step(bucket, GraphPath(self.exchange, self.slots, self.positions))
+            bucket.graph = graph
+        return bucket
+
+    def _recover(self) -> None:
+        """Let the GPU drain and begin to count requests anew."""
+        if self.server is None:
+            return
+        self.server.give_up()
+        if self.decoder.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.server.restart()
+        self.exchange.restart()
+        self._failed.zero_()
+
+
+def _request_positions(on_gpu: list[bool]) -> tuple[list[int | None], list[int]]:
+    """Of each layer with routed experts its request's position in a step, and the layers that are asked for."""
+    positions: list[int | None] = []
+    served: list[int] = []
+    for layer, complete in enumerate(on_gpu):
+        positions.append(None if complete else len(served))
+        if not complete:
+            served.append(layer)
+    return positions, served

@@ -1,0 +1,76 @@
+"""Which experts of a chunk the GPU computes and which the CPU does: from the times of what was done.
+
+An expert costs the GPU what its bytes take on the way, however many tokens chose it; it costs the CPU a read of its
+bytes and so much for each token. So the experts with the most tokens are the GPU's, as many as let both end together.
+Costs are running averages over layers and chunks of the run itself. This module knows neither memory nor devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Costs", "ExpertShares"]
+
+_NEW = 0.3  # weight of the newest observation
+
+
+@dataclass(slots=True)
+class Costs:
+    """Seconds that things take; a start that the first layers correct.
+
+    Attributes:
+        per_upload: to bring one expert to the GPU.
+        per_read: to read one expert on the CPU.
+        per_token: for one token and one expert on the CPU, beyond the read.
+    """
+
+    per_upload: float
+    per_read: float
+    per_token: float
+
+
+class ExpertShares:
+    """Shares of a layer's experts.
+
+    Args:
+        costs: what to begin with; changed in place by observations.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self.costs = costs
+
+    def choose(self, tokens: np.ndarray) -> np.ndarray:
+        """The experts that the GPU gets.
+
+        Args:
+            tokens: `[num_experts]`, how many tokens chose each.
+
+        Returns:
+            bool `[num_experts]`. None of them if the CPU is bound by reading anyway: uploads read the same memory.
+        """
+        chosen = np.zeros(len(tokens), bool)
+        active = np.flatnonzero(tokens)
+        computing = self.costs.per_token * float(tokens.sum())
+        if len(active) == 0 or computing <= self.costs.per_read * len(active):
+            return chosen
+        order = active[np.argsort(-tokens[active], kind="stable")]
+        uploads = np.arange(len(order) + 1) * self.costs.per_upload
+        left = np.concatenate([[0], np.cumsum(tokens[order])])
+        rest = np.arange(len(order), -1, -1)
+        on_cpu = self.costs.per_read * rest + self.costs.per_token * (left[-1] - left)
+        count = int(np.argmin(np.maximum(uploads, on_cpu)))
+        chosen[order[:count]] = True
+        return chosen
+
+    def observe_uploads(self, count: int, seconds: float) -> None:
+        """`count` experts were brought to the GPU in this time."""
+        if count:
+            self.costs.per_upload += _NEW * (seconds / count - self.costs.per_upload)
+
+    def observe_cpu(self, num_experts: int, num_pairs: int, seconds: float) -> None:
+        """The CPU computed `num_pairs` tokens of `num_experts` experts, all in all, in this time."""
+        if num_pairs:
+            per_token = max(0.0, seconds - self.costs.per_read * num_experts) / num_pairs
+            self.costs.per_token += _NEW * (per_token - self.costs.per_token)

@@ -1,0 +1,147 @@
+"""Times decode and prefill on a runner, and says where the time of a step goes. It knows no file and no plan."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.kvcache.paged import PagedSequence
+
+__all__ = ["GpuTimedRuns", "StepShares", "vram_bandwidth"]
+
+_SEED = 0
+_PROBE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class StepShares:
+    """Where the time of a decode step goes, medians over steps, in seconds.
+
+    Attributes:
+        step: from the call to the logits.
+        experts: the CPU computes experts, all layers together.
+        between: from an answer to the next request, all layers together: attention, router and the hand-off.
+        ends: the rest: launch, first and last layer, head.
+    """
+
+    step: float
+    experts: float
+    between: float
+    ends: float
+
+
+class GpuTimedRuns:
+    """Runs of one kind on one runner, each with new random prompts.
+
+    Args:
+        runner: of a loaded model.
+        what: decode (`new_tokens` - 1 tokens, after the first) or prefill (the prompt).
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens to generate.
+        batch: sequences that run together.
+        chunk: tokens of a prompt that go through the layers at once.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        what: Literal["decode", "prefill"],
+        prompt_tokens: int,
+        new_tokens: int,
+        batch: int = 1,
+        chunk: int = 8192,
+    ) -> None:
+        self.runner, self.what = runner, what
+        self.prompt_tokens, self.new_tokens, self.batch, self._chunk = prompt_tokens, new_tokens, batch, chunk
+        self._random = torch.Generator().manual_seed(_SEED)
+        self._vocab = runner.decoder.vocab_size
+
+    def run(self) -> float:
+        """One run; tokens per second of all sequences together."""
+        with self._sequences() as sequences:
+            started = time.perf_counter()
+            tokens = self._prefill(sequences)
+            if self.what == "prefill":
+                return self.batch * self.prompt_tokens / (time.perf_counter() - started)
+            started = time.perf_counter()
+            for _ in range(self.new_tokens - 1):
+                tokens = self._step(sequences, tokens)
+            return self.batch * (self.new_tokens - 1) / (time.perf_counter() - started)
+
+    def profile(self) -> StepShares:
+        """Take a run of decode steps apart."""
+        runner, server = self.runner, self.runner.server
+        steps: list[tuple[float, float, float]] = []
+        with self._sequences() as sequences:
+            tokens = self._prefill(sequences)
+            runner.times = None if server is None else torch.zeros(len(server.layers), 2, dtype=torch.int64)
+            for _ in range(self.new_tokens - 1):
+                started = time.perf_counter()
+                tokens = self._step(sequences, tokens)
+                elapsed = time.perf_counter() - started
+                experts = between = 0.0
+                if runner.times is not None:
+                    times = runner.times.double() / 1e9
+                    experts = float((times[:, 1] - times[:, 0]).sum())
+                    between = float((times[1:, 0] - times[:-1, 1]).sum())
+                steps.append((elapsed, experts, between))
+            runner.times = None
+        step, experts, between = (statistics.median(column) for column in zip(*steps, strict=True))
+        return StepShares(step, experts, between, step - experts - between)
+
+    def layer_share(self) -> float:
+        """Share of the time that layers take, of what `run` measures: the rest is the head, and choosing a token."""
+        logits = self.runner.head_seconds(self.batch)
+        rate = self.run()
+        per_pass = self.batch / rate if self.what == "decode" else self.batch * self.prompt_tokens / rate
+        return max(0.0, 1.0 - logits / per_pass)
+
+    def _sequences(self) -> _Sequences:
+        return _Sequences([PagedSequence(self.runner.pool) for _ in range(self.batch)])
+
+    def _prefill(self, sequences: list[PagedSequence]) -> list[int]:
+        """Prompts through the layers; the likeliest next tokens."""
+        tokens = []
+        for sequence in sequences:
+            prompt = torch.randint(self._vocab, (self.prompt_tokens,), generator=self._random)
+            for piece in prompt.split(self._chunk):
+                logits = self.runner.prefill([(sequence, piece)])
+            tokens.append(int(logits.argmax(-1)))
+        return tokens
+
+    def _step(self, sequences: list[PagedSequence], tokens: list[int]) -> list[int]:
+        chosen: list[int] = self.runner.decode(sequences, tokens).argmax(-1).tolist()
+        return chosen
+
+
+class _Sequences:
+    """Sequences that give their blocks back at the end."""
+
+    def __init__(self, sequences: list[PagedSequence]) -> None:
+        self._sequences = sequences
+
+    def __enter__(self) -> list[PagedSequence]:
+        return self._sequences
+
+    def __exit__(self, *_: object) -> None:
+        for sequence in self._sequences:
+            sequence.free()
+
+
+def vram_bandwidth(device: torch.device, repeat: int = 10) -> float:
+    """Bytes per second that the GPU reads from its memory: the median of sums over 1 GiB."""
+    data = torch.ones(_PROBE_BYTES // 4, device=device)
+    times = []
+    for _ in range(repeat + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        data.sum()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return _PROBE_BYTES / float(statistics.median(times[1:]))

@@ -1,0 +1,88 @@
+"""What the kernels have to know of a format: how its tiles are walked, and two functions. It knows no format.
+
+A panel's tiles are walked in *items*, one per lane of a kernel. An item is `planes` x `steps` units of `width` weights
+that a lane reads from 16 rows: `codes` gives the weights of a step, all planes of it, as floats; `scales` gives what
+they are multiplied by and, if there are offsets, what is added. The weight of plane p, step s, position c of item n is
+
+    k = n // interleave * (interleave * item) + n % interleave * (steps * width)
+        + p * (interleave * steps * width) + s * width + c,           item = planes * steps * width
+
+so planes are the parts of a word that lie apart along the row (nibbles, for example), and items are interleaved where a
+group of scales is shorter than what words hold of one plane. Both functions get pointers to the tile for each lane and
+row, `words` of 4 bytes, `halves` of 2 and `bytes` of 1: a unit j of a field that starts at byte `start` of the block is
+`words + 4 * start + 16 * j`, `halves + 8 * start + 16 * j` or `bytes + 16 * start + 16 * j`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+__all__ = ["DeviceFormat"]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class DeviceFormat:
+    """How kernels read one format; they take it as an argument known at compile time.
+
+    Attributes:
+        name: unique; compiled kernels are named after it.
+        codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane, [items, rows]
+            each; `item` counts in the tile. Of float formats they are the weights.
+        scales: `(words, halves, bytes, item) -> num_scales floats`, followed by as many offsets if `has_offset`;
+            consecutive planes share a scale. None: codes are the weights.
+        planes, steps, width, interleave: see above; all powers of two.
+        num_scales: of an item, a divisor of `planes`.
+        has_offset: weight = scale * code + offset.
+        items_per_tile: 0 if a panel is one tile, whose items may end behind the last column.
+        tile_units: bytes of a tile / 16.
+        grid: makes the codebook, int32 on the CPU, that `codes` looks weights up in.
+    """
+
+    name: str
+    codes: Any
+    scales: Any = None
+    planes: int = 1
+    steps: int = 8
+    width: int = 4
+    interleave: int = 1
+    num_scales: int = 1
+    has_offset: bool = False
+    items_per_tile: int = 1
+    tile_units: int = 0
+    grid: Callable[[], torch.Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"format_{self.name}"
+
+    @property
+    def cache_key(self) -> str:
+        """What Triton's cache of compiled kernels has to distinguish: the functions' sources and all numbers."""
+        functions = [f.cache_key for f in (self.codes, self.scales) if f is not None]
+        numbers = [getattr(self, f.name) for f in fields(self) if f.name not in ("codes", "scales", "grid")]
+        return f"{functions}{numbers}"
+
+    @property
+    def num_sums(self) -> int:
+        """Sums of activations that go with an item."""
+        return self.num_scales if self.has_offset else 0
+
+    @property
+    def item(self) -> int:
+        """Weights of an item."""
+        return self.planes * self.steps * self.width
+
+    def num_items(self, cols: int) -> int:
+        """Items of a row of `cols` weights."""
+        return -(-cols // self.item)
+
+    def panel_units(self, cols: int) -> int:
+        """Bytes of a panel of `cols` columns / 16, which is the bytes of a row."""
+        return (
+            self.num_items(cols) // self.items_per_tile * self.tile_units
+            if self.items_per_tile
+            else (cols * self.tile_units)
+        )

@@ -1,0 +1,166 @@
+"""The GPU's side of the hand-off: ask the CPU for routed experts, go on, and take the answer.
+
+Both kernels work on memory of the CPU that the GPU sees (a `Mailbox`). Request numbers come from a counter in device
+memory, so that a captured graph asks with new numbers each time. It does not know who answers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moesaic.kernels.handoff import Mailbox
+
+__all__ = ["Exchange"]
+
+_BLOCK = 2048  # values that a program of `take_back` adds up
+_SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
+
+
+@triton.jit
+def _hand_off(
+    hidden_ptr, chosen_ptr, experts_ptr, weights_ptr,
+    box_hidden_ptr, box_chosen_ptr, box_experts_ptr, box_weights_ptr,
+    requested_ptr, base_ptr, position, num_values, num_choices,
+    BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, num_values, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < num_values
+        tl.store(box_hidden_ptr + offsets, tl.load(hidden_ptr + offsets, mask=inside), mask=inside)
+    choice = tl.arange(0, CHOICES)
+    inside = choice < num_choices
+    tl.store(box_chosen_ptr + choice, tl.load(chosen_ptr + choice, mask=inside), mask=inside)
+    tl.store(box_experts_ptr + choice, tl.load(experts_ptr + choice, mask=inside), mask=inside)
+    tl.store(box_weights_ptr + choice, tl.load(weights_ptr + choice, mask=inside), mask=inside)
+    number = tl.load(base_ptr) + position + 1
+    # All threads' stores come before the barrier, and with it before the release of the one that stores the number.
+    tl.debug_barrier()
+    tl.atomic_xchg(requested_ptr, number, sem="release", scope="sys")
+
+
+@triton.jit
+def _take_back(
+    hidden_ptr, answer_ptr, shared_ptr, gate_ptr, cached_ptr,
+    answered_ptr, base_ptr, failed_ptr, position, max_polls, num_values, hidden_size, scale,
+    HAS_CPU: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_CACHED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < num_values
+    total = tl.zeros([BLOCK], tl.float32)
+    if HAS_SHARED:
+        shared = tl.load(shared_ptr + offsets, mask=inside, other=0.0)
+        if HAS_GATE:
+            shared *= tl.sigmoid(tl.load(gate_ptr + offsets // hidden_size, mask=inside, other=0.0))
+        total += shared
+    if HAS_CACHED:
+        total += tl.load(cached_ptr + offsets, mask=inside, other=0.0)
+    if HAS_CPU:
+        number = tl.load(base_ptr) + position + 1
+        seen = tl.load(answered_ptr, volatile=True)
+        failed = tl.load(failed_ptr, volatile=True)
+        polls = 0
+        while (seen < number) & (polls < max_polls) & (failed == 0):
+            seen = tl.load(answered_ptr, volatile=True)
+            failed = tl.load(failed_ptr, volatile=True)
+            polls += 1
+        if seen < number:
+            tl.store(failed_ptr, 1)
+        tl.debug_barrier()
+        # Volatile: never from a cache, which could hold the answer to the request before.
+        total += tl.load(answer_ptr + offsets, mask=inside, other=0.0, volatile=True)
+    hidden = tl.load(hidden_ptr + offsets, mask=inside, other=0.0)
+    tl.store(hidden_ptr + offsets, hidden + scale * total, mask=inside)
+
+
+@triton.jit
+def _advance(base_ptr, count):
+    tl.store(base_ptr, tl.load(base_ptr) + count)
+
+
+class Exchange:
+    """A mailbox as the GPU uses it.
+
+    Args:
+        mailbox: in page-locked memory; None if the CPU computes nothing.
+        device: the GPU.
+
+    Attributes:
+        base: int64 `[1]`, on the device: number of the last request of the steps before.
+        failed: int32 `[1]`, on the device: not 0 after a poll that waited too long.
+    """
+
+    def __init__(self, mailbox: Mailbox | None, device: torch.device) -> None:
+        self.mailbox = mailbox
+        self.base = torch.zeros(1, dtype=torch.int64, device=device)
+        self.failed = torch.zeros(1, dtype=torch.int32, device=device)
+        self.max_polls = round(30.0 / _SECONDS_PER_POLL)
+
+    def set_timeout(self, seconds: float, seconds_per_poll: float = _SECONDS_PER_POLL) -> None:
+        """Let polls of kernels that are launched (or captured) from now on wait for about `seconds`."""
+        self.max_polls = max(1, min(round(seconds / seconds_per_poll), 2**31 - 1))
+
+    def hand_off(
+        self, position: int, hidden: torch.Tensor, chosen: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        """Ask for experts.
+
+        Args:
+            position: which request of the step this is, from 0 on.
+            hidden: float32 `[tokens, hidden_size]`, contiguous.
+            chosen: int64 `[tokens, top_k]`, the router's choice.
+            experts: int64 `[tokens, top_k]`, those that the CPU computes, and -1 in the other places.
+            weights: float32 `[tokens, top_k]`.
+        """
+        box = self._box()
+        _hand_off[(1,)](
+            hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts, box.weights,
+            box.requested, self.base, position, hidden.numel(), chosen.numel(),
+            BLOCK=4096, CHOICES=triton.next_power_of_2(chosen.numel()), num_warps=16,
+        )  # fmt: skip
+
+    def take_back(
+        self,
+        position: int | None,
+        hidden: torch.Tensor,
+        *,
+        shared: torch.Tensor | None = None,
+        shared_gate: torch.Tensor | None = None,
+        cached: torch.Tensor | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        """`hidden += scale * (answer + sigmoid(gate) * shared + cached)`, in place, when the answer is there.
+
+        Args:
+            position: of the request; None: nothing was asked.
+            hidden: float32 `[tokens, hidden_size]`, contiguous.
+            shared: output of the shared experts, like hidden.
+            shared_gate: float32 `[tokens, 1]`, or None.
+            cached: output of the experts on the GPU, like hidden.
+            scale: of all that is added.
+        """
+        box: Any = None if position is None else self._box()
+        _take_back[(triton.cdiv(hidden.numel(), _BLOCK),)](
+            hidden, hidden if box is None else box.output, shared, shared_gate, cached,
+            hidden if box is None else box.answered, self.base, self.failed, position or 0, self.max_polls,
+            hidden.numel(), hidden.shape[-1], scale,
+            HAS_CPU=box is not None, HAS_SHARED=shared is not None, HAS_GATE=shared_gate is not None,
+            HAS_CACHED=cached is not None, BLOCK=_BLOCK, num_warps=4,
+        )  # fmt: skip
+
+    def advance(self, count: int) -> None:
+        """Count the requests of a step; the last thing that a step does."""
+        _advance[(1,)](self.base, count)
+
+    def restart(self) -> None:
+        """Begin to count anew after a failure, together with the server."""
+        self.base.zero_()
+        self.failed.zero_()
+
+    def _box(self) -> Mailbox:
+        assert self.mailbox is not None
+        return self.mailbox

@@ -1,0 +1,273 @@
+"""Products of packed matrices on a GPU with activations of one to many tokens. It knows no model."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moesaic.errors import KernelError
+from moesaic.kernels._checks import describe
+from moesaic.kernels.triton.activations import to_lanes, to_operands
+from moesaic.kernels.triton.device_tensor import DeviceTensor
+from moesaic.kernels.triton.formats import DeviceFormat, device_format
+from moesaic.kernels.triton.formats.common import MAGIC
+from moesaic.kernels.triton.products import panel_products, tile_products
+from moesaic.kernels.triton.views import WeightViews, grid_of, is_interpreted, weight_views
+
+__all__ = ["MAX_DECODE_TOKENS", "linear"]
+
+MAX_DECODE_TOKENS = 8
+"""Up to so many tokens are multiplied by vector units, straight from the tiles."""
+
+_ENOUGH_WARPS = 2048  # to keep the memory of a large GPU busy: 16 on each of 128 multiprocessors
+
+
+@triton.jit
+def _panels_kernel(
+    x,
+    x_stride,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    bias,
+    out,
+    out_stride,
+    split_stride,
+    num_tokens,
+    rows,
+    cols,
+    num_items,
+    panel_units,
+    iterations,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    """A program has a panel and a part of its columns: `iterations` of ITEMS items."""
+    index, split = tl.program_id(0), tl.program_id(1)
+    first = split * iterations
+    last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
+    panel = index.to(tl.int64) * panel_units
+    totals = panel_products(
+        x, x_stride, words, halves, bytes, grid, magic, panel, cols, num_items, first, last, F, TOKENS, ITEMS
+    )
+    r = index * 16 + tl.arange(0, 16)
+    for token in tl.static_range(TOKENS):
+        result = tl.sum(totals[token], axis=0)
+        if HAS_BIAS:
+            result += tl.load(bias + r, mask=r < rows, other=0.0)
+        at = out + split.to(tl.int64) * split_stride + token * out_stride + r
+        tl.store(at, result, mask=(r < rows) & (token + r * 0 < num_tokens))
+
+
+@triton.jit
+def _sum_kernel(parts, bias, out, out_stride, rows, split_stride, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr) -> None:
+    """Adds up the parts of a product, always in the same order."""
+    r = tl.program_id(0) * 128 + tl.arange(0, 128)
+    token = tl.program_id(1)
+    total = tl.zeros((128,), tl.float32)
+    for split in range(0, SPLITS):
+        total += tl.load(parts + split * split_stride + token * rows + r, mask=r < rows, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + r, mask=r < rows, other=0.0)
+    tl.store(out + token * out_stride + r, total, mask=r < rows)
+
+
+@triton.jit
+def _tiles_kernel(
+    x,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    bias,
+    out,
+    out_stride,
+    num_tokens,
+    rows,
+    cols,
+    num_items,
+    panel_units,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    """A program has TOKENS tokens and ROWS rows; neighbours have the same rows, which they find in the L2 cache."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :]
+    inside = tl.minimum(r, rows - 1)
+    panel = (inside // 16).to(tl.int64) * panel_units
+    total = tile_products(
+        x,
+        token,
+        token < num_tokens,
+        num_tokens,
+        words,
+        halves,
+        bytes,
+        grid,
+        magic,
+        panel,
+        inside % 16,
+        cols,
+        num_items,
+        F,
+        PRECISION,
+    )
+    if HAS_BIAS:
+        total += tl.load(bias + r, mask=r < rows, other=0.0)
+    tl.store(out + token.to(tl.int64) * out_stride + r, total, mask=(token < num_tokens) & (r < rows))
+
+
+def decode_shape(num_panels: int, num_items: int, tokens: int) -> tuple[int, int, int]:
+    """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
+    warps = 1
+    while warps < 8 and 8 * warps < num_items and num_panels * warps < _ENOUGH_WARPS:
+        warps *= 2
+    iterations = -(-num_items // (8 * warps))
+    splits = max(1, min(iterations, _ENOUGH_WARPS // 2 // (num_panels * warps)))
+    iterations = -(-iterations // splits)
+    return warps, -(-num_items // (8 * warps * iterations)), iterations
+
+
+def _few_tokens(
+    x: torch.Tensor, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    num_tokens, cols = x.shape
+    lanes = to_lanes(x, form)
+    num_panels, num_items = -(-rows // 16), form.num_items(cols)
+    warps, splits, iterations = decode_shape(num_panels, num_items, num_tokens)
+    parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=x.device)
+    inner_bias = bias if splits == 1 else None
+    _panels_kernel[(num_panels, splits)](
+        lanes,
+        lanes.stride(0),
+        views.words,
+        views.halves,
+        views.bytes,
+        grid_of(form, views),
+        MAGIC,
+        lanes if inner_bias is None else inner_bias,
+        parts,
+        parts.stride(-2),
+        0 if splits == 1 else parts.stride(0),
+        num_tokens,
+        rows,
+        cols,
+        num_items,
+        form.panel_units(cols),
+        iterations,
+        form,
+        triton.next_power_of_2(num_tokens),
+        8 * warps,
+        inner_bias is not None,
+        num_warps=warps,
+    )
+    if splits > 1:
+        _sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
+            parts, parts if bias is None else bias, out, out.stride(0), rows, parts.stride(0), splits, bias is not None
+        )
+
+
+def _many_tokens(
+    x: torch.Tensor, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    num_tokens, cols = x.shape
+    dtype = operand_dtype(form)
+    operands = to_operands(x, form, dtype)
+    tokens = min(max(triton.next_power_of_2(num_tokens), 16), 128)
+    num_rows = 64
+    _tiles_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(rows, num_rows))](
+        operands,
+        views.words,
+        views.halves,
+        views.bytes,
+        grid_of(form, views),
+        MAGIC,
+        operands if bias is None else bias,
+        out,
+        out.stride(0),
+        num_tokens,
+        rows,
+        cols,
+        form.num_items(cols),
+        form.panel_units(cols),
+        form,
+        tokens,
+        num_rows,
+        "tf32x3" if dtype == torch.float32 and not is_interpreted() else "ieee",
+        bias is not None,
+        num_warps=4 if tokens <= 64 else 8,
+        num_stages=2,
+    )
+
+
+def operand_dtype(form: DeviceFormat) -> torch.dtype:
+    """The type in which many tokens are multiplied: bfloat16, but F32 matrices (routers) lose nothing."""
+    return torch.float32 if form.name == "F32" or is_interpreted() else torch.bfloat16
+
+
+def check_rows(name: str, x: torch.Tensor, width: int, device: torch.device) -> None:
+    """Require float32 `[n, width]` on a device, contiguous along a row."""
+    if (
+        x.dtype != torch.float32
+        or x.ndim != 2
+        or x.shape[1] != width
+        or x.device != device
+        or (width > 1 and x.stride(1) != 1)
+    ):
+        raise KernelError(
+            f"{name} is {describe(x)}: expected float32 [tokens, {width}] on {device}, contiguous along a row."
+        )
+
+
+def linear(
+    x: torch.Tensor,
+    weight: DeviceTensor,
+    bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    index: int = 0,
+) -> torch.Tensor:
+    """`x @ W.T + bias` for one packed matrix; nothing waits for the device, so that a graph can capture it.
+
+    Up to MAX_DECODE_TOKENS tokens are float32 throughout; of more, activations and weights are rounded to bfloat16
+    before they are multiplied (not with F32 weights), sums are float32. Results do not depend on timing.
+
+    Args:
+        x: float32 `[tokens, cols]` on the weights' device; rows may be any distance apart.
+        weight: the stack that has the matrix `[rows, cols]`.
+        bias: float32 `[rows]`, contiguous.
+        out: float32 `[tokens, rows]` for the result; rows may be any distance apart.
+        index: which matrix of the stack.
+
+    Returns:
+        float32 `[tokens, rows]`, `out` if it was given.
+
+    Raises:
+        UnsupportedFormatError: the format has no kernels on a GPU.
+        KernelError: a shape, a type, a device or the index is not as described.
+    """
+    form = device_format(weight.format, weight.cols)
+    check_rows("x", x, weight.cols, weight.device)
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.rows,) or not bias.is_contiguous()):
+        raise KernelError(f"bias is {describe(bias)}: expected float32 [{weight.rows}], contiguous.")
+    if out is None:
+        out = torch.empty(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
+    check_rows("out", out, weight.rows, weight.device)
+    if out.shape[0] != x.shape[0]:
+        raise KernelError(f"out has {out.shape[0]} rows: expected one for each of {x.shape[0]} tokens.")
+    if x.shape[0] == 0:
+        return out
+    views = weight_views(weight, index)
+    if x.shape[0] <= MAX_DECODE_TOKENS:
+        _few_tokens(x, views, form, weight.rows, bias, out)
+    else:
+        _many_tokens(x, views, form, weight.rows, bias, out)
+    return out

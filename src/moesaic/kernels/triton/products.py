@@ -1,0 +1,227 @@
+"""Inner loops of the products: what a program does with the panels it is given. It knows no format and no model.
+
+Arguments that come in families: `words`, `halves` and `bytes` are one address as pointers to int32, float16 and uint8;
+`grid` is the format's codebook, if it has one, and `magic` is MAGIC; F is the format.
+"""
+
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+__all__ = ["lane_products", "panel_products", "tile_of", "tile_products", "zeros"]
+
+
+@triton.jit
+def tile_of(words, halves, bytes, panel, item, num_items, F: tl.constexpr) -> Any:
+    """Pointers to the tile that has an item, and the item's number in it.
+
+    Items behind the last one are read as the last: their activations are zeros.
+    """
+    item = tl.minimum(item, num_items - 1)
+    if F.items_per_tile > 0:
+        panel = panel + (item // F.items_per_tile).to(tl.int64) * F.tile_units
+        item = item % F.items_per_tile
+    return words + panel * 4, halves + panel * 8, bytes + panel * 16, item
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr) -> Any:
+    """COUNT tensors [ITEMS, ROWS]."""
+    out = ()
+    for _ in tl.static_range(COUNT):
+        out = out + (tl.zeros((ITEMS, ROWS), tl.float32),)
+    return out
+
+
+@triton.jit
+def lane_products(
+    totals,
+    x,
+    x_stride,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    item,
+    cols,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SUMMED: tl.constexpr,
+) -> Any:
+    """Adds the products of an item per lane and row to `totals`, TOKENS tensors [items, rows].
+
+    Args:
+        x: pointers [items, 1] to each lane's first activation of the first token, in `lanes`, x_stride floats apart.
+        words, halves, bytes: of the tiles, [items, rows].
+        item: int32 [items, 1], the item's number in its tile.
+        SUMMED: whether the sums of an item's activations lie behind them; otherwise they are added up here.
+    """
+    planes: tl.constexpr = F.planes
+    steps: tl.constexpr = F.steps
+    width: tl.constexpr = F.width
+    groups: tl.constexpr = F.num_scales
+    apart: tl.constexpr = F.planes // F.num_scales
+    shape: tl.constexpr = totals[0].shape
+    if F.scales is None:
+        parts = totals
+    else:
+        parts = zeros(TOKENS * groups, shape[0], shape[1])
+    sums = zeros(TOKENS * groups, shape[0], 1)
+    for step in tl.static_range(steps):
+        codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
+        new_parts = ()
+        new_sums = ()
+        for t in tl.static_range(TOKENS):
+            for g in tl.static_range(groups):
+                part = parts[t * groups + g]
+                total = sums[t * groups + g]
+                for p in tl.static_range(g * apart, (g + 1) * apart):
+                    for c in tl.static_range(width):
+                        value = tl.load(x + t * x_stride + ((p * steps + step) * width + c) * 8)
+                        part = tl.fma(codes[p * width + c], tl.broadcast_to(value, shape), part)
+                        if F.has_offset and not SUMMED:
+                            total += value
+                new_parts = new_parts + (part,)
+                new_sums = new_sums + (total,)
+        parts = new_parts
+        sums = new_sums
+    if F.scales is None:
+        out = parts
+    else:
+        scales = F.scales(words, halves, bytes, item)
+        out = ()
+        for t in tl.static_range(TOKENS):
+            result = totals[t]
+            for g in tl.static_range(groups):
+                result = tl.fma(scales[g], parts[t * groups + g], result)
+                if F.has_offset:
+                    total = sums[t * groups + g]
+                    if SUMMED:
+                        total = tl.load(x + t * x_stride + (F.item + g) * 8)
+                    result = tl.fma(scales[groups + g], tl.broadcast_to(total, shape), result)
+            out = out + (result,)
+    return out
+
+
+@triton.jit
+def panel_products(
+    x,
+    x_stride,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    panel,
+    cols,
+    num_items,
+    first,
+    last,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ITEMS: tl.constexpr,
+) -> Any:
+    """Products of a panel with few tokens: TOKENS tensors [ITEMS, 16 rows], whose sums over items they are.
+
+    Args:
+        x: activations as `lanes`, x_stride floats from one token to the next.
+        panel: int64, where the panel begins, in units of 16 bytes.
+        first, last: the iterations to do, of ITEMS items each.
+    """
+    stride: tl.constexpr = (F.item + F.num_sums) * 8
+    row = tl.arange(0, 16)[None, :]
+    lane = tl.arange(0, ITEMS)[:, None]
+    words, halves, bytes = words + row, halves + row, bytes + row
+    totals = zeros(TOKENS, ITEMS, 16)
+    for iteration in range(first, last):
+        item = iteration * ITEMS + lane
+        at = x + (item // 8 * stride + item % 8)
+        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
+        totals = lane_products(
+            totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, TOKENS, True
+        )
+    return totals
+
+
+@triton.jit
+def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+    """Weights of one plane of a step, [16 items * width, rows], an item's columns side by side."""
+    width: tl.constexpr = F.width
+    weights = ()
+    for c in tl.static_range(width):
+        w = codes[p * width + c]
+        if F.scales is not None:
+            w = tl.fma(w, scale, offset) if F.has_offset else w * scale
+        weights = weights + (w.to(DTYPE),)
+    if width == 4:
+        both = tl.join(tl.join(weights[0], weights[2]), tl.join(weights[1], weights[3]))
+        out = tl.reshape(tl.permute(both, (0, 2, 3, 1)), (64, both.shape[1]))
+    elif width == 2:
+        both = tl.join(weights[0], weights[1])
+        out = tl.reshape(tl.permute(both, (0, 2, 1)), (32, both.shape[1]))
+    else:
+        out = weights[0]
+    return out
+
+
+@triton.jit
+def tile_products(
+    x,
+    place,
+    inside,
+    num_places,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    panel,
+    row,
+    cols,
+    num_items,
+    F: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> Any:
+    """Products of some rows with many tokens, by tensor cores: float32 [tokens, rows].
+
+    Args:
+        x: activations as `operands` of num_places tokens, in the type in which they and the weights are multiplied.
+        place: int32 [tokens, 1], which of them; not read where `inside` is false.
+        panel: int64 [1, rows] or a number, where each row's panel begins, in units of 16 bytes.
+        row: int32 [1, rows], the row in the panel.
+        PRECISION: of tl.dot.
+    """
+    planes: tl.constexpr = F.planes
+    steps: tl.constexpr = F.steps
+    width: tl.constexpr = F.width
+    groups: tl.constexpr = F.num_scales
+    dtype: tl.constexpr = x.dtype.element_ty
+    lane = tl.arange(0, 16)[:, None]
+    j = tl.arange(0, 16 * width)[None, :]
+    at = x + (place.to(tl.int64) * (16 * width) + j)
+    apart = num_places.to(tl.int64) * (16 * width)
+    words, halves, bytes = words + row, halves + row, bytes + row
+    total = tl.zeros((place.shape[0], row.shape[1]), tl.float32)
+    for block in range(0, tl.cdiv(num_items, 16)):
+        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, block * 16 + lane, num_items, F)
+        if F.scales is not None:
+            scales = F.scales(tile_words, tile_halves, tile_bytes, n)
+        for step in range(0, steps):
+            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
+            for p in tl.static_range(planes):
+                if F.scales is None:
+                    weights = _columns_of(codes, p, 0.0, 0.0, F, dtype)
+                elif F.has_offset:
+                    scale, offset = scales[p * groups // planes], scales[groups + p * groups // planes]
+                    weights = _columns_of(codes, p, scale, offset, F, dtype)
+                else:
+                    weights = _columns_of(codes, p, scales[p * groups // planes], 0.0, F, dtype)
+                values = tl.load(at + (block * (planes * steps) + p * steps + step) * apart, mask=inside, other=0.0)
+                total = tl.dot(values, weights, total, input_precision=PRECISION)
+    return total

@@ -1,0 +1,201 @@
+"""Grouped-query and latent attention of a decoder layer on a GPU, on a paged cache.
+
+Both are `x += residual_scale * attention(norm(x))`, made from their equals on the CPU (`modules.gqa`, `modules.mla`),
+whose structure and options they share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moesaic.errors import UnsupportedModelError
+from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
+from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.elementwise import add_scaled_
+from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
+from moesaic.kvcache.paged import KvShape
+from moesaic.modules.gpu.step import GpuStep
+from moesaic.modules.gpu.weights import GpuLinear, GpuNorm, dense_heads
+from moesaic.modules.gqa import GqaAttention
+from moesaic.modules.mla import MlaAttention
+
+__all__ = ["GpuGqaAttention", "GpuMlaAttention", "gpu_attention", "sliding_window_of"]
+
+
+def sliding_window_of(config: Any, layer_idx: int) -> int | None:
+    """Positions that a layer's tokens see, or None for all; as the model library builds its masks.
+
+    Raises:
+        UnsupportedModelError: the layer attends in another way.
+    """
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is None:
+        return None if window is None else int(window)
+    kind = kinds[layer_idx]
+    if kind == "full_attention":
+        return None
+    if kind == "sliding_attention" and window is not None:
+        return int(window)
+    raise UnsupportedModelError(
+        f"layer {layer_idx} has '{kind}', which does not run on a GPU yet: use the plan 'cpu' for this model."
+    )
+
+
+class GpuGqaAttention:
+    """Grouped-query attention.
+
+    Args:
+        source: its equal on the CPU.
+        config: the model's configuration, for the window.
+        device: the GPU.
+    """
+
+    def __init__(self, source: GqaAttention, config: Any, device: torch.device) -> None:
+        self.layer_idx = source.layer_idx
+        self.norm = GpuNorm.of(source.norm, device)
+        self.q, self.k, self.v = (GpuLinear.of(part, device) for part in source.projections)
+        self.o = GpuLinear.of(source.output, device)
+        self.head_norm = source.head_norm
+        self.q_norm = None if source.q_norm is None else GpuNorm.of(source.q_norm, device)
+        self.k_norm = None if source.k_norm is None else GpuNorm.of(source.k_norm, device)
+        self.sinks = None if source.sinks is None else source.sinks.detach().float().to(device)
+        self.head_dim, self.scaling, self.rope_layout = source.head_dim, source.scaling, source.rope_layout
+        self.residual_scale = source.residual_scale
+        self.sliding_window = sliding_window_of(config, self.layer_idx)
+        kv_heads = self.k.weight.rows // self.head_dim
+        self.kv_shape = KvShape(kv_heads, self.head_dim, self.v.weight.rows // kv_heads)
+
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
+        """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
+        normed = rms_norm(x, self.norm.weight, self.norm.eps)
+        q, k, v = (part(normed).view(len(x), -1, self.head_dim) for part in (self.q, self.k, self.v))
+        pool, where = step.pools[self.layer_idx], step.input
+        assert pool.values is not None
+        query = norm_rotate_append(
+            q,
+            k,
+            v,
+            step.angles,
+            where.positions,
+            pool.keys,
+            pool.values,
+            where.slot_mapping,
+            layout=self.rope_layout,
+            norm=self.head_norm,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=0.0 if self.q_norm is None else self.q_norm.eps,
+        )
+        attended = paged_attention(
+            query,
+            pool.keys,
+            pool.values,
+            where.block_tables,
+            where.seq_lens,
+            where.query_start,
+            scale=self.scaling,
+            max_query_len=step.max_query_len,
+            sliding_window=self.sliding_window,
+            sinks=self.sinks,
+        )
+        add_scaled_(x, self.o(attended.view(len(x), -1)), self.residual_scale)
+
+
+class GpuMlaAttention:
+    """Latent attention, absorbed: keys and values are never expanded.
+
+    Args:
+        source: its equal on the CPU.
+        device: the GPU.
+        dtype: of the expanded halves of `kv_b_proj`.
+    """
+
+    def __init__(self, source: MlaAttention, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+        block, module = source.block, source.module
+        if block is None:
+            raise UnsupportedModelError(f"layer {source.layer_idx}: its input norm is none that the kernels know.")
+        self.layer_idx = source.layer_idx
+        self.norm = GpuNorm.of(Norm(source.norm.weight, source.norm.eps), device)
+        low_rank = getattr(module, "q_a_proj", None) is not None
+        self.q_a = _linear(module.q_a_proj, device) if low_rank else None
+        self.q_a_norm = _norm(module.q_a_layernorm, device) if low_rank else None
+        self.q_b = _linear(module.q_b_proj if low_rank else module.q_proj, device)
+        self.kv_a, self.kv_a_norm = _linear(module.kv_a_proj_with_mqa, device), _norm(module.kv_a_layernorm, device)
+        self.o = _linear(module.o_proj, device)
+        self.num_heads, self.scaling, self.rope_layout = source.num_heads, source.scaling, source.rope_layout
+        self.nope_dim, self.rope_dim, self.latent_dim = source.nope_dim, source.rope_dim, source.latent_dim
+        self.k_b, self.v_b = _halves(source, device, dtype)
+        self.kv_shape = KvShape.latent(self.latent_dim, self.rope_dim)
+
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
+        """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
+        tokens, pool, where = len(x), step.pools[self.layer_idx], step.input
+        normed = rms_norm(x, self.norm.weight, self.norm.eps)
+        query = normed
+        if self.q_a is not None and self.q_a_norm is not None:
+            query = rms_norm(self.q_a(normed), self.q_a_norm.weight, self.q_a_norm.eps)
+        heads = self.q_b(query).view(tokens, self.num_heads, -1)
+        q_rope = latent_rotate_append(
+            self.kv_a(normed),
+            heads[..., self.nope_dim :],
+            step.angles,
+            where.positions,
+            pool.keys,
+            where.slot_mapping,
+            self.kv_a_norm.weight,
+            self.kv_a_norm.eps,
+            layout=self.rope_layout,
+        )
+        mixed = paged_latent_attention(
+            self._per_head(heads[..., : self.nope_dim], self.k_b),
+            q_rope,
+            pool.keys,
+            where.block_tables,
+            where.seq_lens,
+            where.query_start,
+            scale=self.scaling,
+            max_query_len=step.max_query_len,
+        )
+        values = self._per_head(mixed, self.v_b)
+        add_scaled_(x, self.o(values.reshape(tokens, -1)), 1.0)
+
+    @staticmethod
+    def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`[tokens, heads, in]` times `[heads, in, out]`: float32 `[tokens, heads, out]`."""
+        product = torch.bmm(x.transpose(0, 1).to(weight.dtype), weight)
+        return product.transpose(0, 1).float().contiguous()
+
+
+def _halves(source: MlaAttention, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kv_b_proj` as `[heads, nope, latent]` and `[heads, latent, value]`."""
+    heads, nope = source.num_heads, source.nope_dim
+    if source.split is None:
+        kv_b = source.module.kv_b_proj.packed
+        k_b = dense_heads(HeadLinears(kv_b, slice(0, nope)), heads, device, dtype)
+        v_b = dense_heads(HeadLinears(kv_b, slice(nope, nope + source.value_dim)), heads, device, dtype)
+    else:
+        stored, values = source.split
+        k_b = dense_heads(HeadLinears(stored, slice(None)), heads, device, dtype).transpose(1, 2).contiguous()
+        v_b = dense_heads(HeadLinears(values, slice(None)), heads, device, dtype)
+    return k_b, v_b.transpose(1, 2).contiguous()
+
+
+def _linear(projection: Any, device: torch.device) -> GpuLinear:
+    return GpuLinear.of(Linear(projection.packed, projection.bias), device)
+
+
+def _norm(norm: Any, device: torch.device) -> GpuNorm:
+    return GpuNorm.of(Norm(norm.weight, norm.eps), device)
+
+
+def gpu_attention(
+    source: GqaAttention | MlaAttention, config: Any, device: torch.device, dtype: torch.dtype
+) -> GpuGqaAttention | GpuMlaAttention:
+    """The same attention on a GPU; `dtype` is that of expanded matrices."""
+    if isinstance(source, MlaAttention):
+        return GpuMlaAttention(source, device, dtype)
+    return GpuGqaAttention(source, config, device)

@@ -1,0 +1,175 @@
+"""The decoder of a model on a GPU: its first layers or all, then last norm and head. The embedding stays on the CPU.
+
+One row of the embedding per token is all that a step needs of it, so its memory is better spent on experts. It is made
+from a loaded model whose layers are all fused (`modules.decoder`), which afterwards has no weights but routed experts
+and the embedding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moesaic.errors import UnsupportedModelError
+from moesaic.kernels.block_parts import Linear, Norm
+from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.rotary import RotaryTable
+from moesaic.modules.decoder import DecoderLayerForward
+from moesaic.modules.embedding import PackedEmbedding
+from moesaic.modules.gpu.attention import GpuGqaAttention, GpuMlaAttention, gpu_attention
+from moesaic.modules.gpu.feed_forward import GpuFeedForward
+from moesaic.modules.gpu.step import GpuStep
+from moesaic.modules.gpu.tail import CpuTail
+from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
+from moesaic.modules.linear import PackedLinear
+from moesaic.modules.norm import RMSNorm
+
+__all__ = ["GpuDecoder", "GpuLayer"]
+
+# What rescales rotary frequencies when a sequence gets longer, which a table made once cannot do.
+_MOVING_ROPES = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuLayer:
+    """A pre-norm decoder layer: attention, then MLP or MoE block, both with their norms and residuals."""
+
+    attention: GpuGqaAttention | GpuMlaAttention
+    feed_forward: GpuFeedForward
+
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
+        """Update float32 `[tokens, hidden_size]`, contiguous, in place."""
+        self.attention(x, step)
+        self.feed_forward(x, step)
+
+
+class GpuDecoder:
+    """Layers, the last norm and the head.
+
+    Args:
+        model: a loaded causal language model; what goes to the GPU is taken out of it, layer by layer.
+        device: the GPU.
+        max_positions: positions that rotary angles are kept for.
+        dtype: of matrices that are expanded (`weights.dense_heads`).
+        num_layers: so many of the first layers; all, and what follows them, if None.
+
+    Attributes:
+        layers: on the GPU, in order.
+        tail: what follows on the CPU, if not all layers are on the GPU.
+        routed: routed experts of the layers that have any, in order; they stay in the CPU's memory.
+        hidden_size: width of a hidden state.
+        top_k: experts per token, 0 without routed experts.
+
+    Raises:
+        UnsupportedModelError: the model has parts that do not run on a GPU yet.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        device: torch.device,
+        max_positions: int,
+        dtype: torch.dtype = torch.bfloat16,
+        num_layers: int | None = None,
+    ) -> None:
+        self.device, self.config = device, model.config.get_text_config()
+        decoder = model.get_decoder()
+        forwards = [layer.forward for layer in decoder.layers]
+        if not all(isinstance(forward, DecoderLayerForward) for forward in forwards):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its layers are not all known to the kernels, so that it does not run on a "
+                "GPU yet: use the plan 'cpu'."
+            )
+        _check_parts(model, decoder)
+        self.angles = rotary_table(decoder, forwards[0], max_positions, device)
+        del forwards  # they hold what each layer is about to give back
+        self.layers: list[GpuLayer] = []
+        self.routed: list[PackedExperts] = []
+        self.top_k = 0
+        for layer in decoder.layers[:num_layers]:
+            self.layers.append(self._take(layer.forward, dtype))
+            _drop_weights(layer)
+        self.embedding: PackedEmbedding = model.get_input_embeddings()
+        self.hidden_size = self.embedding.embedding_dim
+        self.embedding_scale = float(getattr(self.config, "embedding_multiplier", 1.0))
+        self.logit_scale = 1.0 / float(getattr(self.config, "logits_scaling", 1.0))
+        self.vocab_size = int(model.get_output_embeddings().packed.rows)
+        self.tail: CpuTail | None = None
+        if num_layers is not None and num_layers < len(decoder.layers):
+            self.tail = CpuTail(model, num_layers)
+            return
+        self.norm = GpuNorm.of(Norm(decoder.norm.weight, decoder.norm.eps), device)
+        head = model.get_output_embeddings()
+        self.head = GpuLinear.of(Linear(head.packed, head.bias), device)
+        if head.packed is not self.embedding.packed:
+            head.packed = None
+
+    def _take(self, forward: DecoderLayerForward, dtype: torch.dtype) -> GpuLayer:
+        attention = gpu_attention(forward.attention, self.config, self.device, dtype)
+        source = forward.feed_forward
+        has_experts = source.router is not None
+        feed_forward = GpuFeedForward(source, self.device, len(self.routed) if has_experts else None)
+        if feed_forward.routed is not None and source.route is not None:
+            self.routed.append(feed_forward.routed)
+            self.top_k = max(self.top_k, source.route.top_k)
+        return GpuLayer(attention, feed_forward)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
+        hidden: torch.Tensor = self.embedding(token_ids)
+        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+
+    def run(self, hidden: torch.Tensor, step: GpuStep) -> None:
+        """All layers on float32 `[tokens, hidden_size]`, contiguous, on the GPU, in place."""
+        for index, layer in enumerate(self.layers):
+            step.mark(f"layer {index}")
+            layer(hidden, step)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last norm and head, without a tail: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
+        logits = self.head(rms_norm(hidden, self.norm.weight, self.norm.eps))
+        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+
+
+def rotary_table(decoder: Any, forward: DecoderLayerForward, max_positions: int, device: torch.device) -> RotaryTable:
+    """Cosines and sines of positions 0 to `max_positions` - 1, as the model's rotary embedding makes them.
+
+    Raises:
+        UnsupportedModelError: they depend on the length of the sequence.
+    """
+    kind = str(getattr(decoder.rotary_emb, "rope_type", "default"))
+    if kind in _MOVING_ROPES:
+        raise UnsupportedModelError(
+            f"rotary embeddings of type '{kind}' do not run on a GPU yet: use the plan 'cpu' for this model."
+        )
+    positions = torch.arange(max_positions).unsqueeze(0)
+    cos, sin = forward.attention.angles(decoder.rotary_emb(torch.zeros(1, 1), positions))
+    return RotaryTable(*(part[0].float().contiguous().to(device) for part in (cos, sin)))
+
+
+def _check_parts(model: Any, decoder: Any) -> None:
+    head = model.get_output_embeddings()
+    parts = (
+        (decoder.norm, RMSNorm, "last norm"),
+        (model.get_input_embeddings(), PackedEmbedding, "embedding"),
+        (head, PackedLinear, "head"),
+    )
+    for module, expected, name in parts:
+        if not isinstance(module, expected):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: its {name} is a {type(module).__name__}, expected {expected.__name__}: the "
+                "model does not run on a GPU; use the plan 'cpu'."
+            )
+
+
+def _drop_weights(layer: nn.Module) -> None:
+    """Give back the CPU's memory of everything in a layer but its routed experts."""
+    del layer.forward  # the native blocks of the CPU, which hold on to their weights
+    for module in layer.modules():
+        if isinstance(module, PackedLinear):
+            module.packed = None  # type: ignore[assignment]
+            module.bias = None

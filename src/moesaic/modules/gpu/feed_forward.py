@@ -1,0 +1,91 @@
+"""A dense MLP, or router, shared and routed experts, of a decoder layer on a GPU.
+
+A dense MLP is one expert that every token chooses, as on the CPU, and so are shared experts. Routed experts go through
+an `ExpertPath`: this module does not know where they lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from moesaic.kernels.block_parts import RouteOptions
+from moesaic.kernels.blocks import FeedForwardBlock
+from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.elementwise import add_scaled_
+from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.route import route, router_logits
+from moesaic.modules.gpu.experts import ResidentExperts
+from moesaic.modules.gpu.step import GpuStep, Routed
+from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
+
+__all__ = ["GpuFeedForward"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Router:
+    """Weights of a router, float32, and how its logits become experts."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    options: RouteOptions
+
+
+class GpuFeedForward:
+    """`x += residual_scale * (experts(norm(x)) + sigmoid(gate) * shared(norm(x)))`.
+
+    Args:
+        source: its equal on the CPU.
+        device: the GPU.
+        layer: position among the layers with routed experts; None: the MLP is dense.
+
+    Attributes:
+        routed: the routed experts on the CPU, or None for a dense MLP.
+    """
+
+    def __init__(self, source: FeedForwardBlock, device: torch.device, layer: int | None) -> None:
+        self.layer = layer
+        self.norm = GpuNorm.of(source.norm, device)
+        self.scale = source.residual_scale
+        self.routed: PackedExperts | None = None
+        self.router: _Router | None = None
+        self.shared_gate: GpuLinear | None = None
+        dense = source.shared
+        if source.router is None or source.route is None:
+            dense = source.experts
+        else:
+            self.routed = source.experts
+            bias = source.route.bias
+            options = replace(source.route, bias=None if bias is None else bias.to(device))
+            logit_bias = source.router.bias
+            self.router = _Router(
+                source.router.weight.dequantize()[0].to(device),
+                None if logit_bias is None else logit_bias.to(device),
+                options,
+            )
+            if source.shared_gate is not None:
+                self.shared_gate = GpuLinear.of(source.shared_gate, device)
+        self.dense = None if dense is None else ResidentExperts.of(dense, device)
+
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
+        """Update float32 `[tokens, hidden_size]`, contiguous, in place."""
+        normed = rms_norm(x, self.norm.weight, self.norm.eps)
+        if self.router is None or self.layer is None:
+            assert self.dense is not None
+            add_scaled_(x, self.dense.of_all(normed), self.scale)
+            return
+        path = step.experts
+        logits = router_logits(normed, self.router.weight, self.router.bias)
+        chosen = route(
+            logits,
+            self.router.options,
+            slot_of_expert=path.table(self.layer),
+            slot_mapping=step.input.slot_mapping,
+        )
+        misses = chosen.experts if chosen.misses is None else chosen.misses
+        routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses)
+        path.start(routed)
+        shared = None if self.dense is None else self.dense.of_all(normed)
+        gate = None if self.shared_gate is None else self.shared_gate(normed)
+        path.finish(routed, x, shared, gate, self.scale)

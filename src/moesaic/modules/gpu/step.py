@@ -1,0 +1,76 @@
+"""What all layers of a step on the GPU need to know: where its tokens are, and who computes routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from moesaic.kernels.triton.rotary import RotaryTable
+from moesaic.kvcache.paged import PoolLayer, StepInput
+
+__all__ = ["ExpertPath", "GpuStep", "Routed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """What a router decided for the tokens of a step, and what goes into their experts.
+
+    Attributes:
+        layer: position among the layers with routed experts.
+        hidden: float32 `[tokens, hidden_size]`, normalised.
+        chosen: int64 `[tokens, top_k]`.
+        weights: float32 `[tokens, top_k]`.
+        slots: int32 `[tokens, top_k]`: where the chosen experts lie on the GPU, -1: nowhere; None if none does.
+        misses: int64 `[tokens, top_k]`: chosen experts that do not lie on the GPU, -1 in the other places.
+    """
+
+    layer: int
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    slots: torch.Tensor | None
+    misses: torch.Tensor
+
+
+class ExpertPath(Protocol):
+    """Who computes routed experts, and how the result comes back."""
+
+    def table(self, layer: int) -> torch.Tensor | None:
+        """int32 `[num_experts]`, the slot of each expert on the GPU or -1; None if there are no slots at all."""
+
+    def start(self, routed: Routed) -> None:
+        """The router has decided; the GPU will do something else in the meantime."""
+
+    def finish(
+        self,
+        routed: Routed,
+        residual: torch.Tensor,
+        shared: torch.Tensor | None,
+        shared_gate: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """`residual += scale * (experts + sigmoid(shared_gate) * shared)`, in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStep:
+    """One pass of tokens through the layers.
+
+    Attributes:
+        input: where the tokens are.
+        pools: the cache of every layer.
+        angles: cosines and sines of all positions.
+        max_query_len: most tokens that a sequence has in this step.
+        experts: who computes routed experts.
+        mark: called with a name where something begins, for traces; does nothing by default.
+    """
+
+    input: StepInput
+    pools: list[PoolLayer]
+    angles: RotaryTable
+    max_query_len: int
+    experts: ExpertPath
+    mark: Callable[[str], None] = lambda name: None

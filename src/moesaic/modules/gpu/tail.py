@@ -1,0 +1,89 @@
+"""The last layers of a model on the CPU, behind first ones on a GPU: the traditional split.
+
+It runs the layers of the CPU path as they are, sequence by sequence, on a growing cache per sequence. It does not know
+what computed the hidden states that come in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from moesaic.errors import UnsupportedModelError
+from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache, GrowingLayer
+from moesaic.kvcache.paged import PagedSequence
+
+__all__ = ["CpuTail"]
+
+
+class CpuTail:
+    """Layers from `first` on, the last norm and the head.
+
+    Args:
+        model: a loaded model.
+        first: the first layer on the CPU.
+
+    Raises:
+        UnsupportedModelError: a layer keeps a window, which sequences that can be cut back do not allow.
+    """
+
+    def __init__(self, model: Any, first: int) -> None:
+        self._config = model.config
+        decoder = model.get_decoder()
+        self._rotary, self._layers, self._first = decoder.rotary_emb, list(decoder.layers[first:]), first
+        self._norm, self._head = decoder.norm, model.get_output_embeddings()
+        self._scale = 1.0 / float(getattr(model.config.get_text_config(), "logits_scaling", 1.0))
+        self._caches: WeakKeyDictionary[PagedSequence, GrowingCache] = WeakKeyDictionary()
+        kept = GrowingCache(model.config).layers[first:]
+        if not all(isinstance(layer, GrowingLayer) for layer in kept):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: some of its last layers attend to a window, which the plan 'layers' cannot "
+                "run yet: use 'hybrid' or 'cpu'."
+            )
+
+    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
+        """Go on with the newest tokens of a sequence.
+
+        Args:
+            hidden: float32 `[tokens, hidden_size]` on the CPU.
+            sequence: already has them.
+
+        Returns:
+            Hidden states behind the last layer, float32 `[tokens, hidden_size]`.
+        """
+        cache = self._caches.setdefault(sequence, GrowingCache(self._config))
+        before = sequence.length - len(hidden)
+        for layer in cache.layers[self._first :]:
+            layer.crop(min(0, before - layer.get_seq_length()))
+        x = hidden.unsqueeze(0)
+        positions = torch.arange(before, sequence.length).unsqueeze(0)
+        angles = self._rotary(x, positions)
+        for layer in self._layers:
+            x = layer(
+                x,
+                attention_mask=None,
+                position_ids=positions,
+                use_cache=True,
+                position_embeddings=angles,
+                **{CACHE_ARGUMENT: cache},
+            )
+        return x[0]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Last norm and head: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
+        logits: torch.Tensor = self._head(self._norm(hidden))
+        return logits if self._scale == 1.0 else logits * self._scale
+
+    def copy(self, sequence: PagedSequence, twin: PagedSequence) -> None:
+        """Give a sequence the states of another one."""
+        cache = self._caches.get(sequence)
+        if cache is None:
+            return
+        copied = GrowingCache(self._config)
+        for index in range(self._first, len(cache.layers)):
+            keys, values = cache.layers[index].keys, cache.layers[index].values
+            if keys is not None:
+                copied.layers[index].update(keys, values)
+        self._caches[twin] = copied

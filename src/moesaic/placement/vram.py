@@ -1,0 +1,223 @@
+"""The budget of a GPU's memory: what a plan puts there, what a step needs beside it, what is left for busy experts.
+
+What a running model may allocate follows from the same numbers. It knows neither rules nor how a plan was made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moesaic.errors import PlanError
+from moesaic.placement.roles import layer_of
+
+if TYPE_CHECKING:
+    from moesaic.placement.gpus import Gpu
+    from moesaic.placement.hardware import Hardware
+    from moesaic.placement.plan import Placement, Plan
+
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "DRIVER_BYTES",
+    "KV_BLOCK",
+    "MAX_BATCH",
+    "NO_STEP",
+    "PREFILL_CHUNK",
+    "STAGING_GROUP",
+    "StepSizes",
+    "VramBudget",
+    "is_absorbed",
+    "require_gpu",
+    "usable_gpu",
+    "vram_budget",
+    "vram_total",
+]
+
+DEFAULT_CONTEXT = 4096
+KV_BLOCK = 64
+"""Positions of a block of the paged cache."""
+PREFILL_CHUNK = 2048
+"""Tokens of a prompt that go through the layers at once, at most."""
+MAX_BATCH = 8
+"""Sequences of a decode step, at most."""
+STAGING_GROUP = 8
+"""Experts that are streamed to the GPU together in prefill; two groups are there at a time."""
+DRIVER_BYTES = 600 * 1024**2
+"""What the driver takes for a process: its context, modules of kernels, their stacks."""
+
+_MARGIN_SHARE = 20  # a twentieth of what is free is left to others
+_MIN_MARGIN = 512 * 1024**2
+_STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
+_FLOAT = 4
+_CHOICE_BYTES = 20  # an expert's number and whether the CPU has it (int64 each), its weight (float32)
+
+
+@dataclass(frozen=True, slots=True)
+class StepSizes:
+    """Numbers of floats by which the buffers of a step are measured.
+
+    Attributes:
+        hidden_size: of a hidden state.
+        top_k: routed experts of a token.
+        vocab_size: logits of a token.
+        widest: floats per token that the widest block holds beside hidden states.
+        rotary: floats per position of the table of rotary angles.
+    """
+
+    hidden_size: int = 0
+    top_k: int = 0
+    vocab_size: int = 0
+    widest: int = 0
+    rotary: int = 0
+
+    def working_bytes(self, context: int) -> int:
+        """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
+        activations = min(PREFILL_CHUNK, context) * (_STREAMS * self.hidden_size + self.widest)
+        return (activations + 2 * MAX_BATCH * self.vocab_size + context * self.rotary) * _FLOAT
+
+    def mailbox_bytes(self, context: int) -> int:
+        """Pinned DRAM through which the tokens of a chunk and those of a decode step are handed to the CPU and back."""
+        num_tokens = min(PREFILL_CHUNK, context) + MAX_BATCH
+        return num_tokens * (2 * self.hidden_size * _FLOAT + self.top_k * _CHOICE_BYTES)
+
+
+NO_STEP = StepSizes()
+
+
+@dataclass(frozen=True, slots=True)
+class VramBudget:
+    """How a plan divides a GPU's memory; everything in bytes unless it says otherwise.
+
+    Attributes:
+        total: what may be used.
+        context: positions that the cache has room for.
+        weights: packed weights and vectors on the GPU.
+        absorbed: both halves of MLA's `kv_b_proj` in bfloat16, by which queries and sums are multiplied.
+        kv_cache: states of `context` positions, in whole blocks, of the layers on the GPU.
+        working: activations and logits.
+        driver: what the driver takes.
+        expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
+        num_experts: experts in DRAM that slots could hold, over all layers.
+    """
+
+    total: int
+    context: int
+    weights: int
+    absorbed: int
+    kv_cache: int
+    working: int
+    driver: int
+    expert_bytes: int
+    num_experts: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the cache."""
+        return -(-self.context // KV_BLOCK)
+
+    @property
+    def required(self) -> int:
+        """What cannot be done without."""
+        return self.weights + self.absorbed + self.kv_cache + self.working + self.driver
+
+    @property
+    def shortfall(self) -> int:
+        """What is missing; 0 if it fits."""
+        return max(0, self.required - self.total)
+
+    @property
+    def left(self) -> int:
+        """What is left for experts."""
+        return max(0, self.total - self.required)
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that there is room for, in all."""
+        return self.left // self.expert_bytes if self.expert_bytes else 0
+
+    @property
+    def staging_experts(self) -> int:
+        """Of those, buffers for experts streamed in prefill: two equal groups, none where there is no room for two."""
+        if not self.num_experts:
+            return 0
+        return 2 * min(STAGING_GROUP, self.num_slots // 2)
+
+    @property
+    def cache_experts(self) -> int:
+        """Of those, slots of the expert cache: the rest, at most one for each expert in DRAM."""
+        return min(self.num_experts, self.num_slots - self.staging_experts)
+
+    @property
+    def staging(self) -> int:
+        """Bytes of the staging buffers."""
+        return self.staging_experts * self.expert_bytes
+
+    @property
+    def cache(self) -> int:
+        """Bytes of the expert cache."""
+        return self.cache_experts * self.expert_bytes
+
+
+def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
+    """The budget of a plan for a GPU of which `total` bytes may be used; None if the plan uses no GPU."""
+    if not plan.uses_gpu:
+        return None
+    absorbed = sum(entry.nbytes for entry in plan.entries if entry.device == "gpu" and is_absorbed(entry))
+    in_dram = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "cpu"]
+    cached = [entry for entry in in_dram if layer_of(entry.module) in plan.gpu_layers]
+    return VramBudget(
+        total=total,
+        context=context,
+        weights=plan.nbytes_on("gpu") - absorbed,
+        absorbed=absorbed,
+        kv_cache=-(-context // KV_BLOCK) * KV_BLOCK * plan.kv_bytes_on("gpu"),
+        working=plan.step.working_bytes(context),
+        driver=DRIVER_BYTES,
+        expert_bytes=max((entry.expert_bytes for entry in cached), default=0),
+        num_experts=sum(entry.num_experts for entry in cached),
+    )
+
+
+def is_absorbed(entry: Placement) -> bool:
+    """Whether a module holds MLA's `kv_b_proj`, or its two halves where the file stores those."""
+    return entry.role == "attention" and (entry.module.endswith(".kv_b_proj") or "k_b" in entry.formats)
+
+
+def usable_gpu(hardware: Hardware) -> Gpu | None:
+    """The GPU that is used: the first, if it can be."""
+    return next((gpu for gpu in hardware.gpus[:1] if not gpu.problem), None)
+
+
+def vram_total(hardware: Hardware, vram: int | None, plan: str) -> int:
+    """Bytes of VRAM that a plan may use: those asked for, or what is free less a margin of 5%, at least 512 MiB.
+
+    Args:
+        hardware: the computer; with `vram` its GPU is not looked at.
+        vram: bytes asked for, or None.
+        plan: its name, for errors.
+
+    Raises:
+        PlanError: there is no GPU, or its memory is unknown.
+    """
+    if vram is not None:
+        return vram
+    gpu = require_gpu(hardware, plan)
+    free = gpu.memory_free or gpu.memory_total
+    if not free:
+        raise PlanError(f"the memory of {gpu.name} is unknown: say how much of it to use, e.g. --vram 8GiB.")
+    return max(0, free - max(_MIN_MARGIN, free // _MARGIN_SHARE))
+
+
+def require_gpu(hardware: Hardware, plan: str) -> Gpu:
+    """The GPU of a computer.
+
+    Raises:
+        PlanError: there is none, or it cannot be used.
+    """
+    gpu = usable_gpu(hardware)
+    if gpu is not None:
+        return gpu
+    found = "nvidia-smi found none, nor is there an AMD card"
+    if hardware.gpus:
+        found = f"{hardware.gpus[0].name} cannot be used: {hardware.gpus[0].problem}"
+    raise PlanError(f"plan '{plan}' needs a GPU: {found}. Use the plan 'auto' or 'cpu', or mend the driver.")

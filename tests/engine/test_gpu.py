@@ -1,0 +1,90 @@
+"""Models with their layers on a GPU against stock transformers: in Triton's interpreter where there is none.
+
+Weights and cache are float32 here, so that what differs is the order of float32 sums (and, on a GPU, products of many
+tokens with F32 weights, which are exact to about 1e-6).
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from tests.engine.pairs import checkpoint_of, load_tiny, relative_error
+from tests.tiny_models import FAMILIES, tiny_inputs
+from transformers import PreTrainedModel
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton")
+
+from moesaic.engine.gpu.causal_lm import attach_runner
+from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
+from moesaic.errors import GenerationError, UnsupportedModelError
+from moesaic.modules.gpu.decoder import GpuDecoder
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+TOLERANCE = 1e-4
+"""Largest difference of any logit divided by the largest logit, as on the CPU."""
+FUSED = [family for family in FAMILIES if family != "qwen3_next"]
+# The interpreter takes seconds per forward: without a GPU one of each kind of attention and block.
+CHOSEN = FUSED if ON_GPU else ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe"]
+MODES = ["graph", "eager"] if ON_GPU else ["eager"]
+
+OPTIONS = RunnerOptions(num_blocks=64, block_size=16, kv_dtype=torch.float32, max_batch=4)
+
+
+def on_gpu(family: str, graphs: bool = False, options: RunnerOptions = OPTIONS) -> PreTrainedModel:
+    model = load_tiny(family)
+    decoder = GpuDecoder(model, DEVICE, max_positions=512, dtype=torch.float32)
+    runner = ModelRunner(
+        decoder, RunnerOptions(options.num_blocks, options.block_size, options.kv_dtype, options.max_batch, graphs)
+    )
+    return attach_runner(model, runner)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", CHOSEN)
+def test_prompt_chunk_and_steps(family: str, mode: str) -> None:
+    """A prompt of two rows, a chunk, single tokens: the logits of each are those of the whole."""
+    stock, ours = checkpoint_of(family)[0], on_gpu(family, mode == "graph")
+    ids = tiny_inputs(batch=2, length=16, seed=1)
+    cache = ours.new_cache()
+    with torch.no_grad():
+        expected = stock(ids).logits
+        parts = [ours(ids[:, :10], past_key_values=cache).logits, ours(ids[:, 10:13], past_key_values=cache).logits]
+        parts += [ours(ids[:, i : i + 1], past_key_values=cache).logits for i in range(13, 16)]
+    assert relative_error(torch.cat(parts, 1), expected) < TOLERANCE
+    cache.reset()
+    assert ours.runner.pool.num_free == OPTIONS.num_blocks
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generate_gives_the_tokens_of_stock(mode: str) -> None:
+    stock, ours = checkpoint_of("qwen3_moe")[0], on_gpu("qwen3_moe", mode == "graph")
+    ids = tiny_inputs(batch=2, length=7)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0  # padding
+    for options in ({"max_new_tokens": 6}, {"max_new_tokens": 4, "num_beams": 2}):
+        expected = stock.generate(ids, attention_mask=mask, do_sample=False, **options)
+        found = ours.generate(ids, attention_mask=mask, do_sample=False, **options)
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_full_cache_is_refused_and_nothing_is_lost() -> None:
+    ours = on_gpu("qwen3_moe", options=RunnerOptions(num_blocks=2, block_size=16, kv_dtype=torch.float32))
+    ids = tiny_inputs(batch=1, length=40)
+    with pytest.raises(GenerationError, match="cache is full"):
+        ours(ids)
+    assert ours.runner.pool.num_free == 2
+    with torch.no_grad():
+        ours(ids[:, :8])
+
+
+def test_what_a_gpu_cannot_do_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="qwen3_next|not all known"):
+        GpuDecoder(load_tiny("qwen3_next"), DEVICE, max_positions=512)
+    ours = on_gpu("qwen3_moe")
+    with pytest.raises(UnsupportedModelError, match="output_attentions"):
+        ours(tiny_inputs(batch=1, length=4), output_attentions=True)

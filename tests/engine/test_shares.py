@@ -1,0 +1,56 @@
+"""Which experts of a chunk are streamed to the GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moesaic.engine.gpu.shares import Costs, ExpertShares
+
+
+def finish(costs: Costs, tokens: np.ndarray, on_gpu: np.ndarray) -> float:
+    """When both are done."""
+    cpu = costs.per_read * np.count_nonzero(tokens * ~on_gpu) + costs.per_token * float((tokens * ~on_gpu).sum())
+    return max(costs.per_upload * int(on_gpu.sum()), cpu)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_number_of_experts_ends_earlier(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    tokens = random.poisson(random.uniform(20, 300, 64))
+    costs = Costs(per_upload=1.0, per_read=0.4, per_token=random.uniform(0.005, 0.1))
+    chosen = ExpertShares(costs).choose(tokens)
+    order = np.argsort(-tokens, kind="stable")
+    best = min(finish(costs, tokens, np.isin(np.arange(64), order[:n])) for n in range(65))
+    assert finish(costs, tokens, chosen) == pytest.approx(best)
+    assert tokens[chosen].min() >= tokens[~chosen].max()
+
+
+def test_short_prompts_stay_on_the_cpu() -> None:
+    """Reading bounds the CPU: uploads would read the same memory."""
+    assert not ExpertShares(Costs(1.0, 0.5, 0.01)).choose(np.full(64, 8)).any()
+
+
+def test_experts_that_nobody_chose_are_not_copied() -> None:
+    tokens = np.zeros(8, np.int64)
+    tokens[3] = 10_000
+    assert np.flatnonzero(ExpertShares(Costs(1.0, 0.5, 0.01)).choose(tokens)).tolist() == [3]
+
+
+def test_a_slow_link_gets_less() -> None:
+    tokens = np.full(64, 1000)
+    shares = ExpertShares(Costs(1.0, 0.5, 0.01))
+    before = int(shares.choose(tokens).sum())
+    for _ in range(30):
+        shares.observe_uploads(10, seconds=200.0)
+    assert 0 < int(shares.choose(tokens).sum()) < before / 2
+
+
+def test_a_slow_cpu_gets_less() -> None:
+    tokens = np.full(64, 1000)
+    shares = ExpertShares(Costs(1.0, 0.5, 0.001))
+    before = int(shares.choose(tokens).sum())
+    for _ in range(30):
+        shares.observe_cpu(32, 32_000, seconds=32 * 0.5 + 3200.0)
+    assert shares.costs.per_token == pytest.approx(0.1, rel=0.01)
+    assert int(shares.choose(tokens).sum()) > 1.5 * before

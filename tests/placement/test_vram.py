@@ -1,0 +1,231 @@
+"""Budgets of VRAM against arithmetic by hand, on tiny models and on the real dimensions of DeepSeek-V3."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import pytest
+from tests.tiny_models import tiny_config
+from transformers import PreTrainedModel
+
+from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.presets import get_preset
+from moesaic.errors import PlanDoesNotFitError
+from moesaic.models import WeightMap
+from moesaic.placement import Gpu, Hardware, Plan, VramBudget, load_plan, make_plan
+from moesaic.placement.rules import parse_rules
+from moesaic.placement.table import render_budget
+from moesaic.quant import get_format
+
+GIB, MIB = 1024**3, 1024**2
+DRIVER = 600 * MIB
+Tiny = Callable[[str], tuple[PreTrainedModel, WeightMap]]
+
+
+@pytest.fixture
+def with_gpu(hardware: Hardware) -> Hardware:
+    return dataclasses.replace(hardware, gpus=(Gpu("RTX", 24 * GIB, memory_free=23 * GIB),))
+
+
+def budget_of(plan: Plan, hardware: Hardware) -> VramBudget:
+    budget = plan.vram_budget(hardware)
+    assert budget is not None
+    return budget
+
+
+def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
+    """Qwen3-MoE: 3 layers, hidden 256, 4 heads and 2 KV heads of 64, 8 experts of 256, top 3; all in F32."""
+    config = tiny_config("qwen3_moe")
+    assert (config.num_experts, config.num_experts_per_tok, config.moe_intermediate_size) == (8, 3, 256)
+    plan = make_plan(*tiny("qwen3_moe"), load_plan("hybrid"), with_gpu, vram=GIB, context=1000)
+    attention = (256 + 128 + 128) * 256 + 256 * 256 + 2 * 64  # q, k, v, o, norms of heads
+    weights = 4 * (3 * (attention + 16 * 256 + 2 * 256) + 256 + 512 * 256)  # 8 rows of the router are padded to 16
+    expert = 4 * 3 * 256 * 256
+    # q, k, v and what o reads: 256 + 128 + 128 + 256; experts: top_k * (gate, up, output)
+    widest = max(768, 3 * (2 * 256 + 256))
+    working = 4 * (1000 * (4 * 256 + widest) + 2 * 8 * 512 + 1000 * 2 * 64)
+    assert budget_of(plan, with_gpu) == VramBudget(
+        total=GIB,
+        context=1000,
+        weights=weights,
+        absorbed=0,
+        kv_cache=1024 * 3 * 2 * 128 * 2,  # 16 blocks of 64 positions
+        working=working,
+        driver=DRIVER,
+        expert_bytes=expert,
+        num_experts=24,
+    )
+    assert plan.pinned_bytes() == (1000 + 8) * (2 * 256 * 4 + 3 * 20)
+    dram = 3 * 8 * expert + 4 * 512 * 256
+    assert plan.nbytes_on("cpu") == dram
+    assert plan.required_bytes() == dram + plan.pinned_bytes() + 512 * MIB
+    assert (plan.kv_bytes_on("cpu"), plan.kv_bytes_on("gpu")) == (0, 3 * 2 * 128 * 2)
+
+
+def test_absorbed_matrices_are_bfloat16(tiny: Tiny, with_gpu: Hardware) -> None:
+    """DeepSeek-V3: 3 layers, 4 heads, latent 256, rope 32, nope and value 64."""
+    text = "strategy: hybrid\nrules:\n  - match: {role: attention}\n    format: Q4_K\n"
+    plan = make_plan(*tiny("deepseek_v3"), parse_rules(text, "mine.yaml"), with_gpu)
+    kv_b = plan.of("model.layers.1.self_attn.kv_b_proj")
+    assert (kv_b.device, kv_b.formats, kv_b.nbytes) == ("gpu", {"weight": "BF16"}, 4 * (64 + 64) * 256 * 2)
+    assert plan.of("model.layers.1.self_attn.o_proj").formats == {"weight": "Q4_K"}
+    budget = budget_of(plan, with_gpu)
+    assert budget.absorbed == 3 * kv_b.nbytes
+    assert budget.weights + budget.absorbed == plan.nbytes_on("gpu")
+    assert budget.kv_cache == 4096 * 3 * (256 + 32) * 2
+    on_cpu = make_plan(*tiny("deepseek_v3"), load_plan("cpu"), with_gpu)
+    assert on_cpu.of("model.layers.1.self_attn.kv_b_proj").formats == {"weight": "F32"}
+
+
+def test_a_tied_head_is_a_copy_of_the_embedding(tiny: Tiny, with_gpu: Hardware) -> None:
+    plan = make_plan(*tiny("granitemoe"), load_plan("hybrid"), with_gpu)
+    assert (plan.of("lm_head").device, plan.of("lm_head").nbytes) == ("gpu", 4 * 512 * 256)
+    assert plan.of("model.embed_tokens").nbytes == 4 * 512 * 256
+
+
+def test_experts_of_the_largest_layer_make_the_slot(tiny: Tiny, with_gpu: Hardware) -> None:
+    text = (
+        "strategy: hybrid\nrules:\n"
+        '  - match: {name: "model.layers.1.*experts"}\n    format: {down: Q6_K}\n'
+        '  - match: {name: "*.mlp.experts"}\n    format: Q4_K\n'
+    )
+    plan = make_plan(*tiny("qwen3_moe"), parse_rules(text, "mine.yaml"), with_gpu)
+    mixed = 2 * 4 * 256 * 256 + 256 * 256 // 256 * 210
+    assert budget_of(plan, with_gpu).expert_bytes == mixed
+
+
+@pytest.mark.parametrize(
+    ("free", "total"), [(23 * GIB, 23 * GIB - 23 * GIB // 20), (4 * GIB, 4 * GIB - 512 * MIB), (256 * MIB, 0)]
+)
+def test_what_is_free_less_a_margin(free: int, total: int, tiny: Tiny, hardware: Hardware) -> None:
+    machine = dataclasses.replace(hardware, gpus=(Gpu("RTX", 24 * GIB, memory_free=free),))
+    plan = make_plan(*tiny("mixtral"), load_plan("hybrid"), machine)
+    assert budget_of(plan, machine).total == total
+
+
+def test_what_is_left_is_divided_into_slots() -> None:
+    budget = VramBudget(1000, 64, 100, 50, 30, 15, 5, expert_bytes=10, num_experts=1000)
+    assert (budget.required, budget.shortfall, budget.left, budget.num_slots) == (200, 0, 800, 80)
+    assert (budget.staging_experts, budget.cache_experts, budget.staging, budget.cache) == (16, 64, 160, 640)
+    for total, staging, cache in ((199, 0, 0), (219, 0, 1), (220, 2, 0), (255, 4, 1), (360, 16, 0)):
+        tight = dataclasses.replace(budget, total=total)
+        assert (tight.staging_experts, tight.cache_experts) == (staging, cache)
+    assert dataclasses.replace(budget, total=150).shortfall == 50
+    assert dataclasses.replace(budget, num_experts=10).cache_experts == 10
+    full = dataclasses.replace(budget, expert_bytes=0, num_experts=0)
+    assert (full.staging_experts, full.cache_experts) == (0, 0)
+
+
+def test_both_memories_are_checked(tiny: Tiny, with_gpu: Hardware) -> None:
+    model, weight_map = tiny("mixtral")
+    plan = make_plan(model, weight_map, load_plan("hybrid"), with_gpu, vram=500 * MIB)
+    with pytest.raises(
+        PlanDoesNotFitError, match=r"of VRAM .* but the budget is 0\.49 GiB: 0\.\d\d GiB too little"
+    ) as caught:
+        plan.check_fits(with_gpu)
+    assert "DRAM" not in str(caught.value)
+    small = dataclasses.replace(with_gpu, dram_available=MIB)
+    with pytest.raises(PlanDoesNotFitError, match=r"of DRAM .* pinned buffers .* too little.* And it needs .* of VRAM"):
+        plan.check_fits(small)
+    with pytest.raises(PlanDoesNotFitError, match=r"cache for 90000000 tokens .* shorter --context"):
+        make_plan(model, weight_map, load_plan("hybrid"), with_gpu).check_fits(with_gpu, 90_000_000)
+    everything = make_plan(model, weight_map, load_plan("gpu"), with_gpu, vram=MIB)
+    with pytest.raises(PlanDoesNotFitError, match="or the plan 'hybrid'"):
+        everything.check_fits(with_gpu)
+    greedy = make_plan(model, weight_map, load_plan("hybrid"), with_gpu, vram=30 * GIB)
+    with pytest.raises(
+        PlanDoesNotFitError, match=r"--vram is 30\.00 GiB, but 23\.00 GiB of RTX's 24\.00 GiB are free: 7\.00"
+    ):
+        greedy.check_fits(with_gpu)
+    make_plan(model, weight_map, load_plan("hybrid"), with_gpu).check_fits(with_gpu)
+
+
+def test_only_what_lies_in_dram_is_shared_by_nodes(tiny: Tiny, with_gpu: Hardware) -> None:
+    plan = make_plan(*tiny("mixtral"), load_plan("hybrid"), with_gpu)
+    heavy = tuple(
+        dataclasses.replace(entry, nbytes=100 * GIB) if entry.module == "lm_head" else entry for entry in plan.entries
+    )
+    nodes = tuple(dataclasses.replace(with_gpu.numa_nodes[0], node=node, cpus=(node,)) for node in range(2))
+    dataclasses.replace(plan, entries=heavy).check_fits_nodes(dataclasses.replace(with_gpu, numa_nodes=nodes))
+
+
+def q4_k(*shape: int) -> int:
+    """Bytes of a matrix in Q4_K: 144 for 256 weights; all of these have rows in multiples of 16."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count // 256 * 144
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> tuple[Plan, Hardware]:
+    """DeepSeek-V3 in Q4_K, all 61 layers, with 24 GiB of an H200 beside 600 GiB of DRAM."""
+    machine = Hardware("Xeon", 16, 16, None, 640 * GIB, 600 * GIB, False, ())
+    machine = dataclasses.replace(machine, gpus=(Gpu("H200", 141 * GIB, memory_free=140 * GIB),))
+    q4 = get_format("Q4_K")
+    return prepare_synthetic("deepseek-v3", q4, None, "hybrid", vram=24 * GIB, hardware=machine).plan, machine
+
+
+def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
+    plan, machine = deepseek
+    c = get_preset("deepseek-v3").values
+    hidden, heads, latent, rope = c["hidden_size"], c["num_attention_heads"], c["kv_lora_rank"], c["qk_rope_head_dim"]
+    nope, value, low, vocab = c["qk_nope_head_dim"], c["v_head_dim"], c["q_lora_rank"], c["vocab_size"]
+    layers, dense, inner, experts = 61, 3, c["moe_intermediate_size"], 256
+    query = heads * (nope + rope)
+    attention = q4_k(low, hidden) + q4_k(query, low) + q4_k(latent + rope, hidden) + q4_k(hidden, heads * value)
+    vectors = 4 * (low + latent + 2 * hidden)
+    moe = 4 * (experts * hidden + experts) + 3 * q4_k(inner, hidden)  # router with its bias, one shared expert
+    mlp = 3 * q4_k(c["intermediate_size"], hidden)
+    head = q4_k(vocab, hidden) + 4 * hidden
+    absorbed = 2 * layers * heads * (nope + value) * latent
+    expert = 3 * q4_k(inner, hidden)
+    widest = low + query + (latent + rope) + heads * value + heads * (2 * latent + latent // 2 + rope)
+    working = 4 * (2048 * (4 * hidden + widest) + 2 * 8 * vocab + 4096 * 2 * rope)
+
+    budget = budget_of(plan, machine)
+    assert budget.weights == layers * (attention + vectors) + (layers - dense) * moe + dense * mlp + head
+    assert budget.absorbed == absorbed == 2046820352  # 1.9 GiB
+    assert budget.kv_cache == 4096 * layers * (latent + rope) * 2
+    assert budget.working == working
+    assert (budget.expert_bytes, budget.num_experts) == (expert, 58 * 256) == (24772608, 14848)
+    left = 24 * GIB - budget.weights - absorbed - budget.kv_cache - working - DRIVER
+    assert budget.cache_experts == left // expert - 16
+    assert 400 < budget.cache_experts < 500
+    assert plan.nbytes_on("cpu") == 58 * 256 * expert + q4_k(vocab, hidden)
+    assert plan.bytes_per_token_on("cpu") == 58 * 8 * expert + q4_k(vocab, hidden) // vocab
+    plan.check_fits(machine)
+    assert plan.warnings == ()
+
+
+def test_deepseek_v3_in_words_and_as_json(deepseek: tuple[Plan, Hardware]) -> None:
+    plan, machine = deepseek
+    text = render_budget(budget_of(plan, machine))
+    lines = {line[:20].strip(): line[20:].split() for line in text.splitlines()[1:]}
+    assert text.startswith("VRAM: 24.0 GiB to use\n")
+    assert lines["absorbed kv_b_proj"][:2] == ["1.9", "GiB"]
+    assert lines["KV cache"][:4] == ["274.5", "MiB", "4096", "tokens,"]
+    assert lines["driver"] == ["600.0", "MiB"]
+    cache = budget_of(plan, machine).cache_experts
+    assert " ".join(lines["expert cache"]) == (
+        f"{cache * 24772608 / GIB:.1f} GiB {cache} experts of 23.6 MiB, {cache / 14848:.1%} of all in DRAM"
+    )
+    table = plan.table()
+    assert "total: 343.0 GiB of weights in DRAM, 10.7 GiB read per token, cache 0 B" in table
+    assert "10.2 GiB of weights in VRAM, 10.2 GiB read per token, cache 68.6 KiB per token" in table
+    data = json.loads(plan.to_json())
+    assert data["vram"]["kv_bytes_per_position"] == 61 * 576 * 2
+    assert data["dram"]["pinned_bytes"] == (2048 + 8) * (2 * 7168 * 4 + 8 * 20)
+    assert data["nbytes"] == data["dram"]["nbytes"] + data["vram"]["nbytes"]
+
+
+def test_deepseek_v3_on_less(deepseek: tuple[Plan, Hardware]) -> None:
+    plan, machine = deepseek
+    required = budget_of(plan, machine).required
+    q4 = get_format("Q4_K")
+    for vram, strategy in ((required, "hybrid"), (required - 1, "cpu")):
+        made = prepare_synthetic("deepseek-v3", q4, None, "auto", vram=vram, hardware=machine).plan
+        assert made.strategy == strategy
+    assert dataclasses.replace(plan, vram=required - 1).vram_budget(machine).shortfall == 1  # type: ignore[union-attr]

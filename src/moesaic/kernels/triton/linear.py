@@ -202,7 +202,7 @@ def _many_tokens(
         form,
         tokens,
         num_rows,
-        "tf32x3" if dtype == torch.float32 and not is_interpreted() else "ieee",
+        precision_of(dtype),
         bias is not None,
         num_warps=4 if tokens <= 64 else 8,
         num_stages=2,
@@ -212,6 +212,11 @@ def _many_tokens(
 def operand_dtype(form: DeviceFormat) -> torch.dtype:
     """The type in which many tokens are multiplied: bfloat16, but F32 matrices (routers) lose nothing."""
     return torch.float32 if form.name == "F32" or is_interpreted() else torch.bfloat16
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What tl.dot is asked for: all bits of float32, which only matters to that."""
+    return "tf32x3" if dtype == torch.float32 and not is_interpreted() else "ieee"
 
 
 def check_rows(name: str, x: torch.Tensor, width: int, device: torch.device) -> None:

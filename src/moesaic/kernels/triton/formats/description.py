@@ -71,6 +71,11 @@ class DeviceFormat:
         return self.num_scales if self.has_offset else 0
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """What decides in which order activations are read."""
+        return self.planes, self.steps, self.width, self.interleave, self.num_sums
+
+    @property
     def item(self) -> int:
         """Weights of an item."""
         return self.planes * self.steps * self.width

@@ -1,0 +1,171 @@
+"""Routed experts in slots on a GPU against float64, on values that `gguf.quants` or a definition gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tests.kernels.oracle import packed, tokens
+from tests.kernels.triton.conftest import DEVICE
+
+from moesaic.errors import KernelError, UnsupportedFormatError
+from moesaic.kernels.experts import Activation
+from moesaic.kernels.triton import experts as subject
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode, experts_grouped
+from moesaic.quant import FORMATS
+
+NUM_SLOTS, TOP_K = 3, 3
+FLOAT_TOLERANCE = 5e-6  # of a chain of two sums of a few hundred products in float32
+BFLOAT16_TOLERANCE = 2e-2  # on a GPU many tokens are multiplied as bfloat16
+
+
+class Case:
+    """NUM_SLOTS experts whose numbers are 10 times their slots', random tokens, and what comes out."""
+
+    def __init__(self, formats, hidden, intermediate, kind="silu", num_tokens=3, gated=True, biased=False, seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+        stacks = [packed(fmt, *shape, NUM_SLOTS, seed + i) for i, (fmt, shape) in enumerate(zip(formats, shapes))]
+        biases = [rng.standard_normal((10 * NUM_SLOTS, shape[0])).astype(np.float32) for shape in shapes]
+        matrices, end = [], 64
+        for (stack, _), shape, bias in zip(stacks, shapes, biases):
+            on_device = torch.from_numpy(bias).to(DEVICE) if biased else None
+            matrices.append(MatrixLayout(stack.format, end, *shape, on_device))
+            end += stack.matrix_bytes + 16
+        self.slot_bytes = end
+        arena = torch.zeros(64 + NUM_SLOTS * end, dtype=torch.uint8)[64:]
+        for slot in range(NUM_SLOTS):
+            for (stack, _), matrix in zip(stacks, matrices):
+                first = slot * end + matrix.offset
+                piece = stack.data[slot * stack.matrix_bytes : (slot + 1) * stack.matrix_bytes]
+                arena[first : first + stack.matrix_bytes] = piece
+        self.arena = arena.to(DEVICE)
+        activation = Activation(kind, 1.5, 0.8)
+        self.layout = ExpertLayout(matrices[0] if gated else None, matrices[1], matrices[2], activation)
+        slots = rng.integers(-1, NUM_SLOTS, (num_tokens, TOP_K)).astype(np.int32)
+        slots[-1] = -1
+        self.slots, self.experts = torch.from_numpy(slots).to(DEVICE), torch.from_numpy(slots * 10).to(DEVICE)
+        weights = rng.standard_normal((num_tokens, TOP_K)).astype(np.float32)
+        self.weights = torch.from_numpy(weights).to(DEVICE)
+        x = tokens(num_tokens, hidden)
+        self.x = x.to(DEVICE)
+        self.expected = np.zeros((num_tokens, hidden))
+        values = [pair[1] for pair in stacks]
+        for t in range(num_tokens):
+            for k in range(TOP_K):
+                if (slot := slots[t, k]) < 0:
+                    continue
+                bias = [b[10 * slot].astype(np.float64) * biased for b in biases]
+                row = x[t].double().numpy()
+                up = values[1][slot] @ row + bias[1]
+                gate = values[0][slot] @ row + bias[0] if gated else up
+                inner = activated(gate, up if gated else 1.0, kind)
+                self.expected[t] += weights[t, k] * (values[2][slot] @ inner + bias[2])
+
+    def arguments(self):
+        return self.x, self.slots, self.experts, self.weights, self.arena, self.slot_bytes, self.layout
+
+    def error(self, result):
+        return np.abs(result.cpu().double().numpy() - self.expected).max() / np.abs(self.expected).max()
+
+
+def activated(gate, up, kind):
+    g = torch.from_numpy(gate)
+    if kind == "swiglu_oai":
+        g = g.clamp(max=0.8)
+        return (g * torch.sigmoid(1.5 * g)).numpy() * (np.clip(up, -0.8, 0.8) + 1)
+    functions = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_tanh": lambda v: torch.nn.functional.gelu(v, approximate="tanh"),
+        "relu": torch.relu,
+        "relu2": lambda v: torch.relu(v) ** 2,
+    }
+    return functions[kind](g).numpy() * up
+
+
+def grouped_tolerance():
+    return BFLOAT16_TOLERANCE if DEVICE == "cuda" else FLOAT_TOLERANCE
+
+
+@pytest.mark.parametrize("fmt", ["F32", "F16", "BF16", "Q4_K"])
+def test_experts_of_formats_that_read_rows_in_different_orders(fmt):
+    size = max(FORMATS[fmt].block_size, 40)
+    case = Case((fmt, fmt, fmt), size, size, num_tokens=2)
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+
+
+def test_every_projection_may_have_a_format_of_its_own():
+    case = Case(("Q4_K", "F32", "BF16"), 256, 48, num_tokens=2)
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+
+
+@pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_activations_and_biases(kind, gated):
+    if kind == "swiglu_oai" and not gated:
+        return
+    case = Case(("F32", "F32", "F32"), 32, 48, kind=kind, gated=gated, biased=True)
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+
+
+def test_blocks_of_many_pairs_and_sums_into_an_output():
+    case = Case(("F32", "F32", "F32"), 32, 48, num_tokens=40)
+    out = torch.ones(40, 32, device=DEVICE)
+    result = experts_grouped(*case.arguments(), NUM_SLOTS, out=out, accumulate=True)
+    assert result is out
+    assert case.error(out - 1) < grouped_tolerance()
+
+
+def test_tokens_without_an_expert_in_a_slot_are_zero():
+    case = Case(("F32", "F32", "F32"), 32, 48, num_tokens=2)
+    case.slots.fill_(-1)
+    nan = torch.full((2, 32), float("nan"), device=DEVICE)
+    assert not experts_decode(*case.arguments(), out=nan).any()
+    assert not experts_grouped(*case.arguments(), NUM_SLOTS).any()
+
+
+def test_slots_far_from_the_beginning_are_reached():
+    """Units of 16 bytes times slots would not fit into 32 bits if slots were far apart: addresses are 64 bits wide."""
+    case = Case(("F32", "F32", "F32"), 32, 48)
+    x, slots, experts, weights, arena, slot_bytes, layout = case.arguments()
+    apart = (5 << 30) // (NUM_SLOTS - 1)
+    far = torch.empty(NUM_SLOTS * apart, dtype=torch.uint8, device=DEVICE)  # pages that nobody touches are not there
+    for slot in range(NUM_SLOTS):
+        far[slot * apart : slot * apart + slot_bytes] = arena[slot * slot_bytes : (slot + 1) * slot_bytes]
+    assert case.error(experts_decode(x, slots, experts, weights, far, apart, layout)) < FLOAT_TOLERANCE
+    assert case.error(experts_grouped(x, slots, experts, weights, far, apart, layout, NUM_SLOTS)) < grouped_tolerance()
+
+
+def test_wrong_calls_are_refused(monkeypatch):
+    case = Case(("F32", "F32", "F32"), 32, 48)
+    x, slots, experts, weights, arena, slot_bytes, layout = case.arguments()
+    with pytest.raises(KernelError, match=r"x is .* expected float32 \[tokens, 32\]"):
+        experts_decode(x[:, :31], slots, experts, weights, arena, slot_bytes, layout)
+    with pytest.raises(KernelError, match="slots is .* expected int32"):
+        experts_decode(x, slots.long(), experts, weights, arena, slot_bytes, layout)
+    with pytest.raises(KernelError, match="room for"):
+        experts_decode(x, slots, experts, weights, arena, slot_bytes - 64, layout)
+    with pytest.raises(KernelError, match="the arena has"):
+        experts_grouped(x, slots, experts, weights, arena, slot_bytes, layout, NUM_SLOTS + 1)
+    with pytest.raises(KernelError, match="use experts_grouped"):
+        monkeypatch.setattr(subject, "MAX_DECODE_TOKENS", 2)
+        experts_decode(x, slots, experts, weights, arena, slot_bytes, layout)
+    with pytest.raises(KernelError, match="down is 48 x 32: expected 32 x 48"):
+        ExpertLayout(None, layout.up, replace(layout.up), layout.activation)
+    with pytest.raises(KernelError, match="swiglu_oai needs a gate"):
+        ExpertLayout(None, layout.up, layout.down, Activation("swiglu_oai"))
+    with pytest.raises(KernelError, match="multiple of 16"):
+        MatrixLayout(FORMATS["F32"], 8, 16, 16, None)
+
+
+def test_formats_without_kernels_are_refused(monkeypatch):
+    monkeypatch.setattr("moesaic.kernels.triton.formats._FORMATS", {"F32": None})
+    with pytest.raises(UnsupportedFormatError, match="Q4_K has no kernels on a GPU: expected one of F32"):
+        part = MatrixLayout(FORMATS["Q4_K"], 0, 256, 256, None)
+        ExpertLayout(None, part, part, Activation("silu"))

@@ -43,6 +43,11 @@ def test_head_dimensions_that_are_no_powers_of_two(dim, value_dim):
     assert attention_error(case, 4, 2, dim, value_dim) < 2e-6
 
 
+def test_values_wider_than_what_a_program_merges():
+    case = Case([(40, 1), (9, 1)], 16)
+    assert attention_error(case, 2, 1, 16, 150, tiles=Tiles(16, 16, 4, 1, 20)) < 2e-6
+
+
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("group", [1, 3])
 def test_prefill_that_continues_a_cache(group, splits):

@@ -63,14 +63,15 @@ def test_the_choice_of_the_cpu(case, biased):
 
 
 def test_ties_go_to_the_lower_index_and_nan_to_the_top():
-    logits = torch.zeros(4, 20)
+    logits = torch.zeros(5, 20)
     logits[1, 7:9] = 1.0
     logits[2, 11] = torch.nan
     logits[3, ::2] = -0.0
+    logits[4, 9], logits[4, 3] = torch.nan, -torch.nan
     for options in (RouteOptions(4, "sigmoid"), RouteOptions(4, "softmax_of_chosen"), RouteOptions(4)):
         check(logits, options)
-    expected = [[0, 1, 2, 3], [7, 8, 0, 1], [11, 0, 1, 2], [0, 1, 2, 3]]
-    assert route(logits.to(DEVICE), RouteOptions(4, "sigmoid")).experts.tolist() == expected
+    expected = [[0, 1, 2, 3], [7, 8, 0, 1], [11, 0, 1, 2], [0, 1, 2, 3], [3, 9, 0, 1]]
+    assert route(logits.to(DEVICE), RouteOptions(4, "softmax_of_chosen")).experts.tolist() == expected
     check(torch.zeros(1, 32), replace(DEEPSEEK_V3, num_groups=8, topk_groups=3))
 
 

@@ -21,7 +21,7 @@ __all__ = ["Tiles", "choose_tiles", "paged_attention", "paged_latent_attention"]
 
 _POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_SPLITS = 64
-_PARTS_AT_ONCE = 8  # that the second kernel loads
+_PARTS_AT_ONCE = 16  # that the second kernel loads
 _LARGE_SHARED = 160 * 1024  # bytes; data centre cards have that, others about 99 KiB
 
 
@@ -266,7 +266,8 @@ def _attend(
         num_stages=tiles.stages,
     )
     if tiles.splits > 1:
-        merge_kernel[(num_tokens, heads)](
+        value_block = min(_padded(value_dim), 128)
+        merge_kernel[(num_tokens, heads, triton.cdiv(value_dim, value_block))](
             target,
             lse,
             q if sinks is None else sinks,
@@ -276,12 +277,12 @@ def _attend(
             num_tokens * heads,
             NUM_HEADS=heads,
             VALUE_DIM=value_dim,
-            VALUE_PAD=_padded(value_dim),
+            VALUE_BLOCK=value_block,
             NUM_SPLITS=tiles.splits,
             SPLITS_PAD=triton.next_power_of_2(tiles.splits),
             CHUNK=min(_PARTS_AT_ONCE, triton.next_power_of_2(tiles.splits)),
             SINKS=sinks is not None,
-            num_warps=4 if value_dim > 128 else 2,
+            num_warps=4,
         )
     return out
 

@@ -193,13 +193,13 @@ def merge_kernel(
     num_rows,
     NUM_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    VALUE_PAD: tl.constexpr,
+    VALUE_BLOCK: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
 ):
-    """One row, a token and a head, of `parts` [splits, tokens, heads, value_dim] and `lse` [splits, tokens, heads]."""
+    """Columns of a row, a token and a head, of `parts` [splits, tokens, heads, value_dim] and `lse` [.., heads]."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = token * NUM_HEADS + head
     splits = tl.arange(0, SPLITS_PAD)
@@ -212,9 +212,9 @@ def merge_kernel(
     total = tl.sum(tl.exp2(logs - base), 0)
     if SINKS:
         total += tl.exp2(sink - base)
-    dims = tl.arange(0, VALUE_PAD)
-    sums = tl.zeros([VALUE_PAD], tl.float32)
-    for first in range(0, NUM_SPLITS, CHUNK):
+    dims = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
+    sums = tl.zeros([VALUE_BLOCK], tl.float32)
+    for first in tl.static_range(0, NUM_SPLITS, CHUNK):  # unrolled, so that all loads are under way at once
         split = first + tl.arange(0, CHUNK)
         log = tl.load(lse + split.to(tl.int64) * num_rows + row, mask=split < NUM_SPLITS, other=float("-inf"))
         part = tl.load(

@@ -284,6 +284,10 @@ void moe_forward(const Experts& experts, const Routing& routing, const float* x,
                  std::int64_t num_tokens, float* out) {
     check_experts(experts);
     const Assignment assignment = assign(routing, num_tokens, experts.num_experts);
+    if (assignment.num_active() == 0) {
+        std::fill_n(out, num_tokens * experts.hidden, 0.0f);
+        return;
+    }
     Forward(experts, assignment, x, x_stride, num_tokens, out).run();
 }
 

@@ -98,7 +98,7 @@ def test_a_request_that_does_not_come_frees_whoever_waits(mailbox: Mailbox) -> N
     gpu = threading.Thread(target=lambda: answers.append(ask(mailbox, 1, request(mailbox, 0, 1))))
     gpu.start()
     started = time.perf_counter()
-    with pytest.raises(ExpertTimeoutError, match="layer 1 within 0.2 s"):
+    with pytest.raises(ExpertTimeoutError, match=r"layer 1 within 0\.2 s"):
         server.serve(1, timeout=0.2)
     assert 0.15 < time.perf_counter() - started < 5
     gpu.join()

@@ -98,7 +98,10 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
 
 
 class GpuCausalLM:
-    """What a model on a GPU does differently from its stock class, in front of which this one is put."""
+    """What a model on a GPU does differently from its stock class, in front of which this one is put.
+
+    Names of its own begin with `_moesaic`: the model library has many.
+    """
 
     runner: ModelRunner
 
@@ -133,11 +136,11 @@ class GpuCausalLM:
                 f"a {type(cache).__name__} is no cache of a model on a GPU: leave it out, or use model.new_cache()."
             )
         kept = _kept_columns(logits_to_keep, input_ids.shape[1])
-        logits = self._logits(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu(), cache, kept)
+        logits = self._moesaic_logits(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu(), cache, kept)
         result = {"logits": logits} | ({} if use_cache is False else {CACHE_ARGUMENT: cache})
         return MoeCausalLMOutputWithPast(**result)
 
-    def _logits(
+    def _moesaic_logits(
         self, ids: torch.Tensor, mask: torch.Tensor | None, cache: PagedCache, kept: torch.Tensor
     ) -> torch.Tensor:
         """Logits `[batch, kept columns, vocab_size]`; zeros where there is padding."""
@@ -145,20 +148,20 @@ class GpuCausalLM:
         rows = cache.append(ids, mask)
         try:
             if ids.shape[1] == 1 and before > 0 and all(len(row) == 1 for row in rows):
-                return self._decode(cache.sequences, [int(row) for row in rows])
-            return self._prefill(cache.sequences, rows, ids.shape[1], kept)
+                return self._moesaic_step(cache.sequences, [int(row) for row in rows])
+            return self._moesaic_prompt(cache.sequences, rows, ids.shape[1], kept)
         except BaseException:
             cache.reset()  # rows may differ in what they hold by now
             raise
 
-    def _decode(self, sequences: list[PagedSequence], tokens: list[int]) -> torch.Tensor:
+    def _moesaic_step(self, sequences: list[PagedSequence], tokens: list[int]) -> torch.Tensor:
         size = self.runner.options.max_batch
         parts = [
             self.runner.decode(sequences[i : i + size], tokens[i : i + size]).cpu() for i in range(0, len(tokens), size)
         ]
         return torch.cat(parts).unsqueeze(1)
 
-    def _prefill(
+    def _moesaic_prompt(
         self, sequences: list[PagedSequence], rows: list[torch.Tensor], columns: int, kept: torch.Tensor
     ) -> torch.Tensor:
         out = torch.zeros(len(rows), len(kept), self.runner.decoder.vocab_size)

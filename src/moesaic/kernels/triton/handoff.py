@@ -1,12 +1,11 @@
 """The GPU's side of the hand-off: ask the CPU for routed experts, go on, and take the answer.
 
-Both kernels work on memory of the CPU that the GPU sees (a `Mailbox`). Request numbers come from a counter in device
-memory, so that a captured graph asks with new numbers each time. It does not know who answers.
+The kernels work on memory of the CPU that the GPU sees (a `Mailbox`). Request numbers come from a counter in device
+memory, so that a captured graph asks with new numbers each time. Only one warp polls: more of them make each read over
+PCIe slower. It does not know who answers.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -16,7 +15,7 @@ from moesaic.kernels.handoff import Mailbox
 
 __all__ = ["Exchange"]
 
-_BLOCK = 2048  # values that a program of `take_back` adds up
+_BLOCK = 1024  # values that a program adds up
 _SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
 
 
@@ -43,15 +42,30 @@ def _hand_off(
 
 
 @triton.jit
-def _take_back(
-    hidden_ptr, answer_ptr, shared_ptr, gate_ptr, cached_ptr,
-    answered_ptr, base_ptr, failed_ptr, position, max_polls, num_values, hidden_size, scale,
+def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
+    """One warp polls; a kernel that comes after it reads the answer like any memory."""
+    number = tl.load(base_ptr) + position + 1
+    seen = tl.load(answered_ptr, volatile=True)
+    failed = tl.load(failed_ptr)
+    polls = 0
+    while (seen < number) & (polls < max_polls) & (failed == 0):
+        seen = tl.load(answered_ptr, volatile=True)
+        polls += 1
+    if seen < number:
+        tl.store(failed_ptr, 1)
+
+
+@triton.jit
+def _add_up(
+    hidden_ptr, answer_ptr, shared_ptr, gate_ptr, cached_ptr, num_values, hidden_size, scale,
     HAS_CPU: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_CACHED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < num_values
     total = tl.zeros([BLOCK], tl.float32)
+    if HAS_CPU:
+        total += tl.load(answer_ptr + offsets, mask=inside, other=0.0)
     if HAS_SHARED:
         shared = tl.load(shared_ptr + offsets, mask=inside, other=0.0)
         if HAS_GATE:
@@ -59,20 +73,6 @@ def _take_back(
         total += shared
     if HAS_CACHED:
         total += tl.load(cached_ptr + offsets, mask=inside, other=0.0)
-    if HAS_CPU:
-        number = tl.load(base_ptr) + position + 1
-        seen = tl.load(answered_ptr, volatile=True)
-        failed = tl.load(failed_ptr, volatile=True)
-        polls = 0
-        while (seen < number) & (polls < max_polls) & (failed == 0):
-            seen = tl.load(answered_ptr, volatile=True)
-            failed = tl.load(failed_ptr, volatile=True)
-            polls += 1
-        if seen < number:
-            tl.store(failed_ptr, 1)
-        tl.debug_barrier()
-        # Volatile: never from a cache, which could hold the answer to the request before.
-        total += tl.load(answer_ptr + offsets, mask=inside, other=0.0, volatile=True)
     hidden = tl.load(hidden_ptr + offsets, mask=inside, other=0.0)
     tl.store(hidden_ptr + offsets, hidden + scale * total, mask=inside)
 
@@ -143,12 +143,14 @@ class Exchange:
             cached: output of the experts on the GPU, like hidden.
             scale: of all that is added.
         """
-        box: Any = None if position is None else self._box()
-        _take_back[(triton.cdiv(hidden.numel(), _BLOCK),)](
-            hidden, hidden if box is None else box.output, shared, shared_gate, cached,
-            hidden if box is None else box.answered, self.base, self.failed, position or 0, self.max_polls,
-            hidden.numel(), hidden.shape[-1], scale,
-            HAS_CPU=box is not None, HAS_SHARED=shared is not None, HAS_GATE=shared_gate is not None,
+        answer = hidden
+        if position is not None:
+            box = self._box()
+            _wait[(1,)](box.answered, self.base, self.failed, position, self.max_polls, num_warps=1)
+            answer = box.output
+        _add_up[(triton.cdiv(hidden.numel(), _BLOCK),)](
+            hidden, answer, shared, shared_gate, cached, hidden.numel(), hidden.shape[-1], scale,
+            HAS_CPU=position is not None, HAS_SHARED=shared is not None, HAS_GATE=shared_gate is not None,
             HAS_CACHED=cached is not None, BLOCK=_BLOCK, num_warps=4,
         )  # fmt: skip
 

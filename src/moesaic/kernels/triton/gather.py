@@ -47,7 +47,7 @@ def _gather_kernel(
         words + row, halves + row, bytes + row, panel, item, num_items, F
     )
     if F.scales is not None:
-        scales = F.scales(tile_words, tile_halves, tile_bytes, in_tile)
+        scales = F.scales(tile_words, tile_halves, tile_bytes, in_tile, F)
     at = out + n.to(tl.int64) * cols
     for step in tl.static_range(steps):
         codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, in_tile, cols, step)

@@ -94,7 +94,7 @@ def lane_products(
     if F.scales is None:
         out = parts
     else:
-        scales = F.scales(words, halves, bytes, item)
+        scales = F.scales(words, halves, bytes, item, F)
         out = ()
         for t in tl.static_range(TOKENS):
             result = totals[t]
@@ -159,7 +159,12 @@ def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: t
         if F.scales is not None:
             w = tl.fma(w, scale, offset) if F.has_offset else w * scale
         weights = weights + (w.to(DTYPE),)
-    if width == 4:
+    if width == 8:
+        even = tl.join(tl.join(weights[0], weights[4]), tl.join(weights[2], weights[6]))
+        odd = tl.join(tl.join(weights[1], weights[5]), tl.join(weights[3], weights[7]))
+        both = tl.join(even, odd)
+        out = tl.reshape(tl.permute(both, (0, 2, 3, 4, 1)), (128, both.shape[1]))
+    elif width == 4:
         both = tl.join(tl.join(weights[0], weights[2]), tl.join(weights[1], weights[3]))
         out = tl.reshape(tl.permute(both, (0, 2, 3, 1)), (64, both.shape[1]))
     elif width == 2:
@@ -211,7 +216,7 @@ def tile_products(
     for block in range(0, tl.cdiv(num_items, 16)):
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, block * 16 + lane, num_items, F)
         if F.scales is not None:
-            scales = F.scales(tile_words, tile_halves, tile_bytes, n)
+            scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
         for step in range(0, steps):
             codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
             for p in tl.static_range(planes):

@@ -30,9 +30,9 @@ class DeviceFormat:
 
     Attributes:
         name: unique; compiled kernels are named after it.
-        codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane, [items, rows]
-            each; `item` counts in the tile. Of float formats they are the weights.
-        scales: `(words, halves, bytes, item) -> num_scales floats`, followed by as many offsets if `has_offset`;
+        codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane,
+            [items, rows] each; `item` counts in the tile.
+        scales: `(words, halves, bytes, item, format) -> num_scales floats`, followed by as many offsets if `has_offset`;
             consecutive planes share a scale. None: codes are the weights.
         planes, steps, width, interleave: see above; all powers of two.
         num_scales: of an item, a divisor of `planes`.

@@ -47,7 +47,7 @@ def _q4_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _q4_k_scales(words, halves, bytes, item) -> Any:
+def _q4_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
     return _six_bits(bytes, halves, 128, item)
 
 
@@ -61,7 +61,7 @@ def _q5_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _q5_k_scales(words, halves, bytes, item) -> Any:
+def _q5_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
     return _six_bits(bytes, halves, 160, item)
 
 

@@ -104,13 +104,23 @@ class ExpertServer:
         self.uses = torch.zeros(
             len(self.layers), max((experts.num_experts for experts in self.layers), default=0), dtype=torch.int32
         )
-        tensors = (box.requested, box.answered, box.hidden, box.chosen, box.experts, box.weights, box.output)
-        addresses = [tensor.data_ptr() for tensor in tensors]
         described = [
             (experts.handle, self.uses[index].data_ptr() if self.count_uses else 0)
             for index, experts in enumerate(self.layers)
         ]
-        self._native = _native.ExpertServer(*addresses, *box.hidden.shape, box.chosen.shape[1], described)
+        self._native = _native.ExpertServer(
+            box.requested.data_ptr(),
+            box.answered.data_ptr(),
+            box.hidden.data_ptr(),
+            box.chosen.data_ptr(),
+            box.experts.data_ptr(),
+            box.weights.data_ptr(),
+            box.output.data_ptr(),
+            box.hidden.shape[0],
+            box.hidden.shape[1],
+            box.chosen.shape[1],
+            described,
+        )
 
     def serve(
         self,

@@ -45,7 +45,7 @@ class LayerStack:
     def run(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor | None:
         """All layers on float32 `[batch, 1, hidden_size]`; None where they have to run one by one."""
         self._result = None
-        if x.shape[1] != 1 or not self._whole or len(self._layers) < 2 or torch_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if x.shape[1] != 1 or not self._whole or len(self._layers) < 2 or torch_module._has_any_global_hook():
             return None
         if any(layer.is_observed() or _is_hooked(layer.layer) for layer in self._layers):
             return None

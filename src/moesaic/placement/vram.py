@@ -37,7 +37,7 @@ __all__ = [
 DEFAULT_CONTEXT = 4096
 KV_BLOCK = 64
 """Positions of a block of the paged cache."""
-PREFILL_CHUNK = 2048
+PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the layers at once, at most."""
 MAX_BATCH = 8
 """Sequences of a decode step, at most."""

@@ -16,11 +16,9 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.errors import GenerationError, UnsupportedModelError
 from moesaic.kvcache import CACHE_ARGUMENT, given_cache
 from moesaic.kvcache.paged import PagedSequence
+from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuCausalLM", "PagedCache", "attach_runner"]
-
-_CHUNK_TOKENS = 4096
-"""Tokens that go through the layers at once; longer prompts are cut, so that activations stay small."""
 
 
 class PagedCache(DynamicCache):  # type: ignore[misc]
@@ -136,7 +134,9 @@ class GpuCausalLM:
                 f"a {type(cache).__name__} is no cache of a model on a GPU: leave it out, or use model.new_cache()."
             )
         kept = _kept_columns(logits_to_keep, input_ids.shape[1])
-        logits = self._moesaic_logits(input_ids.cpu(), None if attention_mask is None else attention_mask.cpu(), cache, kept)
+        logits = self._moesaic_logits(
+            input_ids.cpu(), None if attention_mask is None else attention_mask.cpu(), cache, kept
+        )
         result = {"logits": logits} | ({} if use_cache is False else {CACHE_ARGUMENT: cache})
         return MoeCausalLMOutputWithPast(**result)
 
@@ -169,7 +169,7 @@ class GpuCausalLM:
             first = columns - len(row)  # padding is on the left
             only_last = len(kept) == 1 and int(kept) == columns - 1
             parts = []
-            for piece in torch.split(row, _CHUNK_TOKENS):
+            for piece in torch.split(row, PREFILL_CHUNK):
                 parts.append(self.runner.prefill([(sequence, piece)], all_logits=not only_last))
             logits = parts[-1] if only_last else torch.cat(parts)
             if only_last:

@@ -21,6 +21,9 @@ from moesaic.modules.gpu.step import Routed
 
 __all__ = ["CacheStatistics", "ExpertCache"]
 
+_STEPS_PER_DECISION = 8
+"""Steps between two questions to the policy, which take a few tenths of a millisecond."""
+
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
@@ -73,6 +76,7 @@ class ExpertCache:
         self._under_way: list[tuple[Move, torch.cuda.Event | None]] = []
         self._seen = np.zeros((len(self._routed), most), np.uint32)
         self._copied = 0
+        self._steps = self._tokens = 0  # since the policy was asked last
 
     def table(self, layer: int) -> torch.Tensor:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
@@ -128,6 +132,10 @@ class ExpertCache:
             uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
             num_tokens: of the step.
         """
+        self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
+        if self._steps < _STEPS_PER_DECISION:
+            return
+        num_tokens, self._steps, self._tokens = self._tokens, 0, 0
         new = np.zeros_like(self._seen)
         new[layers] = uses - self._seen[layers]
         self._seen[layers] = uses

@@ -19,6 +19,7 @@ from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.prefill import ChunkPath
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.step_buffers import StepBuffers
 from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
@@ -55,8 +56,7 @@ class RunnerOptions:
 class _Bucket:
     """The buffers of decode steps of up to so many sequences, and the graph that reads and writes them."""
 
-    input: StepInput
-    hidden: torch.Tensor
+    buffers: StepBuffers
     out: torch.Tensor  # logits, or what the tail goes on with
     graph: torch.cuda.CUDAGraph | None = None
 
@@ -153,11 +153,10 @@ class ModelRunner:
         if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
             raise KernelError(f"{count} sequences, {len(token_ids)} tokens: expected 1 to {self.options.max_batch}.")
         bucket = self._bucket(count)
-        step_input = StepInput.build([(sequence, 1) for sequence in sequences], like=bucket.input)
+        bucket.buffers.append(sequences)
         try:
-            step_input.copy_into(bucket.input)
-            embedded = self.decoder.embed(torch.as_tensor(token_ids, dtype=torch.int64))
-            bucket.hidden[:count].copy_(embedded)
+            bucket.buffers.set_hidden(self.decoder.embed(torch.as_tensor(token_ids, dtype=torch.int64)))
+            bucket.buffers.upload()
             self._run(bucket, count)
         except BaseException:
             self._recover()
@@ -228,7 +227,7 @@ class ModelRunner:
                 cache.during_step()
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
-        if bucket.hidden.is_cuda:
+        if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):
             raise ExpertTimeoutError(
@@ -241,8 +240,8 @@ class ModelRunner:
     def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
         """What a graph holds."""
         with torch.no_grad():
-            hidden = bucket.hidden.clone()  # a graph is replayed on the same input
-            self.decoder.run(hidden, self._step(bucket.input, 1, path))
+            hidden = bucket.buffers.hidden.clone()  # a graph is replayed on the same input
+            self.decoder.run(hidden, self._step(bucket.buffers.input, 1, path))
             bucket.out.copy_(hidden if self.decoder.tail is not None else self.decoder.logits(hidden))
             self.exchange.advance(0 if self.server is None else len(self.server.layers))
             self._failed.copy_(self.exchange.failed, non_blocking=True)
@@ -266,8 +265,7 @@ class ModelRunner:
         device, decoder = self.decoder.device, self.decoder
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         bucket = _Bucket(
-            StepInput.empty(size, size, self.options.num_blocks, device),
-            torch.zeros(size, decoder.hidden_size, device=device),
+            StepBuffers(size, self.options.num_blocks, decoder.hidden_size, device),
             torch.zeros(size, width, device=device),
         )
         if self.options.graphs and device.type == "cuda":

@@ -20,11 +20,10 @@ from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts, page_lock
 from moesaic.placement import Plan
-from moesaic.placement.vram import DRIVER_BYTES, MAX_BATCH, VramBudget
+from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, VramBudget
 
 __all__ = ["start_on_gpu"]
 
-_BLOCK_SIZE = 64
 # Where the first chunk begins; the times of its layers correct them (see `shares`).
 _UPLOAD_RATE, _READ_RATE, _CPU_RATE = 20e9, 50e9, 1e12
 
@@ -56,13 +55,13 @@ def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreT
 
 
 def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch.device) -> PreTrainedModel:
-    num_blocks = -(-budget.context // _BLOCK_SIZE) + MAX_BATCH  # each sequence may have a block begun
+    num_blocks = budget.num_blocks
     total_layers = len(model.get_decoder().layers)
     num_layers = len(plan.gpu_layers)
     decoder = GpuDecoder(
         model,
         device,
-        max_positions=num_blocks * _BLOCK_SIZE,
+        max_positions=num_blocks * KV_BLOCK,
         num_layers=None if num_layers == total_layers else num_layers,
     )
     resident: dict[int, ResidentExperts] = {}
@@ -81,13 +80,8 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
         if len(in_dram) == len(decoder.routed) and budget.staging_experts:
             staging = StagingBuffers(decoder.routed, budget.staging_experts // 2, device)
             shares = ExpertShares(_first_costs(decoder.routed[in_dram[0]]))
-    runner = ModelRunner(
-        decoder,
-        RunnerOptions(num_blocks, _BLOCK_SIZE, max_batch=MAX_BATCH),
-        ExpertSlots(resident, cache),
-        staging,
-        shares,
-    )
+    options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
+    runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
     return attach_runner(model, runner)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
+from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuTimedRuns", "StepShares", "vram_bandwidth"]
 
@@ -54,7 +55,7 @@ class GpuTimedRuns:
         prompt_tokens: int,
         new_tokens: int,
         batch: int = 1,
-        chunk: int = 8192,
+        chunk: int = PREFILL_CHUNK,
     ) -> None:
         self.runner, self.what = runner, what
         self.prompt_tokens, self.new_tokens, self.batch, self._chunk = prompt_tokens, new_tokens, batch, chunk

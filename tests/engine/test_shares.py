@@ -54,3 +54,15 @@ def test_a_slow_cpu_gets_less() -> None:
         shares.observe_cpu(32, 32_000, seconds=32 * 0.5 + 3200.0)
     assert shares.costs.per_token == pytest.approx(0.1, rel=0.01)
     assert int(shares.choose(tokens).sum()) > 1.5 * before
+
+
+def test_a_layer_that_waited_for_a_compiler_is_forgotten() -> None:
+    tokens = np.full(64, 1000)
+    shares = ExpertShares(Costs(1.0, 0.5, 0.01))
+    before = int(shares.choose(tokens).sum())
+    shares.observe_uploads(10, seconds=1e6)
+    assert int(shares.choose(tokens).sum()) > before / 2
+    shares.costs.per_upload = 1e6  # however it came to that
+    for _ in range(600):
+        shares.choose(tokens)
+    assert shares.choose(tokens).any()

@@ -14,6 +14,8 @@ import numpy as np
 __all__ = ["Costs", "ExpertShares"]
 
 _NEW = 0.3  # weight of the newest observation
+_MOST = 2.0  # an observation counts at most so many times the average: it may have waited for a compiler
+_FORGET = 0.97  # of what an upload costs, per chunk of a layer without any: or a wrong cost would stay for ever
 
 
 @dataclass(slots=True)
@@ -61,16 +63,20 @@ class ExpertShares:
         rest = np.arange(len(order), -1, -1)
         on_cpu = self.costs.per_read * rest + self.costs.per_token * (left[-1] - left)
         count = int(np.argmin(np.maximum(uploads, on_cpu)))
+        if count == 0:
+            self.costs.per_upload *= _FORGET
         chosen[order[:count]] = True
         return chosen
 
     def observe_uploads(self, count: int, seconds: float) -> None:
         """`count` experts were brought to the GPU in this time."""
         if count:
-            self.costs.per_upload += _NEW * (seconds / count - self.costs.per_upload)
+            found = min(seconds / count, _MOST * self.costs.per_upload)
+            self.costs.per_upload += _NEW * (found - self.costs.per_upload)
 
     def observe_cpu(self, num_experts: int, num_pairs: int, seconds: float) -> None:
         """The CPU computed `num_pairs` tokens of `num_experts` experts, all in all, in this time."""
         if num_pairs:
             per_token = max(0.0, seconds - self.costs.per_read * num_experts) / num_pairs
+            per_token = min(per_token, _MOST * self.costs.per_token)
             self.costs.per_token += _NEW * (per_token - self.costs.per_token)

@@ -1,7 +1,7 @@
 """Grouped-query and latent attention of a decoder layer on a GPU, on a paged cache.
 
-Both are `x += residual_scale * attention(norm(x))`, made from their equals on the CPU (`modules.gqa`, `modules.mla`),
-whose structure and options they share.
+Both are `attention(norm(x))`, which the layer scales and adds to x together with the next norm. They are made from their
+equals on the CPU (`modules.gqa`, `modules.mla`), whose structure and options they share.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import torch
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
 from moesaic.modules.gpu.step import GpuStep
-from moesaic.modules.gpu.weights import GpuLinear, GpuNorm, dense_heads
+from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
 from moesaic.modules.gqa import GqaAttention
 from moesaic.modules.mla import MlaAttention
 
@@ -57,7 +56,7 @@ class GpuGqaAttention:
     def __init__(self, source: GqaAttention, config: Any, device: torch.device) -> None:
         self.layer_idx = source.layer_idx
         self.norm = GpuNorm.of(source.norm, device)
-        self.q, self.k, self.v = (GpuLinear.of(part, device) for part in source.projections)
+        self.qkv = GpuLinears.of(source.projections, device)
         self.o = GpuLinear.of(source.output, device)
         self.head_norm = source.head_norm
         self.q_norm = None if source.q_norm is None else GpuNorm.of(source.q_norm, device)
@@ -66,13 +65,14 @@ class GpuGqaAttention:
         self.head_dim, self.scaling, self.rope_layout = source.head_dim, source.scaling, source.rope_layout
         self.residual_scale = source.residual_scale
         self.sliding_window = sliding_window_of(config, self.layer_idx)
-        kv_heads = self.k.weight.rows // self.head_dim
-        self.kv_shape = KvShape(kv_heads, self.head_dim, self.v.weight.rows // kv_heads)
+        _, key_rows, value_rows = self.qkv.rows
+        kv_heads = key_rows // self.head_dim
+        self.kv_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
-        """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        q, k, v = (part(normed).view(len(x), -1, self.head_dim) for part in (self.q, self.k, self.v))
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(normed))
         pool, where = step.pools[self.layer_idx], step.input
         assert pool.values is not None
         query = norm_rotate_append(
@@ -102,7 +102,7 @@ class GpuGqaAttention:
             sliding_window=self.sliding_window,
             sinks=self.sinks,
         )
-        add_scaled_(x, self.o(attended.view(len(x), -1)), self.residual_scale)
+        return self.o(attended.view(len(x), -1))
 
 
 class GpuMlaAttention:
@@ -121,26 +121,29 @@ class GpuMlaAttention:
         self.layer_idx = source.layer_idx
         self.norm = GpuNorm.of(Norm(source.norm.weight, source.norm.eps), device)
         low_rank = getattr(module, "q_a_proj", None) is not None
-        self.q_a = _linear(module.q_a_proj, device) if low_rank else None
+        first = module.q_a_proj if low_rank else module.q_proj
+        compress = module.kv_a_proj_with_mqa
+        self.first = GpuLinears.of([Linear(part.packed, part.bias) for part in (first, compress)], device)
         self.q_a_norm = _norm(module.q_a_layernorm, device) if low_rank else None
-        self.q_b = _linear(module.q_b_proj if low_rank else module.q_proj, device)
-        self.kv_a, self.kv_a_norm = _linear(module.kv_a_proj_with_mqa, device), _norm(module.kv_a_layernorm, device)
+        self.q_b = _linear(module.q_b_proj, device) if low_rank else None
+        self.kv_a_norm = _norm(module.kv_a_layernorm, device)
+        self.residual_scale = 1.0
         self.o = _linear(module.o_proj, device)
         self.num_heads, self.scaling, self.rope_layout = source.num_heads, source.scaling, source.rope_layout
         self.nope_dim, self.rope_dim, self.latent_dim = source.nope_dim, source.rope_dim, source.latent_dim
         self.k_b, self.v_b = _halves(source, device, dtype)
         self.kv_shape = KvShape.latent(self.latent_dim, self.rope_dim)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
-        """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
+    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
         tokens, pool, where = len(x), step.pools[self.layer_idx], step.input
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        query = normed
-        if self.q_a is not None and self.q_a_norm is not None:
-            query = rms_norm(self.q_a(normed), self.q_a_norm.weight, self.q_a_norm.eps)
-        heads = self.q_b(query).view(tokens, self.num_heads, -1)
+        query, compressed = self.first(normed)
+        if self.q_b is not None and self.q_a_norm is not None:
+            query = self.q_b(rms_norm(query, self.q_a_norm.weight, self.q_a_norm.eps))
+        heads = query.unflatten(1, (self.num_heads, -1))
         q_rope = latent_rotate_append(
-            self.kv_a(normed),
+            compressed,
             heads[..., self.nope_dim :],
             step.angles,
             where.positions,
@@ -161,7 +164,7 @@ class GpuMlaAttention:
             max_query_len=step.max_query_len,
         )
         values = self._per_head(mixed, self.v_b)
-        add_scaled_(x, self.o(values.reshape(tokens, -1)), 1.0)
+        return self.o(values.reshape(tokens, -1))
 
     @staticmethod
     def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,8 @@ class GpuLayer:
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
         """Update float32 `[tokens, hidden_size]`, contiguous, in place."""
-        self.attention(x, step)
-        self.feed_forward(x, step)
+        attended = self.attention(x, step)
+        self.feed_forward(x, attended, self.attention.residual_scale, step)
 
 
 class GpuDecoder:

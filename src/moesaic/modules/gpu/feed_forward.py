@@ -14,7 +14,7 @@ from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.elementwise import add_scaled_
-from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.norm import add_rms_norm
 from moesaic.kernels.triton.route import route, router_logits
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.modules.gpu.step import GpuStep, Routed
@@ -68,9 +68,9 @@ class GpuFeedForward:
                 self.shared_gate = GpuLinear.of(source.shared_gate, device)
         self.dense = None if dense is None else ResidentExperts.of(dense, device)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
-        """Update float32 `[tokens, hidden_size]`, contiguous, in place."""
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
+    def __call__(self, x: torch.Tensor, attended: torch.Tensor, attended_scale: float, step: GpuStep) -> None:
+        """Add what attention gave, then update, float32 `[tokens, hidden_size]`, contiguous, in place."""
+        normed = add_rms_norm(attended, x, self.norm.weight, self.norm.eps, scale=attended_scale)
         if self.router is None or self.layer is None:
             assert self.dense is not None
             add_scaled_(x, self.dense.of_all(normed), self.scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,10 @@ from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.linear import linear
 
-__all__ = ["GpuLinear", "GpuNorm", "dense_heads"]
+__all__ = ["GpuLinear", "GpuLinears", "GpuNorm", "dense_heads"]
+
+PANEL_ROWS = 16
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +46,52 @@ class GpuNorm:
     def of(cls, source: Norm, device: torch.device) -> GpuNorm:
         """A copy."""
         return cls(source.weight.detach().to(device), source.eps)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GpuLinears:
+    """Several matrices with the same input, as one product where their format and rows allow it.
+
+    Attributes:
+        parts: the products to compute.
+        rows: of each matrix, in order.
+    """
+
+    parts: tuple[GpuLinear, ...]
+    rows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sources: Sequence[Linear], device: torch.device) -> GpuLinears:
+        """Copies; panels of equal formats follow each other as if they were one matrix."""
+        rows = tuple(source.weight.rows for source in sources)
+        parts = tuple(GpuLinear.of(source, device) for source in sources)
+        formats = {part.weight.format for part in parts}
+        if len(formats) == 1 and not any(count % PANEL_ROWS for count in rows):
+            parts = (_joined(parts),)
+        return cls(parts, rows)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Float32 `[tokens, cols]` to float32 `[tokens, rows]` each; views of one tensor where they are one product."""
+        if len(self.parts) == 1:
+            return self.parts[0](x).split(self.rows, dim=1)
+        return tuple(part(x) for part in self.parts)
+
+
+def _joined(parts: Sequence[GpuLinear]) -> GpuLinear:
+    """One matrix of the rows of all, in order; the rows of each are a multiple of a panel's."""
+    weights = [part.weight for part in parts]
+    first = weights[0]
+    panel_bytes = PANEL_ROWS * first.format.row_bytes(first.cols)
+    data = torch.cat([weight.data[: weight.rows // PANEL_ROWS * panel_bytes] for weight in weights])
+    padding = -len(data) % _ALIGNMENT
+    if padding:
+        data = torch.cat([data, data.new_zeros(padding)])
+    rows = sum(weight.rows for weight in weights)
+    bias = None
+    if any(part.bias is not None for part in parts):
+        zeros = [torch.zeros(part.weight.rows, device=data.device) for part in parts]
+        bias = torch.cat([zero if part.bias is None else part.bias for part, zero in zip(parts, zeros, strict=True)])
+    return GpuLinear(DeviceTensor(first.format, 1, rows, first.cols, data, len(data)), bias)
 
 
 def dense_heads(source: HeadLinears, heads: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

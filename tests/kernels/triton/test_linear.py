@@ -26,7 +26,7 @@ def tolerance(fmt: str, num_tokens: int) -> float:
 def check(fmt: str, rows: int, cols: int, num_tokens: int, **options: object) -> None:
     weight, values = packed(fmt, rows, cols)
     x = tokens(num_tokens, cols)
-    result = linear(x.to(), DeviceTensor.of(weight, DEVICE), **options)
+    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE), **options)
     expected = x.double().numpy() @ values[0].T
     error = np.abs(result.cpu().double().numpy() - expected).max() / np.abs(expected).max()
     assert result.shape == (num_tokens, rows) and error < tolerance(fmt, num_tokens), error

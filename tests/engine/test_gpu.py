@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,14 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from moesaic.engine.gpu.causal_lm import attach_runner
+from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.loader import load, prepare
 from moesaic.errors import GenerationError, UnsupportedModelError
 from moesaic.modules.gpu.decoder import GpuDecoder
+from moesaic.modules.gpu.experts import ResidentExperts
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -81,14 +86,32 @@ def inputs(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 def on_gpu(
-    family: str, graphs: bool = False, options: RunnerOptions = OPTIONS, num_layers: int | None = None
+    family: str,
+    graphs: bool = False,
+    options: RunnerOptions = OPTIONS,
+    num_layers: int | None = None,
+    slots: Callable[[GpuDecoder], ExpertSlots] = lambda decoder: ExpertSlots(),
 ) -> PreTrainedModel:
     model = load_small(family)
     decoder = GpuDecoder(model, DEVICE, max_positions=512, dtype=torch.float32, num_layers=num_layers)
-    runner = ModelRunner(
-        decoder, RunnerOptions(options.num_blocks, options.block_size, options.kv_dtype, options.max_batch, graphs)
-    )
-    return attach_runner(model, runner)
+    chosen = RunnerOptions(options.num_blocks, options.block_size, options.kv_dtype, options.max_batch, graphs)
+    return attach_runner(model, ModelRunner(decoder, chosen, slots(decoder)))
+
+
+def eager_cache(decoder: GpuDecoder) -> ExpertSlots:
+    """A cache for some of the experts that decides at every step and copies whatever it likes."""
+    experts = [each for each in decoder.routed if each is not None]
+    policy = PromotionPolicy(len(experts), experts[0].num_experts, num_slots=5, share=1.0, advantage=0.0)
+    return ExpertSlots(cache=ExpertCache(experts, 5, DEVICE, policy, steps_per_decision=1))
+
+
+def all_resident(decoder: GpuDecoder) -> ExpertSlots:
+    resident = {}
+    for layer, experts in enumerate(decoder.routed):
+        assert experts is not None
+        resident[layer] = ResidentExperts.of(experts, DEVICE)
+        decoder.drop_routed(layer)
+    return ExpertSlots(resident)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,8 +122,8 @@ def test_prompt_chunk_and_steps(family: str, mode: str) -> None:
     check_pieces(stock, ours)
 
 
-def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel) -> None:
-    length = 16 if ON_GPU else 12
+def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel, num_steps: int = 1) -> None:
+    length = 11 + (40 if ON_GPU else num_steps)
     ids = inputs(batch=2 if ON_GPU else 1, length=length, seed=1)
     cache = ours.new_cache()
     with torch.no_grad():
@@ -117,6 +140,23 @@ def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel) -> None:
 def test_first_layers_only(family: str, mode: str) -> None:
     """The traditional split: a layer on the GPU, the next and the head on the CPU."""
     check_pieces(checkpoint_of(family)[0], on_gpu(family, mode == "graph", num_layers=1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"] if ON_GPU else ["qwen3_moe"])
+def test_a_cache_that_changes_all_the_time_changes_nothing(family: str, mode: str) -> None:
+    ours = on_gpu(family, mode == "graph", slots=eager_cache)
+    check_pieces(checkpoint_of(family)[0], ours, num_steps=5)
+    statistics = ours.runner.slots.cache.statistics()
+    assert 0.05 < statistics.hit_rate < 1 and statistics.copied >= 5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", CHOSEN if ON_GPU else ["gpt_oss"])
+def test_all_experts_on_the_gpu(family: str, mode: str) -> None:
+    ours = on_gpu(family, mode == "graph", slots=all_resident)
+    assert ours.runner.server is None
+    check_pieces(checkpoint_of(family)[0], ours)
 
 
 @pytest.mark.parametrize("mode", MODES)

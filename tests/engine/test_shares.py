@@ -10,7 +10,8 @@ from moesaic.engine.gpu.shares import Costs, ExpertShares
 
 def finish(costs: Costs, tokens: np.ndarray, on_gpu: np.ndarray) -> float:
     """When both are done."""
-    cpu = costs.per_read * np.count_nonzero(tokens * ~on_gpu) + costs.per_token * float((tokens * ~on_gpu).sum())
+    kept = tokens * ~on_gpu
+    cpu = max(costs.per_read * np.count_nonzero(kept), costs.per_token * float(kept.sum()))
     return max(costs.per_upload * int(on_gpu.sum()), cpu)
 
 
@@ -18,7 +19,7 @@ def finish(costs: Costs, tokens: np.ndarray, on_gpu: np.ndarray) -> float:
 def test_no_other_number_of_experts_ends_earlier(seed: int) -> None:
     random = np.random.default_rng(seed)
     tokens = random.poisson(random.uniform(20, 300, 64))
-    costs = Costs(per_upload=1.0, per_read=0.4, per_token=random.uniform(0.005, 0.1))
+    costs = Costs(per_upload=1.0, per_read=0.4, per_token=random.uniform(0.01, 0.1))
     chosen = ExpertShares(costs).choose(tokens)
     order = np.argsort(-tokens, kind="stable")
     best = min(finish(costs, tokens, np.isin(np.arange(64), order[:n])) for n in range(65))
@@ -51,9 +52,11 @@ def test_a_slow_cpu_gets_less() -> None:
     shares = ExpertShares(Costs(1.0, 0.5, 0.001))
     before = int(shares.choose(tokens).sum())
     for _ in range(30):
-        shares.observe_cpu(32, 32_000, seconds=32 * 0.5 + 3200.0)
+        shares.observe_cpu(32, 32_000, seconds=3200.0)
     assert shares.costs.per_token == pytest.approx(0.1, rel=0.01)
     assert int(shares.choose(tokens).sum()) > 1.5 * before
+    shares.observe_cpu(32, 32, seconds=10.0)  # bound by reading: says nothing about tokens
+    assert shares.costs.per_token == pytest.approx(0.1, rel=0.01)
 
 
 def test_a_layer_that_waited_for_a_compiler_is_forgotten() -> None:

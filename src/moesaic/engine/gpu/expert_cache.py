@@ -21,9 +21,6 @@ from moesaic.modules.gpu.step import Routed
 
 __all__ = ["CacheStatistics", "ExpertCache"]
 
-_STEPS_PER_DECISION = 8
-"""Steps between two questions to the policy, which take a few tenths of a millisecond."""
-
 
 @dataclass(frozen=True, slots=True)
 class CacheStatistics:
@@ -52,6 +49,7 @@ class ExpertCache:
         num_slots: how many experts to hold.
         device: the GPU.
         policy: who deserves a slot; the default is `PromotionPolicy`'s.
+        steps_per_decision: steps between two questions to the policy, which take a few tenths of a millisecond.
     """
 
     def __init__(
@@ -60,6 +58,7 @@ class ExpertCache:
         num_slots: int,
         device: torch.device,
         policy: PromotionPolicy | None = None,
+        steps_per_decision: int = 8,
     ) -> None:
         self._routed = list(routed)
         self._device = device
@@ -76,6 +75,7 @@ class ExpertCache:
         self._under_way: list[tuple[Move, torch.cuda.Event | None]] = []
         self._seen = np.zeros((len(self._routed), most), np.uint32)
         self._copied = 0
+        self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
     def table(self, layer: int) -> torch.Tensor:
@@ -133,7 +133,7 @@ class ExpertCache:
             num_tokens: of the step.
         """
         self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
-        if self._steps < _STEPS_PER_DECISION:
+        if self._steps < self._steps_per_decision:
             return
         num_tokens, self._steps, self._tokens = self._tokens, 0, 0
         new = np.zeros_like(self._seen)

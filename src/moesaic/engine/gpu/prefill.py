@@ -22,7 +22,7 @@ class ChunkPath:
         slots: experts on the GPU.
     """
 
-    def __init__(self, exchange: Exchange, routed: list[PackedExperts], slots: ExpertSlots) -> None:
+    def __init__(self, exchange: Exchange, routed: list[PackedExperts | None], slots: ExpertSlots) -> None:
         self._exchange, self._routed, self._slots = exchange, routed, slots
         self._inputs: tuple[torch.Tensor, ...] = ()
         self._ready: torch.cuda.Event | None = None
@@ -56,10 +56,15 @@ class ChunkPath:
             total = self._on_cpu(routed, total)
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
 
+    def _experts(self, layer: int) -> PackedExperts:
+        experts = self._routed[layer]
+        assert experts is not None, "experts that are all on the GPU are not asked for"
+        return experts
+
     def _on_cpu(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
         """What does not lie on the GPU, added to what does."""
         hidden, misses, weights = self._inputs
-        answer = moe_forward(hidden, misses, weights, self._routed[routed.layer])
+        answer = moe_forward(hidden, misses, weights, self._experts(routed.layer))
         back = answer.to(routed.hidden.device, non_blocking=True)
         return back if total is None else total.add_(back)
 

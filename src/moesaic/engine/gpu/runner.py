@@ -100,7 +100,9 @@ class ModelRunner:
         self.server: ExpertServer | None = None
         if served:
             mailbox = Mailbox.of(options.max_batch, decoder.hidden_size, decoder.top_k, pinned=device.type == "cuda")
-            self.server = ExpertServer(mailbox, [decoder.routed[layer] for layer in served], count_uses=True)
+            experts = [experts for experts in decoder.routed if experts is not None]
+            assert len(experts) == len(served)
+            self.server = ExpertServer(mailbox, experts, count_uses=True)
         self.exchange = Exchange(mailbox, device)
         self.exchange.set_timeout(options.timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")

@@ -1,8 +1,9 @@
 """Which experts of a chunk the GPU computes and which the CPU does: from the times of what was done.
 
-An expert costs the GPU what its bytes take on the way, however many tokens chose it; it costs the CPU a read of its
-bytes and so much for each token. So the experts with the most tokens are the GPU's, as many as let both end together.
-Costs are running averages over layers and chunks of the run itself. This module knows neither memory nor devices.
+An expert costs the GPU what its bytes take on the way, however many tokens chose it; it costs the CPU so much for each
+token, or a read of its bytes if that takes longer. So the experts with the most tokens are the GPU's, as many as let
+both end together. Costs are running averages over layers and chunks of the run itself. This module knows neither memory
+nor devices.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Costs:
     Attributes:
         per_upload: to bring one expert to the GPU.
         per_read: to read one expert on the CPU.
-        per_token: for one token and one expert on the CPU, beyond the read.
+        per_token: for one token and one expert on the CPU.
     """
 
     per_upload: float
@@ -61,7 +62,7 @@ class ExpertShares:
         uploads = np.arange(len(order) + 1) * self.costs.per_upload
         left = np.concatenate([[0], np.cumsum(tokens[order])])
         rest = np.arange(len(order), -1, -1)
-        on_cpu = self.costs.per_read * rest + self.costs.per_token * (left[-1] - left)
+        on_cpu = np.maximum(self.costs.per_read * rest, self.costs.per_token * (left[-1] - left))
         count = int(np.argmin(np.maximum(uploads, on_cpu)))
         if count == 0:
             self.costs.per_upload *= _FORGET
@@ -76,7 +77,6 @@ class ExpertShares:
 
     def observe_cpu(self, num_experts: int, num_pairs: int, seconds: float) -> None:
         """The CPU computed `num_pairs` tokens of `num_experts` experts, all in all, in this time."""
-        if num_pairs:
-            per_token = max(0.0, seconds - self.costs.per_read * num_experts) / num_pairs
-            per_token = min(per_token, _MOST * self.costs.per_token)
-            self.costs.per_token += _NEW * (per_token - self.costs.per_token)
+        if num_pairs and seconds > self.costs.per_read * num_experts:
+            found = min(seconds / num_pairs, _MOST * self.costs.per_token)
+            self.costs.per_token += _NEW * (found - self.costs.per_token)

@@ -6,6 +6,10 @@ for cannot be taken by mistake: the allocator of the process is limited to the b
 
 from __future__ import annotations
 
+import statistics
+import time
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -15,17 +19,18 @@ from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.streaming import StagingBuffers
-from moesaic.errors import PlanDoesNotFitError, PlanError
+from moesaic.errors import PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
-from moesaic.modules.gpu.experts import ResidentExperts, page_lock
+from moesaic.modules.gpu.experts import ResidentExperts, copy_expert, page_lock
 from moesaic.placement import Plan
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, VramBudget
 
 __all__ = ["start_on_gpu"]
 
-# Where the first chunk begins; the times of its layers correct them (see `shares`).
-_UPLOAD_RATE, _READ_RATE, _CPU_RATE = 20e9, 50e9, 1e12
+# Where the first chunk begins; the times of its layers correct what the CPU takes (see `shares`).
+_READ_RATE, _CPU_RATE = 50e9, 1e12
+_TRIALS = 5
 
 
 def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreTrainedModel:
@@ -65,32 +70,32 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
         num_layers=None if num_layers == total_layers else num_layers,
     )
     resident: dict[int, ResidentExperts] = {}
-    in_dram: list[int] = []
+    in_dram: list[PackedExperts] = []
     for layer, experts in enumerate(decoder.routed):
-        if _on_gpu(plan, model, experts):
+        assert experts is not None
+        name, module = _owner(model, experts)
+        if plan.of(name).device == "gpu":
             resident[layer] = ResidentExperts.of(experts, device)
+            module.packed = None
+            decoder.drop_routed(layer)
         else:
-            in_dram.append(layer)
+            page_lock(experts)
+            in_dram.append(experts)
     cache = staging = shares = None
-    if in_dram:
-        for layer in in_dram:
-            page_lock(decoder.routed[layer])
-        if len(in_dram) == len(decoder.routed) and budget.cache_experts:
-            cache = ExpertCache(decoder.routed, budget.cache_experts, device)
-        if len(in_dram) == len(decoder.routed) and budget.staging_experts:
-            staging = StagingBuffers(decoder.routed, budget.staging_experts // 2, device)
-            shares = ExpertShares(_first_costs(decoder.routed[in_dram[0]]))
+    if in_dram and not resident:
+        if budget.cache_experts:
+            cache = ExpertCache(in_dram, budget.cache_experts, device)
+        if budget.staging_experts:
+            staging = StagingBuffers(in_dram, budget.staging_experts // 2, device)
+            shares = ExpertShares(_first_costs(in_dram[0], staging, 0))
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
     return attach_runner(model, runner)
 
 
-def _on_gpu(plan: Plan, model: PreTrainedModel, experts: PackedExperts) -> bool:
-    """Whether the plan has these routed experts on the GPU."""
-    for name, module in model.named_modules():
-        if getattr(module, "packed", None) is experts:
-            return plan.of(name).device == "gpu"
-    raise PlanError(f"plan '{plan.name}' has no entry for some routed experts.")
+def _owner(model: PreTrainedModel, experts: PackedExperts) -> tuple[str, Any]:
+    """The module that holds these routed experts, and its name."""
+    return next((name, module) for name, module in model.named_modules() if getattr(module, "packed", None) is experts)
 
 
 def _limit_memory(budget: VramBudget, device: torch.device) -> None:
@@ -98,8 +103,15 @@ def _limit_memory(budget: VramBudget, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.total - DRIVER_BYTES) / total), device)
 
 
-def _first_costs(experts: PackedExperts) -> Costs:
-    parts = (experts.gate, experts.up, experts.down)
-    expert_bytes = sum(part.nbytes for part in parts if part is not None) / experts.num_experts
-    products = len([part for part in parts if part is not None]) * experts.hidden * experts.intermediate
-    return Costs(expert_bytes / _UPLOAD_RATE, expert_bytes / _READ_RATE, products / _CPU_RATE)
+def _first_costs(experts: PackedExperts, staging: StagingBuffers, layer: int) -> Costs:
+    """What to begin with: an upload is measured."""
+    layout, slot = staging.layouts[layer], staging.buffers[0]
+    times = []
+    for expert in range(min(_TRIALS, experts.num_experts)):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        copy_expert(experts, expert, layout, slot)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    products = experts.hidden * experts.intermediate * (2 if experts.gate is None else 3)
+    return Costs(statistics.median(times), layout.nbytes / _READ_RATE, products / _CPU_RATE)

@@ -54,7 +54,7 @@ class StreamingPath(ChunkPath):
     def __init__(
         self,
         exchange: Exchange,
-        routed: list[PackedExperts],
+        routed: list[PackedExperts | None],
         slots: ExpertSlots,
         staging: StagingBuffers,
         shares: ExpertShares,
@@ -67,7 +67,7 @@ class StreamingPath(ChunkPath):
         """What does not lie on the GPU, added to what does."""
         self._observe_uploads()
         hidden, misses, weights = self._inputs
-        experts = self._routed[routed.layer]
+        experts = self._experts(routed.layer)
         flat = misses.flatten().numpy()
         tokens = np.bincount(flat[flat >= 0], minlength=experts.num_experts)
         streamed = self._shares.choose(tokens)
@@ -88,7 +88,7 @@ class StreamingPath(ChunkPath):
 
     def _stream(self, routed: Routed, chosen: np.ndarray, total: torch.Tensor | None) -> torch.Tensor:
         """Queue copies of these experts and products with them; returns the sum with `total`."""
-        staging, experts = self._staging, self._routed[routed.layer]
+        staging, experts = self._staging, self._experts(routed.layer)
         layout = staging.layouts[routed.layer]
         main = torch.cuda.current_stream(staging.device)
         total = torch.zeros_like(routed.hidden) if total is None else total
@@ -97,7 +97,7 @@ class StreamingPath(ChunkPath):
             tables[position // staging.group, expert] = position % staging.group
         on_device = torch.from_numpy(tables).pin_memory().to(staging.device, non_blocking=True)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        staging.stream.wait_stream(main) if self._pending is None else None
+        staging.stream.wait_stream(main)
         for index, table in enumerate(on_device):
             which = index % 2
             buffer = staging.buffers[which]
@@ -109,19 +109,18 @@ class StreamingPath(ChunkPath):
                     copy_expert(experts, int(expert), layout, buffer[slot * staging.slot_bytes :])
                 filled = torch.cuda.Event()
                 filled.record()
-                if index == len(on_device) - 1:
-                    end.record()
             main.wait_event(filled)
             slots = table[routed.misses]
             layout.accumulate(
                 routed.hidden, slots, routed.misses, routed.weights, buffer, staging.slot_bytes, staging.group, total
             )
             staging.free[which].record(main)
+        end.record(main)  # behind the last product: copies alone would hide a GPU that is slower than its link
         self._pending = (len(chosen), begin, end)
         return total
 
     def _observe_uploads(self) -> None:
-        """Take the time of the layer before: by now its copies are complete."""
+        """Take the time of the layer before: by now it is complete."""
         if self._pending is not None and self._pending[2].query():
             count, begin, end = self._pending
             self._shares.observe_uploads(count, begin.elapsed_time(end) / 1e3)

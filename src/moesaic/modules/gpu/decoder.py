@@ -60,7 +60,7 @@ class GpuDecoder:
     Attributes:
         layers: on the GPU, in order.
         tail: what follows on the CPU, if not all layers are on the GPU.
-        routed: routed experts of the layers that have any, in order; they stay in the CPU's memory.
+        routed: routed experts of the layers that have any, in order, in the CPU's memory; None if they are not.
         hidden_size: width of a hidden state.
         top_k: experts per token, 0 without routed experts.
 
@@ -88,7 +88,7 @@ class GpuDecoder:
         self.angles = rotary_table(decoder, forwards[0], max_positions, device)
         del forwards  # they hold what each layer is about to give back
         self.layers: list[GpuLayer] = []
-        self.routed: list[PackedExperts] = []
+        self.routed: list[PackedExperts | None] = []
         self.top_k = 0
         for layer in decoder.layers[:num_layers]:
             self.layers.append(self._take(layer.forward, dtype))
@@ -117,6 +117,18 @@ class GpuDecoder:
             self.routed.append(feed_forward.routed)
             self.top_k = max(self.top_k, source.route.top_k)
         return GpuLayer(attention, feed_forward)
+
+    def drop_routed(self, layer: int) -> None:
+        """Give back the CPU's memory of a layer's routed experts, which lie on the GPU by now.
+
+        Args:
+            layer: position in `routed`, where None takes their place.
+        """
+        experts = self.routed[layer]
+        self.routed[layer] = None
+        for each in self.layers:
+            if each.feed_forward.routed is experts:
+                each.feed_forward.routed = None
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""

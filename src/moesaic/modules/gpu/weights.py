@@ -73,7 +73,8 @@ class GpuLinears:
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Float32 `[tokens, cols]` to float32 `[tokens, rows]` each; views of one tensor where they are one product."""
         if len(self.parts) == 1:
-            return self.parts[0](x).split(self.rows, dim=1)
+            joined: tuple[torch.Tensor, ...] = self.parts[0](x).split(self.rows, dim=1)
+            return joined
         return tuple(part(x) for part in self.parts)
 
 

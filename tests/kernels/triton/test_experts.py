@@ -27,17 +27,19 @@ class Case:
     def __init__(self, formats, hidden, intermediate, kind="silu", num_tokens=3, gated=True, biased=False, seed=0):
         rng = np.random.default_rng(seed)
         shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
-        stacks = [packed(fmt, *shape, NUM_SLOTS, seed + i) for i, (fmt, shape) in enumerate(zip(formats, shapes))]
+        stacks = [
+            packed(fmt, *shape, NUM_SLOTS, seed + i) for i, (fmt, shape) in enumerate(zip(formats, shapes, strict=True))
+        ]
         biases = [rng.standard_normal((10 * NUM_SLOTS, shape[0])).astype(np.float32) for shape in shapes]
         matrices, end = [], 64
-        for (stack, _), shape, bias in zip(stacks, shapes, biases):
+        for (stack, _), shape, bias in zip(stacks, shapes, biases, strict=True):
             on_device = torch.from_numpy(bias).to(DEVICE) if biased else None
             matrices.append(MatrixLayout(stack.format, end, *shape, on_device))
             end += stack.matrix_bytes + 16
         self.slot_bytes = end
         arena = torch.zeros(64 + NUM_SLOTS * end, dtype=torch.uint8)[64:]
         for slot in range(NUM_SLOTS):
-            for (stack, _), matrix in zip(stacks, matrices):
+            for (stack, _), matrix in zip(stacks, matrices, strict=True):
                 first = slot * end + matrix.offset
                 piece = stack.data[slot * stack.matrix_bytes : (slot + 1) * stack.matrix_bytes]
                 arena[first : first + stack.matrix_bytes] = piece
@@ -147,7 +149,7 @@ def test_wrong_calls_are_refused(monkeypatch):
     x, slots, experts, weights, arena, slot_bytes, layout = case.arguments()
     with pytest.raises(KernelError, match=r"x is .* expected float32 \[tokens, 32\]"):
         experts_decode(x[:, :31], slots, experts, weights, arena, slot_bytes, layout)
-    with pytest.raises(KernelError, match="slots is .* expected int32"):
+    with pytest.raises(KernelError, match=r"slots is .* expected int32"):
         experts_decode(x, slots.long(), experts, weights, arena, slot_bytes, layout)
     with pytest.raises(KernelError, match="room for"):
         experts_decode(x, slots, experts, weights, arena, slot_bytes - 64, layout)

@@ -202,7 +202,7 @@ def decode_down_kernel(
 
 @triton.jit
 def _group(order, starts, first_blocks, num_slots, PAIRS: tl.constexpr) -> Any:
-    """The slot of a program's block of pairs, num_slots if it has none; the pairs' places in the order and the pairs."""
+    """The slot of a program's block of pairs, num_slots if it has none, and the places of the pairs in the order."""
     block = tl.program_id(1)
     low, high = 0, num_slots
     while low < high:  # the last slot whose blocks begin at or before this one

@@ -105,7 +105,7 @@ class ExpertLayout:
             shape = expected.get(name, (part.rows, part.cols))
             if (part.rows, part.cols) != shape:
                 raise KernelError(
-                    f"The experts' {name} is {part.rows} x {part.cols}: expected {shape[0]} x {shape[1]}, to go with up."
+                    f"The experts' {name} is {part.rows} x {part.cols}: expected {shape[0]} x {shape[1]}, as up is."
                 )
 
     @property
@@ -375,7 +375,7 @@ def _grouped_up(
     shape = (-(-num_items // OPERAND_ITEMS), down.planes * down.steps, num_pairs, OPERAND_ITEMS * down.width)
     is_full = shape[0] * OPERAND_ITEMS * down.item == layout.intermediate
     make: Any = torch.empty if is_full else torch.zeros  # columns behind the last are multiplied too
-    inner = make(shape, dtype=operand_dtype(down), device=x.device)
+    inner: torch.Tensor = make(shape, dtype=operand_dtype(down), device=x.device)
     gate_offset, gate_panel, gate_items = _units(gate)
     up_offset, up_panel, up_items = _units(up)
     gate_bias, has_gate_bias = _bias(layout.gate, x)

@@ -62,7 +62,6 @@ def lane_products(
         item: int32 [items, 1], the item's number in its tile.
         SUMMED: whether the sums of an item's activations lie behind them; otherwise they are added up here.
     """
-    planes: tl.constexpr = F.planes
     steps: tl.constexpr = F.steps
     width: tl.constexpr = F.width
     groups: tl.constexpr = F.num_scales

@@ -32,8 +32,8 @@ class DeviceFormat:
         name: unique; compiled kernels are named after it.
         codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane,
             [items, rows] each; `item` counts in the tile.
-        scales: `(words, halves, bytes, item, format) -> num_scales floats`, followed by as many offsets if `has_offset`;
-            consecutive planes share a scale. None: codes are the weights.
+        scales: `(words, halves, bytes, item, format) -> num_scales floats`, followed by as many offsets if
+            `has_offset`; consecutive planes share a scale. None: codes are the weights.
         planes, steps, width, interleave: see above; all powers of two.
         num_scales: of an item, a divisor of `planes`.
         has_offset: weight = scale * code + offset.

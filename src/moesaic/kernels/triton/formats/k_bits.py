@@ -3,6 +3,8 @@
 An item is half of what 8 words hold: words 0-3 or 4-7, that is weights 0-15 or 16-31 of four groups of 32.
 """
 
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 from typing import Any

@@ -189,28 +189,43 @@ def row(card: Card, fmt: str, shape: str, tokens: int, error: str, time: float, 
     print(text, flush=True)
 
 
-def run_format(
-    card: Card | None, name: str, shapes: tuple[tuple[int, int], ...], what: set[str], few: list[int]
-) -> None:
+@dataclass(frozen=True)
+class Cases:
+    """What to measure."""
+
+    shapes: tuple[tuple[int, int], ...]
+    experts: tuple[tuple[int, int], ...]
+    few: tuple[int, ...]
+    many: tuple[int, ...]
+
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> Cases:
+        what = arguments.what.split(",")
+        shapes = QUICK_SHAPES if arguments.quick else ALL_SHAPES if arguments.all else SHAPES
+        experts = EXPERTS[:1] if arguments.quick else EXPERTS
+        few = tuple(int(n) for n in arguments.tokens.split(","))
+        many = () if "many" not in what else MANY[:1] if arguments.quick else MANY
+        return Cases(shapes if "linear" in what else (), experts if "experts" in what else (), few, many)
+
+
+def run_format(card: Card | None, name: str, cases: Cases) -> None:
     """Measure, or, without a card to compare with, run everything once so that it gets compiled."""
     block = get_format(name).block_size
-    many = list(MANY) if "many" in what else []
-    for rows, cols in shapes:
-        if cols % block or "linear" not in what:
+    for rows, cols in cases.shapes:
+        if cols % block:
             continue
         matrix = Matrix(name, rows, cols)
-        counts = few + [n for n in many if (rows, cols) in QUICK_SHAPES]
-        for tokens in counts:
+        for tokens in (*cases.few, *(cases.many if (rows, cols) in QUICK_SHAPES else ())):
             error = matrix.check(tokens)
             if card is not None:
                 flops = 2.0 * tokens * rows * cols
                 row(card, name, f"{rows} x {cols}", tokens, error, matrix.time(tokens), matrix.nbytes, flops)
         del matrix
-    for hidden, intermediate in EXPERTS if "experts" in what else ():
+    for hidden, intermediate in cases.experts:
         if hidden % block or intermediate % block:
             continue
         experts = Experts(name, hidden, intermediate)
-        for tokens in [few[0], *many]:
+        for tokens in (*cases.few[:1], *cases.many):
             error = experts.check(tokens)
             if card is not None:
                 flops = 6.0 * tokens * TOP_K * hidden * intermediate
@@ -221,38 +236,41 @@ def run_format(
     torch.cuda.empty_cache()
 
 
+def compile_all(names: list[str], options: list[str]) -> None:
+    """Run everything once, a format a process; what gets compiled is then in Triton's cache on disk."""
+    for first in range(0, len(names), 8):
+        commands = [[sys.executable, __file__, *options, "--compile", "--formats", n] for n in names[first : first + 8]]
+        failed = [process.wait() for process in [subprocess.Popen(command) for command in commands]]
+        if any(failed):
+            raise SystemExit("A kernel is wrong or could not be compiled: see above.")
+
+
 def main() -> None:
     """Parse, compile, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=DEFAULT_FORMATS, help="names, or 'all'")
     parser.add_argument("--what", default="linear,experts,many", help="some of linear, experts, many (tokens)")
     parser.add_argument("--tokens", default="1,4", help="few tokens to measure, up to 8")
-    parser.add_argument("--quick", action="store_true", help="two shapes")
+    parser.add_argument("--quick", action="store_true", help="two shapes, experts of one model, fewer tokens")
     parser.add_argument("--all", action="store_true", help="the largest shape too")
     parser.add_argument("--compile", action="store_true", help="only run everything once")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("There is no GPU.")
-    names = supported_formats() if arguments.formats == "all" else arguments.formats.split(",")
-    shapes = QUICK_SHAPES if arguments.quick else ALL_SHAPES if arguments.all else SHAPES
-    what, few = set(arguments.what.split(",")), [int(n) for n in arguments.tokens.split(",")]
+    names = list(supported_formats()) if arguments.formats == "all" else arguments.formats.split(",")
+    cases = Cases.of(arguments)
     if arguments.compile:
         for name in names:
-            run_format(None, name, shapes, what, few)
+            run_format(None, name, cases)
         return
     started = time.perf_counter()
-    options = ["--what", arguments.what, "--tokens", arguments.tokens, "--compile"]
-    options += ["--quick"] * arguments.quick + ["--all"] * arguments.all
-    for first in range(0, len(names), 8):
-        commands = [[sys.executable, __file__, *options, "--formats", name] for name in names[first : first + 8]]
-        for process in [subprocess.Popen(command) for command in commands]:
-            if process.wait():
-                raise SystemExit("A kernel is wrong or could not be compiled: see above.")
-    print(f"{torch.cuda.get_device_name()}, compiled in {time.perf_counter() - started:.0f} s")
+    options = ["--what", arguments.what, "--tokens", arguments.tokens]
+    compile_all(names, options + ["--quick"] * arguments.quick + ["--all"] * arguments.all)
+    print(f"{torch.cuda.get_device_name()}, compiled in {time.perf_counter() - started:.0f} s", flush=True)
     card = Card.measured()
     print(f"reads {card.bandwidth / 1e9:.0f} GB/s, multiplies bfloat16 at {card.operations / 1e12:.0f} TFLOP/s")
     for name in names:
-        run_format(card, name, shapes, what, few)
+        run_format(card, name, cases)
     print(f"{time.perf_counter() - started:.0f} s")
 
 

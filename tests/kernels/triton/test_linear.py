@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from tests.kernels.oracle import packed, tokens
 from tests.kernels.triton.conftest import DEVICE
 
+from moesaic.errors import KernelError, UnsupportedFormatError
+from moesaic.kernels.triton import linear as subject
 from moesaic.kernels.triton.device_tensor import DeviceTensor
-from moesaic.kernels.triton.formats import supported_formats
-from moesaic.kernels.triton.linear import linear
+from moesaic.kernels.triton.formats import device_format, supported_formats
+from moesaic.kernels.triton.linear import decode_shape, linear
 from moesaic.quant import FORMATS
 
 # In float32: a sum of a few hundred products. In bfloat16, on a GPU: two roundings to 8 bits each.
@@ -18,27 +21,114 @@ BFLOAT16_TOLERANCE = 1e-2
 
 
 def tolerance(fmt: str, num_tokens: int) -> float:
-    if num_tokens <= 8:
+    if num_tokens <= subject.MAX_DECODE_TOKENS:
         return FLOAT_TOLERANCE
     return BFLOAT16_TOLERANCE if DEVICE == "cuda" and fmt != "F32" else FLOAT_TOLERANCE
 
 
-def check(fmt: str, rows: int, cols: int, num_tokens: int, **options: object) -> None:
+def check(fmt: str, rows: int, cols: int, num_tokens: int) -> None:
     weight, values = packed(fmt, rows, cols)
     x = tokens(num_tokens, cols)
-    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE), **options)
-    expected = x.double().numpy() @ values[0].T
-    error = np.abs(result.cpu().double().numpy() - expected).max() / np.abs(expected).max()
-    assert result.shape == (num_tokens, rows) and error < tolerance(fmt, num_tokens), error
+    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE))
+    assert result.shape == (num_tokens, rows)
+    assert error_of(result, x.double().numpy() @ values[0].T) < tolerance(fmt, num_tokens)
+
+
+def error_of(result: torch.Tensor, expected: np.ndarray) -> float:
+    return float(np.abs(result.cpu().double().numpy() - expected).max() / np.abs(expected).max())
 
 
 def columns(fmt: str) -> list[int]:
     block = FORMATS[fmt].block_size
-    return [1, 2, 37, 300] if block == 1 else [block, 3 * block]
+    return [1, 37, 300] if block == 1 else [block, 3 * block]
 
 
 @pytest.mark.parametrize("fmt", supported_formats())
-@pytest.mark.parametrize("num_tokens", [1, 3, 17])
-def test_products_are_those_of_the_values(fmt, num_tokens):
+def test_one_token(fmt):
     for cols in columns(fmt):
-        check(fmt, 35, cols, num_tokens)
+        check(fmt, 19, cols, 1)
+
+
+@pytest.mark.parametrize("fmt", supported_formats())
+def test_many_tokens(fmt):
+    for cols in columns(fmt):
+        check(fmt, 35, cols, 17)
+
+
+@pytest.mark.parametrize("fmt", supported_formats())
+def test_expanded_matrices(fmt, monkeypatch):
+    monkeypatch.setattr(subject, "_EXPAND_FROM", 9)
+    for cols in columns(fmt):
+        check(fmt, 35, cols, 17)
+
+
+@pytest.mark.parametrize("fmt", ["F32", "BF16", "Q4_K", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("num_tokens", [2, 3])
+def test_few_tokens(fmt, num_tokens):
+    check(fmt, 19, columns(fmt)[-1], num_tokens)
+
+
+def test_matrices_are_expanded_in_parts(monkeypatch):
+    monkeypatch.setattr(subject, "_EXPAND_FROM", 9)
+    monkeypatch.setattr(subject, "_EXPANDED_WEIGHTS", 32 * 16 + 5)
+    check("Q8_0", 53, 32, 17)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 17, 200])
+def test_rows_may_be_any_distance_apart_and_a_bias_is_added(num_tokens):
+    weight, values = packed("Q8_0", 40, 64, num_matrices=2)
+    wide = tokens(num_tokens, 100).to(DEVICE)
+    bias = torch.arange(40, dtype=torch.float32, device=DEVICE)
+    out = torch.full((num_tokens, 50), 7.0, device=DEVICE)
+    x = wide[:, 5:69]
+    result = linear(x, DeviceTensor.of(weight, DEVICE), bias, out=out[:, :40], index=1)
+    assert result.data_ptr() == out.data_ptr()
+    expected = x.cpu().double().numpy() @ values[1].T + np.arange(40)
+    assert error_of(result, expected) < tolerance("Q8_0", num_tokens)
+    assert (out[:, 40:] == 7).all()
+
+
+def test_columns_are_split_where_rows_are_few():
+    """One panel cannot keep a GPU busy: parts of its columns are summed by a second kernel."""
+    fmt, rows, cols = "F32", 16, 16 * 8 * 8 * 2
+    form = device_format(FORMATS[fmt], cols)
+    assert decode_shape(1, form.num_items(cols)) == (8, 2, 1)
+    weight, values = packed(fmt, rows, cols)
+    x = tokens(2, cols)
+    bias = torch.ones(rows, device=DEVICE)
+    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE), bias)
+    assert error_of(result, x.double().numpy() @ values[0].T + 1) < 2 * FLOAT_TOLERANCE
+
+
+@pytest.mark.parametrize("num_panels", [1, 7, 16, 128, 448, 8080])
+@pytest.mark.parametrize("num_items", [1, 12, 28, 112, 448])
+def test_parts_of_columns_are_all_of_them(num_panels, num_items):
+    warps, splits, iterations = decode_shape(num_panels, num_items)
+    done = splits * iterations * 8 * warps
+    assert warps in (1, 2, 4, 8)
+    assert num_items <= done and (splits - 1) * iterations * 8 * warps < num_items
+
+
+def test_no_tokens():
+    weight = DeviceTensor.of(packed("F32", 20, 32)[0], DEVICE)
+    assert linear(torch.empty(0, 32, device=DEVICE), weight).shape == (0, 20)
+
+
+def test_wrong_calls_are_refused(monkeypatch):
+    weight = DeviceTensor.of(packed("F32", 20, 32)[0], DEVICE)
+    x = torch.zeros(3, 32, device=DEVICE)
+    with pytest.raises(KernelError, match=r"x is float32 \[3, 31\].*expected float32 \[tokens, 32\]"):
+        linear(x[:, :31], weight)
+    with pytest.raises(KernelError, match="x is float64"):
+        linear(x.double(), weight)
+    with pytest.raises(KernelError, match="contiguous along a row"):
+        linear(torch.zeros(32, 3, device=DEVICE).T, weight)
+    with pytest.raises(KernelError, match=r"bias is .* expected float32 \[20\]"):
+        linear(x, weight, x[0])
+    with pytest.raises(KernelError, match="one for each of 3 tokens"):
+        linear(x, weight, out=torch.zeros(2, 20, device=DEVICE))
+    with pytest.raises(KernelError, match="Matrix 1"):
+        linear(x, weight, index=1)
+    monkeypatch.setattr("moesaic.kernels.triton.formats._FORMATS", {"Q8_0": None})
+    with pytest.raises(UnsupportedFormatError, match="F32 has no kernels on a GPU: expected one of Q8_0"):
+        linear(x, weight)

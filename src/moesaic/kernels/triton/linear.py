@@ -10,6 +10,7 @@ from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.triton.activations import to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
+from moesaic.kernels.triton.expand import expand
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
 from moesaic.kernels.triton.products import panel_products, tile_products
@@ -19,6 +20,9 @@ __all__ = ["MAX_DECODE_TOKENS", "linear"]
 
 MAX_DECODE_TOKENS = 8
 """Up to so many tokens are multiplied by vector units, straight from the tiles."""
+
+_EXPAND_FROM = 128  # from so many tokens on expanding a matrix takes less time than it saves
+_EXPANDED_WEIGHTS = 1 << 28  # at a time
 
 _ENOUGH_WARPS = 2048  # to keep the memory of a large GPU busy: 16 on each of 128 multiprocessors
 
@@ -126,7 +130,7 @@ def _tiles_kernel(
     tl.store(out + token.to(tl.int64) * out_stride + r, total, mask=(token < num_tokens) & (r < rows))
 
 
-def decode_shape(num_panels: int, num_items: int, tokens: int) -> tuple[int, int, int]:
+def decode_shape(num_panels: int, num_items: int) -> tuple[int, int, int]:
     """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
     warps = 1
     while warps < 8 and 8 * warps < num_items and num_panels * warps < _ENOUGH_WARPS:
@@ -143,7 +147,7 @@ def _few_tokens(
     num_tokens, cols = x.shape
     lanes = to_lanes(x, form)
     num_panels, num_items = -(-rows // 16), form.num_items(cols)
-    warps, splits, iterations = decode_shape(num_panels, num_items, num_tokens)
+    warps, splits, iterations = decode_shape(num_panels, num_items)
     parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=x.device)
     inner_bias = bias if splits == 1 else None
     _panels_kernel[(num_panels, splits)](
@@ -207,6 +211,29 @@ def _many_tokens(
         num_warps=4 if tokens <= 64 else 8,
         num_stages=2,
     )
+
+
+def _expanded(
+    x: torch.Tensor, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    """By the vendor's library, on matrices that are expanded first, a part of the rows at a time."""
+    cols = x.shape[1]
+    dtype = operand_dtype(form)
+    a = x.to(dtype)
+    step = max(16, _EXPANDED_WEIGHTS // cols // 16 * 16)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        w = expand(views.panels(first // 16, form.panel_units(cols)), form, count, cols, dtype)
+        part = out if count == rows else out[:, first : first + count]
+        target = part if part.is_contiguous() else torch.empty(part.shape, dtype=torch.float32, device=x.device)
+        if dtype == torch.float32:
+            torch.mm(a, w.T, out=target)
+        else:
+            torch.mm(a, w.T, out_dtype=torch.float32, out=target)
+        if target is not part:
+            part.copy_(target)
+    if bias is not None:
+        out.add_(bias)
 
 
 def operand_dtype(form: DeviceFormat) -> torch.dtype:
@@ -273,6 +300,8 @@ def linear(
     views = weight_views(weight, index)
     if x.shape[0] <= MAX_DECODE_TOKENS:
         _few_tokens(x, views, form, weight.rows, bias, out)
-    else:
+    elif x.shape[0] < _EXPAND_FROM:
         _many_tokens(x, views, form, weight.rows, bias, out)
+    else:
+        _expanded(x, views, form, weight.rows, bias, out)
     return out

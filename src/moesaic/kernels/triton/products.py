@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["lane_products", "panel_products", "tile_of", "tile_products", "zeros"]
+__all__ = ["lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
 
 
 @triton.jit
@@ -149,6 +149,19 @@ def panel_products(
 
 
 @triton.jit
+def side_by_side(values, COUNT: tl.constexpr) -> Any:
+    """COUNT tensors [items, rows] as one [items, rows, COUNT]; a power of two."""
+    shape: tl.constexpr = values[0].shape
+    for level in tl.static_range(1, 8):
+        if (COUNT >> level) > 0:
+            joined = ()
+            for i in tl.static_range(COUNT >> level):
+                joined = joined + (tl.join(values[i], values[i + (COUNT >> level)]),)
+            values = joined
+    return tl.reshape(values[0], (shape[0], shape[1], COUNT))
+
+
+@triton.jit
 def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: tl.constexpr) -> Any:
     """Weights of one plane of a step, [16 items * width, rows], an item's columns side by side."""
     width: tl.constexpr = F.width
@@ -158,20 +171,8 @@ def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: t
         if F.scales is not None:
             w = tl.fma(w, scale, offset) if F.has_offset else w * scale
         weights = weights + (w.to(DTYPE),)
-    if width == 8:
-        even = tl.join(tl.join(weights[0], weights[4]), tl.join(weights[2], weights[6]))
-        odd = tl.join(tl.join(weights[1], weights[5]), tl.join(weights[3], weights[7]))
-        both = tl.join(even, odd)
-        out = tl.reshape(tl.permute(both, (0, 2, 3, 4, 1)), (128, both.shape[1]))
-    elif width == 4:
-        both = tl.join(tl.join(weights[0], weights[2]), tl.join(weights[1], weights[3]))
-        out = tl.reshape(tl.permute(both, (0, 2, 3, 1)), (64, both.shape[1]))
-    elif width == 2:
-        both = tl.join(weights[0], weights[1])
-        out = tl.reshape(tl.permute(both, (0, 2, 1)), (32, both.shape[1]))
-    else:
-        out = weights[0]
-    return out
+    tile = side_by_side(weights, width)
+    return tl.reshape(tl.permute(tile, (0, 2, 1)), (16 * width, tile.shape[1]))
 
 
 @triton.jit

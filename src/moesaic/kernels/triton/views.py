@@ -23,6 +23,11 @@ class WeightViews:
     halves: torch.Tensor
     bytes: torch.Tensor
 
+    def panels(self, first: int, units: int) -> WeightViews:
+        """From a panel on; a panel is `units` times 16 bytes."""
+        at = first * units
+        return WeightViews(self.words[4 * at :], self.halves[8 * at :], self.bytes[16 * at :])
+
 
 def views_of(data: torch.Tensor) -> WeightViews:
     """Views of uint8 `[n]`, n a multiple of 4."""

@@ -1,8 +1,9 @@
 """A paged cache: keys, values and MLA latents in blocks of positions that sequences take from a pool and give back.
 
 A block has the same number in all layers, so one table per sequence serves the whole model. `BlockPool` counts how many
-sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table and a length; `StepInput` says
-where the tokens of a step go and what they see. It does not know what computes attention.
+sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table, a length and, for models with linear
+attention, the slot of a recurrent state (`states`); `StepInput` says where the tokens of a step go and what they see.
+It does not know what computes attention.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from moesaic.errors import GenerationError, KernelError
+from moesaic.kvcache.states import StatePool
 
 __all__ = ["BlockPool", "KvShape", "PagedSequence", "PoolLayer", "StepInput", "pool_bytes"]
 
@@ -82,6 +84,12 @@ class PoolLayer:
         )
         return cls(keys, values)
 
+    def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Give blocks, int64 `[blocks]`, the contents of other ones."""
+        for states in (self.keys, self.values):
+            if states is not None:
+                states[target] = states[source]
+
 
 class BlockPool:
     """Hands out the numbers of blocks; a block is free when nobody holds it.
@@ -145,10 +153,12 @@ class PagedSequence:
 
     Args:
         pool: where its blocks come from.
+        states: where its recurrent state comes from, if the model has any.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        self.pool = pool
+    def __init__(self, pool: BlockPool, states: StatePool | None = None) -> None:
+        self.pool, self._states = pool, states
+        self._state_slot: int | None = None
         self.length = 0
         self._blocks: list[int] = []
         self._table = torch.empty(16, dtype=torch.int32)  # the same numbers, with room; copied into steps
@@ -163,6 +173,16 @@ class PagedSequence:
         """The same as int32 `[blocks]`, a view that the next `append` may make stale."""
         return self._table[: len(self._blocks)]
 
+    @property
+    def state_slot(self) -> int:
+        """The slot of its recurrent state; -1 if it has none, or no positions yet."""
+        return -1 if self._state_slot is None else self._state_slot
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it has a recurrent state, so that it can only be forgotten as a whole."""
+        return self._states is not None
+
     def append(self, num_tokens: int) -> torch.Tensor:
         """Make room for `num_tokens` more positions, which are then part of the sequence.
 
@@ -170,12 +190,19 @@ class PagedSequence:
             Where each of them lies: int64 `[num_tokens]`, `block * block_size + offset`.
 
         Raises:
-            GenerationError: the pool has too few free blocks; the sequence is as before.
+            GenerationError: too few blocks, or no state, are free; the sequence is as before.
         """
         if num_tokens < 0:
             raise KernelError(f"append({num_tokens}): expected a number of tokens.")
         size, start, end = self.pool.block_size, self.length, self.length + num_tokens
-        self._extend(self.pool.take(max(0, self.pool.blocks_for(end) - len(self._blocks))))
+        blocks = self.pool.take(max(0, self.pool.blocks_for(end) - len(self._blocks)))
+        if self._states is not None and self._state_slot is None and num_tokens:
+            try:
+                self._state_slot = self._states.take()
+            except GenerationError:
+                self.pool.give_back(blocks)
+                raise
+        self._extend(blocks)
         self.length = end
         positions = torch.arange(start, end)
         return self._table[positions // size].long() * size + positions % size
@@ -191,13 +218,25 @@ class PagedSequence:
         self._table[first : len(self._blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def truncate(self, length: int) -> None:
-        """Forget all positions from `length` on; blocks without positions go back to the pool.
+        """Forget all positions from `length` on; blocks without positions go back to the pool, and so does the state.
 
         Raises:
-            KernelError: the sequence is shorter than that.
+            KernelError: the sequence is shorter than that, or has a recurrent state and would keep a part.
         """
         if not 0 <= length <= self.length:
             raise KernelError(f"truncate({length}) of a sequence of {self.length} positions.")
+        if self.is_recurrent and 0 < length < self.length:
+            raise KernelError(
+                f"truncate({length}) of a sequence of {self.length} positions with a recurrent state, which cannot go "
+                "back: forget all of it and begin anew."
+            )
+        self.undo(length)
+
+    def undo(self, length: int) -> None:
+        """Take an `append` back that no step has computed: as `truncate`, but a recurrent state may stay as it is."""
+        if length == 0 and self._states is not None and self._state_slot is not None:
+            self._states.give_back(self._state_slot)
+            self._state_slot = None
         kept = self.pool.blocks_for(length)
         self.pool.give_back(reversed(self._blocks[kept:]))
         del self._blocks[kept:]
@@ -218,6 +257,7 @@ class StepInput:
         block_tables: int32 `[seqs, max_blocks]`; what lies behind a sequence's blocks is never read.
         seq_lens: int32 `[seqs]`, new tokens included; 0 for a sequence that is padding.
         query_start: int32 `[seqs + 1]`: tokens `query_start[s]` to `query_start[s + 1]` are of sequence s.
+        state_slots: int64 `[seqs]`: where recurrent states are; -1 for a sequence that has none or is padding.
     """
 
     positions: torch.Tensor
@@ -225,6 +265,7 @@ class StepInput:
     block_tables: torch.Tensor
     seq_lens: torch.Tensor
     query_start: torch.Tensor
+    state_slots: torch.Tensor
 
     @classmethod
     def empty(cls, tokens: int, seqs: int, max_blocks: int, device: torch.device | str = "cpu") -> StepInput:
@@ -242,6 +283,7 @@ class StepInput:
             full(0, torch.int32, seqs, max_blocks),
             full(0, torch.int32, seqs),
             starts,
+            full(-1, torch.int64, seqs),
         )
 
     @classmethod
@@ -259,7 +301,7 @@ class StepInput:
             Tensors on the CPU, for `copy_into` or `to`.
 
         Raises:
-            GenerationError: the pool is full; all sequences are as before.
+            GenerationError: the pool is full, or that of states; all sequences are as before.
             KernelError: the step does not fit into `like` or `max_blocks`.
         """
         before = [sequence.length for sequence, _ in parts]
@@ -276,7 +318,7 @@ class StepInput:
             step._fill([sequence for sequence, _ in parts], before, slots)
         except (GenerationError, KernelError):
             for (sequence, _), length in zip(parts, before, strict=True):
-                sequence.truncate(min(length, sequence.length))
+                sequence.undo(min(length, sequence.length))
             raise
         return step
 
@@ -295,6 +337,7 @@ class StepInput:
             self.slot_mapping[first:last] = own_slots
             self.block_tables[index, : len(sequence.table)] = sequence.table
             self.seq_lens[index] = sequence.length
+            self.state_slots[index] = sequence.state_slot
             starts.append(last)
         starts += _padding_starts(num_tokens, room[0], room[1] - len(sequences))[1:]
         self.query_start.copy_(torch.tensor(starts, dtype=torch.int32))

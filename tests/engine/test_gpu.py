@@ -152,7 +152,7 @@ def test_a_cache_that_changes_all_the_time_changes_nothing(family: str, mode: st
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", CHOSEN if ON_GPU else ["gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "qwen2_moe"] if ON_GPU else ["gpt_oss"])
 def test_all_experts_on_the_gpu(family: str, mode: str) -> None:
     ours = on_gpu(family, mode == "graph", slots=all_resident)
     assert ours.runner.server is None

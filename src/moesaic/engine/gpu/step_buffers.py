@@ -34,6 +34,7 @@ class StepBuffers:
         self._shapes = (
             (torch.int64, (size,)),  # positions
             (torch.int64, (size,)),  # slot mapping
+            (torch.int64, (size,)),  # slots of recurrent states
             (torch.float32, (size, hidden_size)),
             (torch.int32, (size, max_blocks)),
             (torch.int32, (size,)),  # lengths
@@ -42,13 +43,14 @@ class StepBuffers:
         nbytes = sum(_padded(dtype, shape) for dtype, shape in self._shapes)
         self._host = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._device = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        positions, slots, self._hidden, tables, lengths, starts = self._views(self._host)
-        self._positions, self._slots = positions.numpy(), slots.numpy()
+        positions, slots, states, self._hidden, tables, lengths, starts = self._views(self._host)
+        self._positions, self._slots, self._states = positions.numpy(), slots.numpy(), states.numpy()
         self._tables, self._lengths = tables.numpy(), lengths.numpy()
         starts.copy_(torch.arange(size + 1, dtype=torch.int32))
         self._slots.fill(-1)
-        positions, slots, self.hidden, tables, lengths, starts = self._views(self._device)
-        self.input = StepInput(positions, slots, tables, lengths, starts)
+        self._states.fill(-1)
+        positions, slots, states, self.hidden, tables, lengths, starts = self._views(self._device)
+        self.input = StepInput(positions, slots, tables, lengths, starts, states)
         self.upload()
 
     def append(self, sequences: Sequence[PagedSequence]) -> None:
@@ -67,9 +69,11 @@ class StepBuffers:
             table = sequence.table.numpy()
             self._positions[index] = sequence.length - 1
             self._slots[index] = slot
+            self._states[index] = sequence.state_slot
             self._tables[index, : len(table)] = table
             self._lengths[index] = sequence.length
         self._slots[len(sequences) :] = -1
+        self._states[len(sequences) :] = -1
         self._lengths[len(sequences) :] = 0
 
     def set_hidden(self, hidden: torch.Tensor) -> None:

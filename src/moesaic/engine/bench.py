@@ -152,10 +152,25 @@ def measure(
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
     if batch > 1 and not prepared.plan.uses_gpu:
         raise ConfigError("several sequences at once (--batch) are measured on a GPU only: leave it out.")
+    vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0
     bench = _timed_runs(load(prepared, progress=progress), what, prompt_tokens, new_tokens, batch)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
-    return _result(prepared, bench, runs, model=preset or str(model), total_layers=total_layers, bandwidth=bandwidth)
+    name = preset or str(model)
+    return _result(
+        prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_rate
+    )
+
+
+def _vram_bandwidth() -> float:
+    """GB/s; nothing where PyTorch finds no GPU, which loading then says."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0.0
+    from moesaic.engine.gpu.timed_runs import vram_bandwidth
+
+    return vram_bandwidth(torch.device("cuda", torch.cuda.current_device())) / _GIGA
 
 
 def _timed_runs(
@@ -177,6 +192,7 @@ def _result(
     model: str,
     total_layers: int,
     bandwidth: float,
+    vram_bandwidth: float,
 ) -> BenchResult:
     """Put together what was measured and what follows from it."""
     plan, run_layers = prepared.plan, num_layers_of(prepared)
@@ -190,7 +206,7 @@ def _result(
     else:
         from moesaic.engine.gpu.bench import gpu_figures
 
-        gpu, batch = gpu_figures(bench.runner, plan, bench, bandwidth), bench.batch
+        gpu, batch = gpu_figures(bench.runner, plan, bench, bandwidth, vram_bandwidth), bench.batch
         extrapolated = _extrapolate(rate, bench.layer_share(), run_layers, total_layers)
     return BenchResult(
         what=bench.what,

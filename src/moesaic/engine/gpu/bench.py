@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.engine.gpu.runner import ModelRunner
-from moesaic.engine.gpu.timed_runs import GpuTimedRuns, vram_bandwidth
+from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.placement import Plan
 
 __all__ = ["GpuFigures", "gpu_figures"]
@@ -56,7 +56,9 @@ class GpuFigures:
     roofline_share: float | None
 
 
-def gpu_figures(runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandwidth: float) -> GpuFigures:
+def gpu_figures(
+    runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandwidth: float, vram_bandwidth: float
+) -> GpuFigures:
     """Take a run apart.
 
     Args:
@@ -64,6 +66,7 @@ def gpu_figures(runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandw
         plan: what it was placed by.
         bench: the runs.
         read_bandwidth: GB/s of DRAM.
+        vram_bandwidth: GB/s of the GPU's memory; measured before the model fills it.
     """
     cache = runner.slots.cache
     before = None if cache is None else (int(cache.policy.hits.sum()), int(cache.policy.uses.sum()))
@@ -73,20 +76,19 @@ def gpu_figures(runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandw
         uses = int(cache.policy.uses.sum()) - before[1]
         hit_rate = (int(cache.policy.hits.sum()) - before[0]) / uses if uses else 0.0
     device = runner.decoder.device
-    vram = vram_bandwidth(device) / _GIGA
     dram_bytes = vram_bytes = roofline = None
     if shares is not None and bench.batch == 1:
         experts = sum(e.bytes_per_token for e in plan.entries if e.role == "experts" and e.device == "cpu")
         dram_bytes = round(plan.bytes_per_token_on("cpu") - hit_rate * experts)
         vram_bytes = round(plan.bytes_per_token_on("gpu") + hit_rate * experts)
         served = 0 if runner.server is None else len(runner.server.layers)
-        longest = max(dram_bytes / read_bandwidth, vram_bytes / vram) / _GIGA
+        longest = max(dram_bytes / read_bandwidth, vram_bytes / vram_bandwidth) / _GIGA
         roofline = longest + served * _HANDOFF_SECONDS
     return GpuFigures(
         device=torch.cuda.get_device_name(device),
         strategy=plan.strategy,
         vram_peak=torch.cuda.max_memory_reserved(device),
-        vram_bandwidth=vram,
+        vram_bandwidth=vram_bandwidth,
         num_slots=0 if cache is None else cache.policy.num_slots,
         hit_rate=hit_rate,
         step_seconds=None if shares is None else shares.step,

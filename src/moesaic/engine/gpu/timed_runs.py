@@ -145,4 +145,7 @@ def vram_bandwidth(device: torch.device, repeat: int = 10) -> float:
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
+    del data
+    torch.cuda.empty_cache()  # it is no part of a model's peak
+    torch.cuda.reset_peak_memory_stats(device)
     return _PROBE_BYTES / float(statistics.median(times[1:]))

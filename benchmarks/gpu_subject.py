@@ -1,0 +1,453 @@
+"""One model in one format, built once, under several plans: what `benchmarks/gpu.py` starts and collects.
+
+Hybrid first, then the CPU, then the split by layers. A runner takes what goes to the GPU out of the model; that is put
+back before the next plan, so the experts are packed once. What is measured is written line by line, so that a process
+that is ended keeps what it had.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.gpu.bench import gpu_figures
+from moesaic.engine.gpu.promotion import PromotionPolicy
+from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
+from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.start import start_on_gpu
+from moesaic.engine.gpu.timed_runs import GpuTimedRuns, vram_bandwidth
+from moesaic.engine.loader import load, this_computer
+from moesaic.engine.presets import get_preset
+from moesaic.engine.timed_runs import TimedRuns
+from moesaic.kernels import active_isa, num_threads, read_bandwidth
+from moesaic.kvcache.paged import PagedSequence
+from moesaic.modules.gpu.decoder import GpuDecoder
+from moesaic.modules.gpu.experts import ResidentExperts
+from moesaic.modules.linear import PackedLinear
+from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH
+from moesaic.quant import get_format
+
+DECODE_PROMPT = 16
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure.
+
+    Attributes:
+        model: preset.
+        weight_format: of all matrices.
+        layers: how many; all if None.
+        vram: bytes.
+        parts: of `gpu.PARTS`.
+        prefill: lengths of prompts.
+        tokens: to decode in a run.
+        repeat: runs.
+        seconds: time for all of it, from the start of the process.
+    """
+
+    model: str
+    weight_format: str
+    layers: int | None
+    vram: int
+    parts: tuple[str, ...]
+    prefill: tuple[int, ...]
+    tokens: int
+    repeat: int
+    seconds: float
+
+
+class Report:
+    """Rows, written as they come."""
+
+    def __init__(self, path: Path, common: dict[str, Any]) -> None:
+        self._path, self._common = path, common
+
+    def add(self, **row: Any) -> None:
+        """One row; `problem` says why there are no figures."""
+        full = self._common | row
+        with self._path.open("a") as file:
+            file.write(json.dumps(full) + "\n")
+        shown = {
+            key: row[key] for key in ("plan", "what", "tokens", "tokens_per_second", "problem", "load_s") if key in row
+        }
+        print(f"[{time.strftime('%H:%M:%S')}] {shown}", file=sys.stderr, flush=True)
+
+
+class TimedTail:
+    """The layers on the CPU behind a split, with a clock."""
+
+    def __init__(self, tail: Any) -> None:
+        self._tail = tail
+        self.layer_seconds = self.head_seconds = 0.0
+
+    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
+        started = time.perf_counter()
+        out: torch.Tensor = self._tail(hidden, sequence)
+        self.layer_seconds += time.perf_counter() - started
+        return out
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        started = time.perf_counter()
+        out: torch.Tensor = self._tail.logits(hidden)
+        self.head_seconds += time.perf_counter() - started
+        return out
+
+
+class Snapshot:
+    """What a runner takes out of a model, to put it back."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._class = model, model.__class__
+        self._forwards = [(layer, layer.forward) for layer in model.get_decoder().layers]
+        self._linears = [(m, m.packed, m.bias) for m in model.modules() if isinstance(m, PackedLinear)]
+
+    def restore(self) -> None:
+        """The model is as it was."""
+        self._model.__class__ = self._class
+        self._model.__dict__.pop("runner", None)
+        for layer, forward in self._forwards:
+            layer.forward = forward
+        for module, packed, bias in self._linears:
+            module.packed, module.bias = packed, bias
+
+
+class Subject:
+    """The model, loaded for the CPU, and what its plans on a GPU say."""
+
+    def __init__(self, task: Task, report: Report, started: float) -> None:
+        self.task, self.report, self._started = task, report, started
+        self.fmt, self.context = get_format(task.weight_format), max((4096, *(n + 64 for n in task.prefill)))
+        self.total_layers = get_preset(task.model).num_layers
+        self.num_layers = task.layers or self.total_layers
+        self.device = torch.device("cuda")
+        self.bandwidth = read_bandwidth(this_computer(False).probe_bytes).median
+        self.vram_bandwidth = vram_bandwidth(self.device) / 1e9
+        torch.cuda.empty_cache()
+        began = time.perf_counter()
+        self.model: Any = load(self._prepare("cpu", self.num_layers), progress=False)
+        self.snapshot = Snapshot(self.model)
+        report.add(
+            plan="load",
+            load_s=time.perf_counter() - began,
+            device=torch.cuda.get_device_name(),
+            isa=active_isa(),
+            threads=num_threads(),
+            read_bandwidth=self.bandwidth,
+            vram_bandwidth=self.vram_bandwidth,
+        )
+        self.rates: dict[str, float] = {}
+
+    def _prepare(self, plan: str, layers: int | None) -> Any:
+        vram = None if plan == "cpu" else self.task.vram
+        return prepare_synthetic(self.task.model, self.fmt, layers, plan, vram=vram, context=self.context)
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.task.seconds - (time.monotonic() - self._started)
+
+    def command(self, what: str, plan: str, tokens: int) -> str:
+        """What measures about the same."""
+        size = f"--tokens {tokens}" if what == "decode" else f"--prompt-tokens {tokens}"
+        gpu = "" if plan == "cpu" else f" --vram {self.task.vram / GIB:g}GiB"
+        return (
+            f"moesaic bench {what} --synthetic {self.task.model} --format {self.task.weight_format} "
+            f"--layers {self.num_layers} --plan {plan}{gpu} {size}"
+        )
+
+    @contextmanager
+    def guarded(self, plan: str) -> Iterator[None]:
+        """A failure is a row, and the next plan finds a model as it was loaded and an empty GPU."""
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            self.report.add(plan=plan, what="failed", problem=f"{type(error).__name__}: {error}"[:300])
+        self.snapshot.restore()
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+    # Hybrid
+
+    def hybrid(self) -> None:
+        """Experts on the CPU; without and with the cache, on one copy of the other weights."""
+        plan = self._prepare("hybrid", self.num_layers).plan
+        budget = plan.vram_budget(this_computer(True))
+        start_on_gpu(self.model, plan, budget)
+        runner = self.model.runner
+        cache = runner.slots.cache
+        # One runner for both: two would have two caches of keys and values, which the budget has no room for.
+        with_cache, runner.slots = runner.slots, ExpertSlots()
+        self._on_gpu(runner, plan, "hybrid", 0)
+        if "cache" not in self.task.parts or cache is None:
+            return
+        runner.slots, runner._buckets = with_cache, {}
+        runner.server.uses.zero_()
+        # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
+        whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))
+        slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))
+        slots = min(slots, cache.policy.num_slots)
+        cache.policy = PromotionPolicy(*cache.policy.slot_of.shape, slots)
+        self._fill(runner, cache)
+        self._on_gpu(runner, plan, "hybrid+cache", slots)
+
+    def _fill(self, runner: ModelRunner, cache: Any, seconds: float = 8.0) -> None:
+        """Decode until the slots are taken, or time is up."""
+        bench, began = GpuTimedRuns(runner, "decode", DECODE_PROMPT, 65), time.monotonic()
+        while time.monotonic() - began < seconds and cache.statistics().num_held < cache.policy.num_slots:
+            bench.run()
+
+    def _on_gpu(self, runner: ModelRunner, plan: Any, name: str, slots: int) -> None:
+        if "decode" in self.task.parts:
+            self._decode(runner, plan, name, slots)
+        if "prefill" in self.task.parts:
+            self._prefill(name, lambda n: GpuTimedRuns(runner, "prefill", n, 1).run, slots=slots)
+
+    def _decode(self, runner: ModelRunner, plan: Any, name: str, slots: int) -> None:
+        bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, self.task.tokens + 1)
+        bench.run()
+        runs = [bench.run() for _ in range(self.task.repeat)]
+        figures = gpu_figures(runner, plan, bench, self.bandwidth, self.vram_bandwidth)
+        step, head = 1 / statistics.median(runs), runner.head_seconds(1)
+        layer = (step - head) / self.num_layers
+        self._row(
+            name,
+            "decode",
+            self.task.tokens,
+            runs,
+            layer,
+            1 / (head + layer * self.total_layers),
+            slots=slots,
+            hit_rate=figures.hit_rate,
+            step_ms=_ms(figures.step_seconds),
+            experts_ms=_ms(figures.experts_seconds),
+            between_ms=_ms(figures.between_seconds),
+            head_ms=head * 1e3,
+            roofline_ms=_ms(figures.roofline_seconds),
+            # Of the runs without a clock in them; the profile's own step is a little longer.
+            roofline_share=figures.roofline_seconds and figures.roofline_seconds / step,
+            dram_bytes=figures.dram_bytes,
+            vram_bytes=figures.vram_bytes,
+        )
+
+    # By layers, and on the CPU
+
+    def layers(self) -> None:
+        """The first layers on the GPU, the others on the CPU; some on each where the whole model does not fit."""
+        plan = self._prepare("layers", self.num_layers).plan
+        budget = plan.vram_budget(this_computer(True))
+        of_all = len(self._prepare("layers", None).plan.gpu_layers)
+        count = len(plan.gpu_layers) if of_all == self.total_layers else min(len(plan.gpu_layers), self.num_layers - 1)
+        if count < 1:
+            raise RuntimeError("a split of a single layer: take more with --subjects MODEL:FORMAT:LAYERS")
+        limit = (budget.total - DRIVER_BYTES) / torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit))
+        every = None if count == self.num_layers else count
+        decoder = GpuDecoder(self.model, self.device, max_positions=budget.num_blocks * KV_BLOCK, num_layers=every)
+        resident = {layer: ResidentExperts.of(experts, self.device) for layer, experts in enumerate(decoder.routed)}
+        tail: Any = None if decoder.tail is None else TimedTail(decoder.tail)
+        decoder.tail = tail
+        options = RunnerOptions(budget.num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
+        runner = ModelRunner(decoder, options, ExpertSlots(resident))
+        name = f"layers {of_all}/{self.total_layers}"
+        if "decode" in self.task.parts:
+            bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, self.task.tokens + 1)
+            bench.run()
+            runs, behind = self._timed(bench.run, tail, self.task.tokens)
+            self._split(name, "decode", self.task.tokens, 1, runs, behind, count, of_all, runner.head_seconds(1))
+        if "prefill" not in self.task.parts:
+            return
+        for length in self.task.prefill:
+            if self._skip(name, length):
+                continue
+            run = GpuTimedRuns(runner, "prefill", length, 1).run
+            self.rates[name] = run()
+            runs, behind = self._timed(run, tail, 1, max(1, self._repeats(name, length)))
+            self.rates[name] = statistics.median(runs)
+            self._split(name, "prefill", length, length, runs, behind, count, of_all, 0.0)
+
+    def _timed(
+        self, run: Callable[[], float], tail: Any, passes: int, repeat: int | None = None
+    ) -> tuple[list[float], tuple[float, float]]:
+        """Rates, and seconds per pass in the layers behind the split and in the head there.
+
+        A run's prompt passes through the tail as well; with 16 tokens of it beside 32 passes that is about a thirtieth.
+        """
+        if tail is not None:
+            tail.layer_seconds = tail.head_seconds = 0.0
+        count = repeat or self.task.repeat
+        runs = [run() for _ in range(count)]
+        if tail is None:
+            return runs, (0.0, 0.0)
+        total = count * (passes + (1 if passes > 1 else 0))
+        return runs, (tail.layer_seconds / total, tail.head_seconds / total)
+
+    def _split(
+        self,
+        name: str,
+        what: str,
+        tokens: int,
+        per_pass: int,
+        runs: list[float],
+        behind: tuple[float, float],
+        count: int,
+        of_all: int,
+        head: float,
+    ) -> None:
+        step = per_pass / statistics.median(runs)
+        behind_layers, behind_head = behind
+        on_gpu = max(0.0, step - behind_layers - behind_head - head) / count
+        on_cpu = behind_layers / max(1, self.num_layers - count)
+        whole = of_all * on_gpu + (self.total_layers - of_all) * on_cpu + behind_head + head
+        mean = (step - behind_head - head) / self.num_layers
+        more = {"gpu_layer_ms": on_gpu * 1e3, "cpu_layer_ms": on_cpu * 1e3, "layers_on_gpu": count}
+        self._row(name, what, tokens, runs, mean, per_pass / whole, **more)
+
+    def cpu(self) -> None:
+        """The same weights without a GPU."""
+        if "decode" in self.task.parts:
+            bench = TimedRuns(self.model, "decode", DECODE_PROMPT, self.task.tokens + 1)
+            bench.run()
+            runs = [bench.run() for _ in range(self.task.repeat)]
+            share = bench.profile()[1]
+            step = 1 / statistics.median(runs)
+            layer = share * step / self.num_layers
+            whole = 1 / ((1 - share) * step + layer * self.total_layers)
+            self._row("cpu", "decode", self.task.tokens, runs, layer, whole)
+        if "prefill" in self.task.parts:
+            self._prefill("cpu", lambda n: TimedRuns(self.model, "prefill", n, 1).run)
+
+    # Prompts
+
+    def _prefill(self, name: str, make: Callable[[int], Callable[[], float]], **more: Any) -> None:
+        for length in self.task.prefill:
+            if self._skip(name, length):
+                continue
+            run = make(length)
+            runs = [run()]
+            self.rates[name] = runs[0]
+            again = max(0 if name == "cpu" else 1, self._repeats(name, length))  # on a GPU the first one compiles
+            runs = [run() for _ in range(again)] or runs
+            self.rates[name] = statistics.median(runs)
+            layer = length / statistics.median(runs) / self.num_layers
+            self._row(name, "prefill", length, runs, layer, 1 / (layer * self.total_layers) * length, **more)
+
+    def _skip(self, name: str, length: int) -> bool:
+        expected = length / self.rates[name] if name in self.rates else 0.0
+        if self.left() > 1.2 * expected + 2:
+            return False
+        self.report.add(
+            plan=name, what="prefill", tokens=length, problem=f"not run: {self.left():.0f} s left, needs {expected:.0f}"
+        )
+        return True
+
+    def _repeats(self, name: str, length: int) -> int:
+        """How many more runs, so that a figure takes no more than a tenth of the time that is left."""
+        return max(0, min(self.task.repeat, int(self.left() / 10 * self.rates[name] / length)))
+
+    def _row(
+        self, plan: str, what: str, tokens: int, runs: list[float], layer: float, whole: float | None, **more: Any
+    ) -> None:
+        on_gpu = {}
+        if plan != "cpu":
+            free, total = torch.cuda.mem_get_info()
+            on_gpu = {"vram_reserved": torch.cuda.max_memory_reserved(), "vram_used": total - free}
+        self.report.add(
+            plan=plan,
+            what=what,
+            tokens=tokens,
+            runs=runs,
+            tokens_per_second=statistics.median(runs),
+            layer_ms=layer * 1e3,
+            whole_tokens_per_second=whole,
+            command=self.command(what, plan.split("+")[0].split()[0], tokens),
+            **on_gpu,
+            **more,
+        )
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def memory(task: Task, report: Report) -> None:
+    """`moesaic bench` in a process of its own: its peak of DRAM and VRAM against what the plan says."""
+    layers = task.layers or get_preset(task.model).num_layers
+    longest = max(task.prefill, default=512)
+    plan = prepare_synthetic(
+        task.model, get_format(task.weight_format), layers, "hybrid", vram=task.vram, context=max(4096, longest + 1)
+    ).plan
+    command = [
+        *("prefill", "--synthetic", task.model, "--format", task.weight_format, "--layers", str(layers)),
+        *("--plan", "hybrid", "--vram", f"{task.vram / GIB:g}GiB", "--prompt-tokens", str(longest), "--repeat", "1"),
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "moesaic.cli.main", "bench", *command, "--json"], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    row = {"plan": "memory", "what": "peak", "command": "moesaic bench " + " ".join(command)}
+    if process.returncode != 0:
+        report.add(**row, problem=f"exit status {process.returncode}")
+        return
+    result = json.loads(printed[printed.index("{") :])
+    planned = plan.nbytes + plan.pinned_bytes()
+    report.add(
+        **row,
+        host_peak=usage.ru_maxrss * 1024,
+        host_weights=plan.nbytes,
+        host_pinned=plan.pinned_bytes(),
+        host_ratio=usage.ru_maxrss * 1024 / planned,
+        vram_reserved=result["gpu"]["vram_peak"],
+        tokens_per_second=result["tokens_per_second"],
+    )
+
+
+def main() -> None:
+    """Measure what the arguments say: a task as JSON and the file that rows go to."""
+    started = time.monotonic()
+    fields = json.loads(sys.argv[1])
+    task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    common = {
+        "model": task.model,
+        "format": task.weight_format,
+        "layers": task.layers or get_preset(task.model).num_layers,
+        "total_layers": get_preset(task.model).num_layers,
+        "vram_budget": task.vram,
+    }
+    report = Report(Path(sys.argv[2]), common)
+    if "memory" in task.parts:
+        memory(task, report)
+        return
+    subject = Subject(task, report, started)
+    if {"decode", "prefill", "cache"} & set(task.parts):
+        with subject.guarded("hybrid"):
+            subject.hybrid()
+    if "cpu" in task.parts:
+        with subject.guarded("cpu"):
+            subject.cpu()
+    if "layers" in task.parts:
+        with subject.guarded("layers"):
+            subject.layers()
+
+
+if __name__ == "__main__":
+    main()

@@ -158,8 +158,15 @@ def render(rows: list[Row], machine: str) -> str:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """What has been measured."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What has been measured; of what was measured again the newest figures."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept: dict[tuple[Any, ...], Row] = {}
+    for row in map(json.loads, lines):
+        key = tuple(row.get(name) for name in ("model", "format", "layers", "vram_budget", "plan", "what", "tokens"))
+        if "problem" not in row or "problem" in kept.get(key, row):
+            kept.pop(key, None)
+            kept[key] = row
+    return list(kept.values())
 
 
 def measure_all(arguments: argparse.Namespace, rows: Path) -> None:

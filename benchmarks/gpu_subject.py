@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gpu_parts import GIB, Report, Snapshot, Task, TimedTail, memory
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.gpu.bench import gpu_figures
 from moesaic.engine.gpu.promotion import PromotionPolicy
@@ -34,97 +32,12 @@ from moesaic.engine.loader import load, this_computer
 from moesaic.engine.presets import get_preset
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.kernels import active_isa, num_threads, read_bandwidth
-from moesaic.kvcache.paged import PagedSequence
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
-from moesaic.modules.linear import PackedLinear
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH
 from moesaic.quant import get_format
 
 DECODE_PROMPT = 16
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to measure.
-
-    Attributes:
-        model: preset.
-        weight_format: of all matrices.
-        layers: how many; all if None.
-        vram: bytes.
-        parts: of `gpu.PARTS`.
-        prefill: lengths of prompts.
-        tokens: to decode in a run.
-        repeat: runs.
-        seconds: time for all of it, from the start of the process.
-    """
-
-    model: str
-    weight_format: str
-    layers: int | None
-    vram: int
-    parts: tuple[str, ...]
-    prefill: tuple[int, ...]
-    tokens: int
-    repeat: int
-    seconds: float
-
-
-class Report:
-    """Rows, written as they come."""
-
-    def __init__(self, path: Path, common: dict[str, Any]) -> None:
-        self._path, self._common = path, common
-
-    def add(self, **row: Any) -> None:
-        """One row; `problem` says why there are no figures."""
-        full = self._common | row
-        with self._path.open("a") as file:
-            file.write(json.dumps(full) + "\n")
-        shown = {
-            key: row[key] for key in ("plan", "what", "tokens", "tokens_per_second", "problem", "load_s") if key in row
-        }
-        print(f"[{time.strftime('%H:%M:%S')}] {shown}", file=sys.stderr, flush=True)
-
-
-class TimedTail:
-    """The layers on the CPU behind a split, with a clock."""
-
-    def __init__(self, tail: Any) -> None:
-        self._tail = tail
-        self.layer_seconds = self.head_seconds = 0.0
-
-    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
-        started = time.perf_counter()
-        out: torch.Tensor = self._tail(hidden, sequence)
-        self.layer_seconds += time.perf_counter() - started
-        return out
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        started = time.perf_counter()
-        out: torch.Tensor = self._tail.logits(hidden)
-        self.head_seconds += time.perf_counter() - started
-        return out
-
-
-class Snapshot:
-    """What a runner takes out of a model, to put it back."""
-
-    def __init__(self, model: Any) -> None:
-        self._model, self._class = model, model.__class__
-        self._forwards = [(layer, layer.forward) for layer in model.get_decoder().layers]
-        self._linears = [(m, m.packed, m.bias) for m in model.modules() if isinstance(m, PackedLinear)]
-
-    def restore(self) -> None:
-        """The model is as it was."""
-        self._model.__class__ = self._class
-        self._model.__dict__.pop("runner", None)
-        for layer, forward in self._forwards:
-            layer.forward = forward
-        for module, packed, bias in self._linears:
-            module.packed, module.bias = packed, bias
 
 
 class Subject:
@@ -269,7 +182,7 @@ class Subject:
         if "decode" in self.task.parts:
             bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, self.task.tokens + 1)
             bench.run()
-            runs, behind = self._timed(bench.run, tail, self.task.tokens)
+            runs, behind = self._timed(bench.run, tail, "decode", self.task.repeat)
             self._split(name, "decode", self.task.tokens, 1, runs, behind, count, of_all, runner.head_seconds(1))
         if "prefill" not in self.task.parts:
             return
@@ -278,25 +191,23 @@ class Subject:
                 continue
             run = GpuTimedRuns(runner, "prefill", length, 1).run
             self.rates[name] = run()
-            runs, behind = self._timed(run, tail, 1, max(1, self._repeats(name, length)))
+            runs, behind = self._timed(run, tail, "prefill", max(1, self._repeats(name, length)))
             self.rates[name] = statistics.median(runs)
             self._split(name, "prefill", length, length, runs, behind, count, of_all, 0.0)
 
     def _timed(
-        self, run: Callable[[], float], tail: Any, passes: int, repeat: int | None = None
+        self, run: Callable[[], float], tail: Any, what: str, count: int
     ) -> tuple[list[float], tuple[float, float]]:
-        """Rates, and seconds per pass in the layers behind the split and in the head there.
-
-        A run's prompt passes through the tail as well; with 16 tokens of it beside 32 passes that is about a thirtieth.
-        """
+        """Rates, and of a step or prompt the seconds in the layers behind the split and in the head there."""
+        decodes = what == "decode"
         if tail is not None:
-            tail.layer_seconds = tail.head_seconds = 0.0
-        count = repeat or self.task.repeat
+            tail.start(1 if decodes else max(self.task.prefill))
         runs = [run() for _ in range(count)]
         if tail is None:
             return runs, (0.0, 0.0)
-        total = count * (passes + (1 if passes > 1 else 0))
-        return runs, (tail.layer_seconds / total, tail.head_seconds / total)
+        passes = count * (self.task.tokens if decodes else 1)
+        heads = tail.head_seconds / tail.head_calls if decodes else tail.head_seconds / count
+        return runs, (tail.layer_seconds / passes, heads)
 
     def _split(
         self,
@@ -384,41 +295,6 @@ class Subject:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e3
-
-
-def memory(task: Task, report: Report) -> None:
-    """`moesaic bench` in a process of its own: its peak of DRAM and VRAM against what the plan says."""
-    layers = task.layers or get_preset(task.model).num_layers
-    longest = max(task.prefill, default=512)
-    plan = prepare_synthetic(
-        task.model, get_format(task.weight_format), layers, "hybrid", vram=task.vram, context=max(4096, longest + 1)
-    ).plan
-    command = [
-        *("prefill", "--synthetic", task.model, "--format", task.weight_format, "--layers", str(layers)),
-        *("--plan", "hybrid", "--vram", f"{task.vram / GIB:g}GiB", "--prompt-tokens", str(longest), "--repeat", "1"),
-    ]
-    with subprocess.Popen(
-        [sys.executable, "-m", "moesaic.cli.main", "bench", *command, "--json"], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        printed = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    row = {"plan": "memory", "what": "peak", "command": "moesaic bench " + " ".join(command)}
-    if process.returncode != 0:
-        report.add(**row, problem=f"exit status {process.returncode}")
-        return
-    result = json.loads(printed[printed.index("{") :])
-    planned = plan.nbytes + plan.pinned_bytes()
-    report.add(
-        **row,
-        host_peak=usage.ru_maxrss * 1024,
-        host_weights=plan.nbytes,
-        host_pinned=plan.pinned_bytes(),
-        host_ratio=usage.ru_maxrss * 1024 / planned,
-        vram_reserved=result["gpu"]["vram_peak"],
-        tokens_per_second=result["tokens_per_second"],
-    )
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import add_any_model_arguments, add_budget_arguments, list_presets, positive_int
@@ -33,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=positive_int, metavar="N", help="prompt (decode: 16, prefill: 512)")
     parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="sequences at once, on a GPU (1)")
     parser.add_argument("--repeat", type=positive_int, default=3, metavar="N", help="take the median of N runs (3)")
+    parser.add_argument(
+        "--trace", type=Path, metavar="FILE", help="decode on a GPU: write a Chrome trace of a few steps (Perfetto)"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
@@ -62,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         batch=arguments.batch,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
+        trace=arguments.trace,
     )
     print(json.dumps(asdict(result), indent=2) if arguments.json else _render(result))
     return 0

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from moesaic.engine.bench_checks import check_batch, check_context, check_trace
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.engine.timed_runs import TimedRuns, What
-from moesaic.errors import ConfigError, GenerationError
+from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import DEFAULT_CONTEXT, Hardware, Plan, Rules, detect_hardware
@@ -103,6 +105,7 @@ def measure(
     batch: int = 1,
     offline: bool = False,
     progress: bool = False,
+    trace: Path | None = None,
 ) -> BenchResult:
     """Load or build a model and measure it.
 
@@ -123,9 +126,10 @@ def measure(
         batch: sequences that run together; more than 1 on a GPU only.
         offline: as for `from_pretrained`.
         progress: as for `from_pretrained`.
+        trace: file for a Chrome trace of a few decode steps on a GPU.
 
     Raises:
-        ConfigError: an unknown preset, or more layers than it has.
+        ConfigError: an unknown preset, or more layers than it has; a trace of something else than decode on a GPU.
         UnsupportedFormatError: rows of the model are no whole number of the format's blocks.
         PlanDoesNotFitError: the model does not fit in memory.
         GenerationError: prompt and tokens are longer than the context.
@@ -148,14 +152,18 @@ def measure(
         vram=vram,
         context=context or max(DEFAULT_CONTEXT, needed),
     )
-    _check_context(prepared, prompt_tokens + new_tokens)
+    check_context(prepared.config, prompt_tokens + new_tokens)
+    check_batch(batch, prepared.plan)
+    check_trace(trace, what, prepared.plan)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
-    if batch > 1 and not prepared.plan.uses_gpu:
-        raise ConfigError("several sequences at once (--batch) are measured on a GPU only: leave it out.")
     vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0
     bench = _timed_runs(load(prepared, progress=progress), what, prompt_tokens, new_tokens, batch)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
+    if trace is not None and not isinstance(bench, TimedRuns):
+        from moesaic.engine.gpu.trace import write_trace
+
+        write_trace(bench, trace)
     name = preset or str(model)
     return _result(
         prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_rate
@@ -295,12 +303,6 @@ def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers:
 def num_layers_of(prepared: Prepared) -> int:
     """Layers of a prepared model."""
     return int(prepared.config.get_text_config().num_hidden_layers)
-
-
-def _check_context(prepared: Prepared, num_tokens: int) -> None:
-    context = getattr(prepared.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and num_tokens > context:
-        raise GenerationError(f"the bench needs {num_tokens} positions, but the model's context is {context}.")
 
 
 def expert_formats(plan: Plan) -> str:

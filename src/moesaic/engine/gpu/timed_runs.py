@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -13,7 +15,7 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.placement.vram import PREFILL_CHUNK
 
-__all__ = ["GpuTimedRuns", "StepShares", "vram_bandwidth"]
+__all__ = ["GpuTimedRuns", "StepShares", "StepTimes", "vram_bandwidth"]
 
 _SEED = 0
 _PROBE_BYTES = 1 << 30
@@ -34,6 +36,21 @@ class StepShares:
     experts: float
     between: float
     ends: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When what happened in a decode step, in nanoseconds of the monotonic clock.
+
+    Attributes:
+        began: it was called for.
+        ended: its token had been chosen.
+        layers: of each layer whose experts the CPU computed, when it was asked and when it had answered.
+    """
+
+    began: int
+    ended: int
+    layers: tuple[tuple[int, int], ...]
 
 
 class GpuTimedRuns:
@@ -74,26 +91,43 @@ class GpuTimedRuns:
                 tokens = self._step(sequences, tokens)
             return self.batch * (self.new_tokens - 1) / (time.perf_counter() - started)
 
-    def profile(self) -> StepShares:
-        """Take a run of decode steps apart."""
+    def timed_steps(self, count: int, before_step: Callable[[], None] = lambda: None) -> list[StepTimes]:
+        """Decode steps after a prompt, with the times at which the CPU was asked.
+
+        Args:
+            count: how many.
+            before_step: called before each.
+        """
         runner, server = self.runner, self.runner.server
-        steps: list[tuple[float, float, float]] = []
+        steps: list[StepTimes] = []
         with self._sequences() as sequences:
             tokens = self._prefill(sequences)
             runner.times = None if server is None else torch.zeros(len(server.layers), 2, dtype=torch.int64)
-            for _ in range(self.new_tokens - 1):
-                started = time.perf_counter()
-                tokens = self._step(sequences, tokens)
-                elapsed = time.perf_counter() - started
-                experts = between = 0.0
-                if runner.times is not None:
-                    times = runner.times.double() / 1e9
-                    experts = float((times[:, 1] - times[:, 0]).sum())
-                    between = float((times[1:, 0] - times[:-1, 1]).sum())
-                steps.append((elapsed, experts, between))
-            runner.times = None
-        step, experts, between = (statistics.median(column) for column in zip(*steps, strict=True))
-        return StepShares(step, experts, between, step - experts - between)
+            try:
+                for _ in range(count):
+                    before_step()
+                    began = time.perf_counter_ns()
+                    tokens = self._step(sequences, tokens)
+                    ended = time.perf_counter_ns()
+                    layers = [] if runner.times is None else runner.times.tolist()
+                    steps.append(StepTimes(began, ended, tuple((asked, answered) for asked, answered in layers)))
+            finally:
+                runner.times = None
+        return steps
+
+    def profile(self) -> StepShares:
+        """Take a run of decode steps apart."""
+        rows: list[tuple[float, float, float]] = []
+        for step in self.timed_steps(self.new_tokens - 1):
+            experts = sum(answered - asked for asked, answered in step.layers)
+            between = sum(after[0] - before[1] for before, after in pairwise(step.layers))
+            rows.append(((step.ended - step.began) / 1e9, experts / 1e9, between / 1e9))
+        step_seconds, experts_seconds, between_seconds = (
+            statistics.median(column) for column in zip(*rows, strict=True)
+        )
+        return StepShares(
+            step_seconds, experts_seconds, between_seconds, step_seconds - experts_seconds - between_seconds
+        )
 
     def layer_share(self) -> float:
         """Share of the time that layers take, of what `run` measures: the rest is the head, and choosing a token."""

@@ -48,6 +48,11 @@ class Task:
     repeat: int
     seconds: float
 
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> Task:
+        """From JSON."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
 
 class Report:
     """Rows, written as they come."""

@@ -116,7 +116,8 @@ class Subject:
         whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))
         slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))
         slots = min(slots, cache.policy.num_slots)
-        cache.policy = PromotionPolicy(*cache.policy.slot_of.shape, slots)
+        num_layers, num_experts = cache.policy.slot_of.shape
+        cache.policy = PromotionPolicy(num_layers, num_experts, slots)
         self._fill(runner, cache)
         self._on_gpu(runner, plan, "hybrid+cache", slots)
 
@@ -300,8 +301,7 @@ def _ms(seconds: float | None) -> float | None:
 def main() -> None:
     """Measure what the arguments say: a task as JSON and the file that rows go to."""
     started = time.monotonic()
-    fields = json.loads(sys.argv[1])
-    task = Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    task = Task.of(json.loads(sys.argv[1]))
     common = {
         "model": task.model,
         "format": task.weight_format,

@@ -1,12 +1,7 @@
 """Grouped-query and latent attention of a decoder layer on a GPU, on a paged cache.
 
-<<<<<<< HEAD
-Both are `attention(norm(x))`, which the layer scales and adds to x together with the next norm. They are made from their
-equals on the CPU (`modules.gqa`, `modules.mla`), whose structure and options they share.
-=======
-Both are `x += residual_scale * attention(norm(x))`, made from what the CPU has of them (`modules.gqa`, `modules.mla`),
-whose structure and options they share.
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
+Both are `attention(norm(x))`, which the layer scales and adds to x together with the next norm. They are made from what
+the CPU has of them (`modules.gqa`, `modules.mla`), whose structure and options they share.
 """
 
 from __future__ import annotations
@@ -18,23 +13,15 @@ import torch
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-<<<<<<< HEAD
-=======
-from moesaic.kernels.triton.elementwise import add_scaled_, gate_heads_
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
+from moesaic.kernels.triton.elementwise import gate_heads_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
 from moesaic.modules.delta_net import DeltaNetParts
 from moesaic.modules.gpu.delta_net import GpuDeltaNet
 from moesaic.modules.gpu.step import GpuStep
-<<<<<<< HEAD
 from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
-from moesaic.modules.gqa import GqaAttention
-=======
-from moesaic.modules.gpu.weights import GpuLinear, GpuNorm, dense_heads
 from moesaic.modules.gqa import GqaParts
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
 from moesaic.modules.mla import MlaAttention
 
 __all__ = ["GpuAttention", "GpuGqaAttention", "GpuMlaAttention", "gpu_attention", "sliding_window_of"]
@@ -81,28 +68,18 @@ class GpuGqaAttention:
         self.head_dim, self.scaling, self.rope_layout = source.head_dim, source.scaling, source.rope_layout
         self.residual_scale = source.residual_scale
         self.sliding_window = sliding_window_of(config, self.layer_idx)
-<<<<<<< HEAD
         _, key_rows, value_rows = self.qkv.rows
         kv_heads = key_rows // self.head_dim
-        self.kv_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
-=======
-        kv_heads = self.k.weight.rows // self.head_dim
-        self.cache_shape = KvShape(kv_heads, self.head_dim, self.v.weight.rows // kv_heads)
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
+        self.cache_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
-<<<<<<< HEAD
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(normed))
-        pool, where = step.pools[self.layer_idx], step.input
-=======
-        q, k, v = (part(normed).view(len(x), -1, self.head_dim) for part in (self.q, self.k, self.v))
         gate = None
         if self.output_gate:  # every head has a query and then its gate
             q, gate = q[:, ::2], q[:, 1::2]
         pool, where = step.pool(self.layer_idx), step.input
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
         assert pool.values is not None
         query = norm_rotate_append(
             q,
@@ -131,13 +108,9 @@ class GpuGqaAttention:
             sliding_window=self.sliding_window,
             sinks=self.sinks,
         )
-<<<<<<< HEAD
-        return self.o(attended.view(len(x), -1))
-=======
         if gate is not None:
             gate_heads_(attended, gate)
-        add_scaled_(x, self.o(attended.view(len(x), -1)), self.residual_scale)
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
+        return self.o(attended.view(len(x), -1))
 
 
 class GpuMlaAttention:
@@ -169,15 +142,9 @@ class GpuMlaAttention:
         self.k_b, self.v_b = _halves(source, device, dtype)
         self.cache_shape = KvShape.latent(self.latent_dim, self.rope_dim)
 
-<<<<<<< HEAD
     def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
-        tokens, pool, where = len(x), step.pools[self.layer_idx], step.input
-=======
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
-        """Attend, in place; x is float32 `[tokens, hidden_size]`, contiguous."""
         tokens, pool, where = len(x), step.pool(self.layer_idx), step.input
->>>>>>> d770029 (Qwen3-Next on a GPU: gated attention, linear attention, layers taken apart where the CPU does not fuse them)
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
         query, compressed = self.first(normed)
         if self.q_b is not None and self.q_a_norm is not None:

@@ -42,9 +42,7 @@ class GpuDeltaNet:
         projected = self._project(normed)
         tokens = DeltaStep(where.positions, where.query_start, where.state_slots, step.max_query_len)
         mixed = causal_conv(projected, self.columns.conv, self.conv_weight, states.conv, tokens)
-        attended = gated_delta_rule(
-            mixed, projected, self.columns, self.rate, self.step_bias, states.recurrent, tokens
-        )
+        attended = gated_delta_rule(mixed, projected, self.columns, self.rate, self.step_bias, states.recurrent, tokens)
         gated_norm_(attended, projected, self.columns.gate, self.out_norm.weight, self.out_norm.eps)
         return self.output(attended)
 

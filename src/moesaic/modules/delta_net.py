@@ -94,8 +94,7 @@ def is_delta_net(module: StockModule) -> bool:
 
 
 def _grouped_columns(module: StockModule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Columns where `in_proj_qkvz` has, for each head of keys, q, k, its values and its gates, and `in_proj_ba` the
-    betas and decays of its values."""
+    """Columns where projections are grouped by heads of keys: q, k, values, gates; then betas, decays of its values."""
     groups, key, value = module.num_k_heads, module.head_k_dim, module.head_v_dim
     own = module.num_v_heads // groups  # heads of values of a head of keys
     width = 2 * (key + own * value)

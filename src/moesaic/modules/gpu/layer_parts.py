@@ -1,7 +1,7 @@
-"""What a loaded decoder layer consists of, for a GPU: of a fused layer what its forward holds, of others by their parts.
+"""What a loaded decoder layer consists of, for a GPU.
 
-Layers that the CPU runs in the model library's forward are taken apart here where a GPU has kernels for the parts:
-gated attention and linear attention between norms and residuals.
+Of a fused layer that is what its forward holds. Layers that the CPU runs in the model library's forward are taken apart
+here where a GPU has kernels for the parts: gated attention and linear attention between norms and residuals.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.loader import load, prepare
-from moesaic.errors import GenerationError, UnsupportedModelError
+from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
 
@@ -36,9 +36,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 TOLERANCE = 1e-4
 """Largest difference of any logit divided by the largest logit, as on the CPU."""
-FUSED = [family for family in FAMILIES if family != "qwen3_next"]
 # The interpreter takes seconds per forward: without a GPU one of each kind of attention and block.
-CHOSEN = FUSED if ON_GPU else ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe"]
+CHOSEN = FAMILIES if ON_GPU else ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen2_moe", "qwen3_next"]
 MODES = ["graph", "eager"] if ON_GPU else ["eager"]
 
 OPTIONS = RunnerOptions(num_blocks=64, block_size=16, kv_dtype=torch.float32, max_batch=4)
@@ -56,6 +55,17 @@ _SMALLER = {
     "head_dim": 16,
 }
 
+_LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "shared_expert_intermediate_size": 16,
+}
+
 
 @functools.cache
 def checkpoint_of(family: str) -> tuple[PreTrainedModel, Path]:
@@ -66,7 +76,7 @@ def checkpoint_of(family: str) -> tuple[PreTrainedModel, Path]:
     if family in ("deepseek_v2", "deepseek_v3"):
         smaller.pop("head_dim", None)  # follows from the rotary part
     if family == "qwen3_next":
-        smaller = {}
+        smaller |= _LINEAR_ATTENTION
     stock = save_tiny(folder, family, **smaller)
     stock.generation_config.eos_token_id = None
     stock.generation_config.pad_token_id = 0
@@ -133,6 +143,7 @@ def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel, num_steps: int =
     assert relative_error(torch.cat(parts, 1), expected) < TOLERANCE
     cache.reset()
     assert ours.runner.pool.num_free == OPTIONS.num_blocks
+    assert ours.runner.states is None or ours.runner.states.num_free == OPTIONS.max_batch
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,13 +171,16 @@ def test_all_experts_on_the_gpu(family: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_generate_gives_the_tokens_of_stock(mode: str) -> None:
-    stock, ours = checkpoint_of("qwen3_moe")[0], on_gpu("qwen3_moe", mode == "graph")
-    ids = inputs(batch=2, length=7)
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_generate_gives_the_tokens_of_stock(family: str, mode: str) -> None:
+    stock, ours = checkpoint_of(family)[0], on_gpu(family, mode == "graph")
+    some_beams = family == "qwen3_next" and not ON_GPU
+    ids = inputs(batch=1 if some_beams else 2, length=12)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # padding
-    beams = {"max_new_tokens": 4, "num_beams": 2}
-    for options in ({"max_new_tokens": 5}, beams) if ON_GPU else ({"max_new_tokens": 2},):
+    beams = {"max_new_tokens": 3 if some_beams else 4, "num_beams": 2}
+    without = {"max_new_tokens": 5 if ON_GPU else 2}
+    for options in (without, beams) if ON_GPU else (beams if some_beams else without,):
         expected = stock.generate(ids, attention_mask=mask, do_sample=False, **options)
         found = ours.generate(ids, attention_mask=mask, do_sample=False, **options)
         assert found.tolist() == expected.tolist()
@@ -182,9 +196,26 @@ def test_a_full_cache_is_refused_and_nothing_is_lost() -> None:
         ours(ids[:, :1])
 
 
+def test_recurrent_states_cannot_go_back_and_are_limited() -> None:
+    ours = on_gpu("qwen3_next", options=RunnerOptions(8, 16, torch.float32, max_batch=1))
+    cache = ours.new_cache()
+    assert cache.is_linear == [True, False] and not cache.is_croppable
+    ids = inputs(batch=1, length=9)
+    with torch.no_grad():
+        ours(ids, past_key_values=cache)
+        with pytest.raises(KernelError, match="cannot go back"):
+            cache.crop(-1)
+        with pytest.raises(GenerationError, match="All 1 recurrent states are taken"):
+            ours(ids)
+    cache.crop(-9)
+    assert (ours.runner.states.num_free, ours.runner.pool.num_free) == (1, 8)
+
+
 def test_what_a_gpu_cannot_do_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="not all known"):
-        GpuDecoder(load_small("qwen3_next"), DEVICE, max_positions=512)
+    other = load_small("qwen3_next")
+    other.model.layers[0].linear_attn.conv1d.bias = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 .* not all known"):
+        GpuDecoder(other, DEVICE, max_positions=512)
     ours = on_gpu("qwen3_moe")
     with pytest.raises(UnsupportedModelError, match="output_attentions"):
         ours(inputs(batch=1, length=4), output_attentions=True)

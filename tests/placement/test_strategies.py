@@ -16,7 +16,6 @@ from moesaic.placement.rules import parse_rules
 
 GIB, MIB = 1024**3, 1024**2
 Tiny = Callable[[str], tuple[PreTrainedModel, WeightMap]]
-NO_FORWARD = {"qwen3_next"}  # families that the GPU has no forward of
 NOT_ROUTED = (
     'rules:\n  - match: {role: [experts, embedding]}\n    device: cpu\n  - match: {name: "*"}\n    device: gpu\n'
 )
@@ -42,7 +41,7 @@ def needed(tiny: Tiny, family: str, hardware: Hardware, text: str) -> int:
     return budget.required
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in NO_FORWARD])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_hybrid_is_all_but_routed_experts(family: str, tiny: Tiny, with_gpu: Hardware) -> None:
     plan = make_plan(*tiny(family), load_plan("hybrid"), with_gpu)
     for entry in plan.entries:
@@ -80,17 +79,23 @@ def test_auto_takes_what_fits(tiny: Tiny, with_gpu: Hardware) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "words"), [("qwen3_next", "no forward of 'qwen3_next'"), ("mixtral", "computed by transformers")]
+    ("family", "words"),
+    [
+        ("dots1", "no forward of 'dots1'"),
+        ("mixtral", "computed by transformers"),
+        ("qwen3_next", "linear_attn.conv1d' (Conv1d) cannot be on the GPU: it is computed by transformers"),
+    ],
 )
 def test_auto_says_why_a_gpu_is_not_used(family: str, words: str, tiny: Tiny, with_gpu: Hardware) -> None:
-    text = 'rules:\n  - match: {name: "model.layers.1.self_attn*"}\n    implementation: transformers\n'
-    plan = make_plan(*tiny(family), rules_of(text) if family == "mixtral" else load_plan("auto"), with_gpu)
+    part = "linear_attn.conv1d" if family == "qwen3_next" else "self_attn*"
+    text = f'rules:\n  - match: {{name: "model.layers.1.{part}"}}\n    implementation: transformers\n'
+    plan = make_plan(*tiny(family), load_plan("auto") if family == "dots1" else rules_of(text), with_gpu)
     assert not plan.uses_gpu
     assert plan.warnings[0].startswith("the GPU is not used: ") and words in plan.warnings[0]
-    with pytest.raises(PlanError, match="plan 'hybrid'" if family == "qwen3_next" else "plan 'mine.yaml'"):
+    with pytest.raises(PlanError, match="plan 'hybrid'" if family == "dots1" else "plan 'mine.yaml'"):
         make_plan(
             *tiny(family),
-            load_plan("hybrid") if family == "qwen3_next" else rules_of(f"strategy: gpu\n{text}"),
+            load_plan("hybrid") if family == "dots1" else rules_of(f"strategy: gpu\n{text}"),
             with_gpu,
         )
 

@@ -64,6 +64,22 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     assert (plan.kv_bytes_on("cpu"), plan.kv_bytes_on("gpu")) == (0, 3 * 2 * 128 * 2)
 
 
+def test_recurrent_states_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
+    """Qwen3-Next: 3 layers of linear attention, 4 heads of keys and 8 of values of 32; a full one."""
+    plan = make_plan(*tiny("qwen3_next"), load_plan("hybrid"), with_gpu)
+    channels = 2 * 4 * 32 + 8 * 32
+    states = 4 * 3 * (3 * channels + 8 * 32 * 32)
+    assert (plan.state_bytes_on("gpu"), plan.state_bytes_on("cpu")) == (states, 0)
+    budget = budget_of(plan, with_gpu)
+    assert (budget.states, budget.kv_cache) == (8 * states, (64 + 8) * 64 * 2 * 2 * 64 * 2)
+    assert budget.required == sum((budget.weights, budget.kv_cache, budget.states, budget.working, budget.driver))
+    assert {plan.of(f"model.layers.0.linear_attn.{part}").implementation for part in ("conv1d", "norm")} == {"moesaic"}
+    on_cpu = make_plan(*tiny("qwen3_next"), load_plan("cpu"), with_gpu)
+    assert on_cpu.required_bytes() == on_cpu.nbytes + states + 4096 * 4 * 2 * 2 * 64 + 512 * MIB
+    # q, k, v, z, beta, decay, what the convolution gives and what the rule gives
+    assert 2 * channels + 2 * 8 + 8 * 32 <= plan.step.widest
+
+
 def test_absorbed_matrices_are_bfloat16(tiny: Tiny, with_gpu: Hardware) -> None:
     """DeepSeek-V3: 3 layers, 4 heads, latent 256, rope 32, nope and value 64."""
     text = "strategy: hybrid\nrules:\n  - match: {role: attention}\n    format: Q4_K\n"

@@ -1,9 +1,9 @@
 """A paged cache: keys, values and MLA latents in blocks of positions that sequences take from a pool and give back.
 
 A block has the same number in all layers, so one table per sequence serves the whole model. `BlockPool` counts how many
-sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table, a length and, for models with linear
-attention, the slot of a recurrent state (`states`); `StepInput` says where the tokens of a step go and what they see.
-It does not know what computes attention.
+sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table, a length and, for models with
+linear attention, the slot of a recurrent state (`states`); `StepInput` says where the tokens of a step go and what they
+see. It does not know what computes attention.
 """
 
 from __future__ import annotations

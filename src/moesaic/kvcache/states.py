@@ -95,8 +95,8 @@ class StatePool:
         """
         if not self._free:
             raise GenerationError(
-                f"All {self.num_slots} recurrent states are taken: this model runs at most so many sequences (rows of a "
-                "batch times beams) at once. Use a smaller batch or fewer beams, or wait for other requests."
+                f"All {self.num_slots} recurrent states are taken: this model runs at most so many sequences (rows of "
+                "a batch times beams) at once. Use a smaller batch or fewer beams, or wait for other requests."
             )
         return self._free.pop()
 

@@ -5,6 +5,7 @@ They know the structure that the modules of the model library have, and neither 
 
 from moesaic.modules.attention import ATTENTION_NAME, keep_stock_attention, register_attention
 from moesaic.modules.decoder import DecoderLayerForward, SharedState, take_over_mla
+from moesaic.modules.delta_net import is_delta_net
 from moesaic.modules.embedding import PackedEmbedding
 from moesaic.modules.experts import RoutedExperts, activation_of
 from moesaic.modules.families import FAMILIES, Family
@@ -28,6 +29,7 @@ __all__ = [
     "RoutedExperts",
     "SharedState",
     "activation_of",
+    "is_delta_net",
     "keep_stock_attention",
     "register_attention",
     "take_over_mla",

@@ -47,7 +47,12 @@ class RouterForward:
             router: the stock router.
             block: the MoE block that it belongs to, which may own the correction bias.
             options: see `families`; the selection bias is added here.
+
+        Returns:
+            The new forward, or the one that it has if it was taken over before.
         """
+        if isinstance(router.forward, RouterForward):
+            return router.forward
         owner = router if getattr(router, "weight", None) is not None else router.wg
         experts_first = _returns_experts_first(router, owner.weight)
         values = owner.weight.detach().float().contiguous()

@@ -39,7 +39,8 @@ class DramNeeds:
 
 def dram_needs(plan: Plan, context: int) -> DramNeeds:
     """What a plan needs of DRAM with a cache for `context` tokens."""
-    return DramNeeds(plan.nbytes_on("cpu"), context * plan.kv_bytes_on("cpu"), plan.pinned_bytes(context))
+    cache = context * plan.kv_bytes_on("cpu") + plan.state_bytes_on("cpu")
+    return DramNeeds(plan.nbytes_on("cpu"), cache, plan.pinned_bytes(context))
 
 
 def check(plan: Plan, hardware: Hardware, context: int) -> None:
@@ -85,7 +86,7 @@ def vram_problem(plan: Plan, budget: VramBudget) -> str | None:
     other = "the plan 'hybrid', which leaves the routed experts in DRAM" if in_vram else "the plan 'cpu'"
     return (
         f"it needs {format_gib(budget.required)} of VRAM (weights {format_gib(budget.weights + budget.absorbed)}, "
-        f"cache for {budget.context} tokens {format_gib(budget.kv_cache)}, working memory "
+        f"cache for {budget.context} tokens {format_gib(budget.kv_cache + budget.states)}, working memory "
         f"{format_gib(budget.working)}, driver {format_gib(budget.driver)}), but the budget is "
         f"{format_gib(budget.total)}: {format_gib(budget.shortfall)} too little. Use a shorter --context, a smaller "
         f"format, more --vram if the card has it, or {other}."

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from moesaic import _native
+from moesaic.kvcache.states import StateShape
+from moesaic.modules.delta_net import is_delta_net
 from moesaic.placement.vram import StepSizes
 from moesaic.quant import WeightFormat
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-__all__ = ["FLOAT_BYTES", "cache_bytes", "own_tensors", "packed_bytes", "step_sizes"]
+__all__ = ["FLOAT_BYTES", "cache_bytes", "own_tensors", "packed_bytes", "state_bytes", "step_sizes"]
 
 FLOAT_BYTES = 4  # vectors, and everything that stays a torch tensor, are float32
 _BF16_BYTES = 2
@@ -53,6 +55,19 @@ def cache_bytes(attention: Any, implementation: str, device: str) -> int:
     return sum(int(p.weight.shape[0]) * size for p in projections if p is not None)
 
 
+def state_bytes(attention: Any) -> int:
+    """Bytes of recurrent state per sequence, in float32: of linear attention, 0 for any other."""
+    shape = _state_shape(attention)
+    return 0 if shape is None else shape.nbytes
+
+
+def _state_shape(attention: Any) -> StateShape | None:
+    if not is_delta_net(attention):
+        return None
+    channels, _, taps = attention.conv1d.weight.shape
+    return StateShape(taps - 1, channels, attention.num_v_heads, attention.head_k_dim, attention.head_v_dim)
+
+
 def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, intermediate: int) -> StepSizes:
     """Widths of a step's activations.
 
@@ -85,7 +100,13 @@ def _outputs(module: Any) -> int:
 
 
 def _attention_width(attention: Any) -> int:
-    """Floats per token: outputs of the projections and input of the last; MLA: queries and sums on the latents too."""
+    """Floats per token: outputs of the projections and input of the last.
+
+    MLA: queries and sums on the latents too. Linear attention: what its convolution gives too.
+    """
+    shape = _state_shape(attention)
+    if shape is not None:
+        return _outputs(attention) + shape.conv_channels + shape.heads * shape.value_dim
     last = getattr(attention, "o_proj", None)
     width = _outputs(attention) + (int(last.weight.shape[1]) if last is not None else 0)
     if hasattr(attention, "kv_lora_rank"):

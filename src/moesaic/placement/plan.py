@@ -40,6 +40,7 @@ class Placement:
         nbytes: bytes of these tensors in memory.
         bytes_per_token: bytes of them that computing one token reads.
         kv_bytes_per_position: bytes of cache per token of context, of an attention.
+        state_bytes: bytes of recurrent state per sequence, of a linear attention.
         num_experts: of a block of experts.
         expert_bytes: the same block's bytes per expert, each tensor on a 64-byte boundary.
     """
@@ -53,6 +54,7 @@ class Placement:
     nbytes: int
     bytes_per_token: int
     kv_bytes_per_position: int = 0
+    state_bytes: int = 0
     num_experts: int = 0
     expert_bytes: int = 0
 
@@ -112,6 +114,10 @@ class Plan:
     def kv_bytes_on(self, device: Device) -> int:
         """Bytes of cache that one token of context takes there."""
         return sum(entry.kv_bytes_per_position for entry in self.entries if entry.device == device)
+
+    def state_bytes_on(self, device: Device) -> int:
+        """Bytes of recurrent states that one sequence takes there, whatever its length."""
+        return sum(entry.state_bytes for entry in self.entries if entry.device == device)
 
     @cached_property
     def gpu_layers(self) -> frozenset[int]:
@@ -219,4 +225,5 @@ class Plan:
             "nbytes": self.nbytes_on(device),
             "bytes_per_token": self.bytes_per_token_on(device),
             "kv_bytes_per_position": self.kv_bytes_on(device),
+            "state_bytes": self.state_bytes_on(device),
         }

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import PlanError, RuleError
-from moesaic.modules import FAMILIES
+from moesaic.modules import FAMILIES, is_delta_net
 from moesaic.placement.hardware import Hardware
-from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, step_sizes
+from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, state_bytes, step_sizes
 from moesaic.placement.plan import Device, Implementation, Placement, Plan
 from moesaic.placement.roles import module_roles
 from moesaic.placement.rules import KEEP, Rule, Rules
@@ -134,12 +134,13 @@ class _Planner:
         }
         cpu = self._place(name, module, implementation, "cpu", stacks, formats)
         gpu_formats = {key: get_format("BF16") if _is_kv_b(name, key) else fmt for key, fmt in formats.items()}
-        gpu = self._place(name, module, implementation, "gpu", stacks, gpu_formats)
+        on_gpu = self._implementation_on_gpu(name, implementation, rule)
+        gpu = self._place(name, module, on_gpu, "gpu", stacks, gpu_formats)
         if role == "embedding":
             self._embedding_formats = dict(cpu.formats)
         elif role == "lm_head" and self._is_tied(module) and dict(cpu.formats) == self._embedding_formats:
             cpu = replace(cpu, nbytes=0)  # it shares the embedding's memory
-        return Unit(cpu, gpu, rule, self._obstacle(role, implementation))
+        return Unit(cpu, gpu, rule, self._obstacle(role, on_gpu))
 
     def _place(
         self,
@@ -171,6 +172,7 @@ class _Planner:
             nbytes=nbytes,
             bytes_per_token=per_token,
             kv_bytes_per_position=cache_bytes(module, implementation, device) if is_block else 0,
+            state_bytes=state_bytes(module) if is_block else 0,
             num_experts=num_experts,
             expert_bytes=expert_bytes,
         )
@@ -187,7 +189,7 @@ class _Planner:
     def _model_obstacle(self) -> str:
         """Why nothing of the model can be on the GPU, "" if it can."""
         config = self._model.config
-        if config.model_type not in FAMILIES or not FAMILIES[config.model_type].fuse_layers:
+        if config.model_type not in FAMILIES:
             return f"there is no forward of '{config.model_type}' for the GPU"
         rope = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
         return f"rotary angles of type '{rope}' change with the length" if rope in _MOVING_ROPES else ""
@@ -215,6 +217,12 @@ class _Planner:
             f"'{name}' ({type(module).__name__}) has no Moesaic implementation: leave 'implementation' out to use one "
             "where there is one, or write 'transformers'.",
         )
+
+    def _implementation_on_gpu(self, name: str, implementation: Implementation, rule: Rule) -> Implementation:
+        """Linear attention, whose inner parts the CPU leaves to transformers, has a forward of its own on a GPU."""
+        parent = name.rpartition(".")[0]
+        inside = self._roles.get(parent) == "attention" and is_delta_net(self._model.get_submodule(parent))
+        return "moesaic" if inside and rule.implementation != "transformers" else implementation
 
     def _has_own_implementation(self, name: str, module: nn.Module) -> bool:
         role = self._roles[name]

@@ -104,6 +104,7 @@ class VramBudget:
         driver: what the driver takes.
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
+        states: recurrent states of MAX_BATCH sequences, of linear attention.
     """
 
     total: int
@@ -115,6 +116,7 @@ class VramBudget:
     driver: int
     expert_bytes: int
     num_experts: int
+    states: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -124,7 +126,7 @@ class VramBudget:
     @property
     def required(self) -> int:
         """What cannot be done without."""
-        return self.weights + self.absorbed + self.kv_cache + self.working + self.driver
+        return self.weights + self.absorbed + self.kv_cache + self.states + self.working + self.driver
 
     @property
     def shortfall(self) -> int:
@@ -181,6 +183,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         driver=DRIVER_BYTES,
         expert_bytes=max((entry.expert_bytes for entry in cached), default=0),
         num_experts=sum(entry.num_experts for entry in cached),
+        states=MAX_BATCH * plan.state_bytes_on("gpu"),
     )
 
 

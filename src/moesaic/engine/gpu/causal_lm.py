@@ -16,6 +16,7 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.errors import GenerationError, UnsupportedModelError
 from moesaic.kvcache import CACHE_ARGUMENT, given_cache
 from moesaic.kvcache.paged import PagedSequence
+from moesaic.kvcache.states import StateLayer
 from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuCausalLM", "PagedCache", "attach_runner"]
@@ -37,6 +38,16 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
     def __del__(self) -> None:
         self.reset()
 
+    @property
+    def is_linear(self) -> list[bool]:
+        """Of each layer on the GPU, whether it keeps a recurrent state, which cannot be cropped."""
+        return [isinstance(cache, StateLayer) for cache in self.runner.caches]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` may keep a part."""
+        return not any(self.is_linear)
+
     def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
         """Columns of the batch so far, padding included."""
         return self._columns
@@ -49,7 +60,7 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
             mask: `[batch, all columns]`, 0 where there is padding; or None.
         """
         if not self.sequences:
-            self.sequences = [PagedSequence(self.runner.pool) for _ in range(len(ids))]
+            self.sequences = [self.runner.new_sequence() for _ in range(len(ids))]
         if len(ids) != len(self.sequences):
             raise GenerationError(f"a batch of {len(ids)} rows goes on with a cache of {len(self.sequences)}.")
         self._columns += ids.shape[1]
@@ -80,15 +91,19 @@ class PagedCache(DynamicCache):  # type: ignore[misc]
         """Keep these rows, in this order; a row may occur more than once."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
-        wanted, taken = [int(index) for index in indices], set[int]()
-        kept = []
-        for index in wanted:
-            kept.append(self.runner.copy(self.sequences[index]) if index in taken else self.sequences[index])
-            taken.add(index)
-        for index, sequence in enumerate(self.sequences):
-            if index not in taken:
-                sequence.free()
-        self.sequences = kept
+        wanted, before, taken = [int(index) for index in indices], self.sequences, set[int]()
+        for index, sequence in enumerate(before):
+            if index not in wanted:
+                sequence.free()  # first, so that copies find room
+        self.sequences = []
+        try:
+            for index in wanted:
+                self.sequences.append(self.runner.copy(before[index]) if index in taken else before[index])
+                taken.add(index)
+        except BaseException:
+            self.sequences += [before[index] for index in set(wanted) - taken]
+            self.reset()
+            raise
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, copies side by side."""

@@ -24,7 +24,8 @@ from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.kvcache.paged import BlockPool, PagedSequence, PoolLayer, StepInput
+from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, StepInput
+from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import ExpertPath, GpuStep
 
@@ -42,6 +43,7 @@ class RunnerOptions:
         max_batch: most sequences of a decode step.
         graphs: whether decode steps are captured; only a GPU can.
         timeout: seconds that GPU and CPU wait for each other.
+        num_states: sequences that can be there at once, if the model has recurrent states; `max_batch` if None.
     """
 
     num_blocks: int
@@ -50,6 +52,7 @@ class RunnerOptions:
     max_batch: int = 8
     graphs: bool = True
     timeout: float = 30.0
+    num_states: int | None = None
 
 
 @dataclass(slots=True)
@@ -73,6 +76,8 @@ class ModelRunner:
 
     Attributes:
         pool: hands out blocks of the cache.
+        states: hands out recurrent states; None if the model has none.
+        caches: of every layer on the GPU.
         times: see `ExpertServer.serve`; filled by decode steps if it is set.
     """
 
@@ -88,10 +93,11 @@ class ModelRunner:
         self._staging, self.shares = staging, shares
         self.pool = BlockPool(options.num_blocks, options.block_size)
         device = decoder.device
-        self.pools = [
-            PoolLayer.empty(layer.attention.kv_shape, options.num_blocks, options.block_size, options.kv_dtype, device)
-            for layer in decoder.layers
-        ]
+        shapes = [layer.attention.cache_shape for layer in decoder.layers]
+        num_states = options.num_states or options.max_batch
+        is_recurrent = any(isinstance(shape, StateShape) for shape in shapes)
+        self.states = StatePool(num_states) if is_recurrent else None
+        self.caches = [_cache(shape, options, num_states, device) for shape in shapes]
         self.positions, served = _request_positions(
             [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
         )
@@ -149,7 +155,8 @@ class ModelRunner:
         Raises:
             GenerationError: the cache is full.
             ExpertTimeoutError: GPU and CPU waited for each other too long. In both cases nothing was appended, and
-                further calls may work.
+                further calls may work; but sequences with recurrent states, which may have changed, were emptied by
+                the latter.
         """
         count = len(sequences)
         if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
@@ -163,7 +170,7 @@ class ModelRunner:
         except BaseException:
             self._recover()
             for sequence in sequences:
-                sequence.truncate(sequence.length - 1)
+                sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
         if self.decoder.tail is not None:
             return self._tail_logits(bucket.out[:count].cpu(), [(sequence, 1) for sequence in sequences], None)
@@ -198,19 +205,24 @@ class ModelRunner:
         done = torch.cat([tail(piece, sequence) for piece, (sequence, _) in zip(pieces, parts, strict=True)])
         return tail.logits(done if rows is None else done[rows.cpu()])
 
+    def new_sequence(self) -> PagedSequence:
+        """An empty one."""
+        return PagedSequence(self.pool, self.states)
+
     def copy(self, sequence: PagedSequence) -> PagedSequence:
         """A sequence of its own with the same contents.
 
         Raises:
             GenerationError: the cache is full.
         """
-        twin = PagedSequence(self.pool)
+        twin = self.new_sequence()
         twin.append(sequence.length)
         source, target = (torch.tensor(each.blocks, device=self.decoder.device) for each in (sequence, twin))
-        for pool in self.pools:
-            for states in (pool.keys, pool.values):
-                if states is not None:
-                    states[target] = states[source]
+        for cache in self.caches if sequence.length else []:
+            if isinstance(cache, StateLayer):
+                cache.copy(sequence.state_slot, twin.state_slot)
+            else:
+                cache.copy(source, target)
         if self.decoder.tail is not None:
             self.decoder.tail.copy(sequence, twin)
         return twin
@@ -249,7 +261,7 @@ class ModelRunner:
             self._failed.copy_(self.exchange.failed, non_blocking=True)
 
     def _step(self, step_input: StepInput, max_query_len: int, path: ExpertPath) -> GpuStep:
-        return GpuStep(step_input, self.pools, self.decoder.angles, max_query_len, path)
+        return GpuStep(step_input, self.caches, self.decoder.angles, max_query_len, path)
 
     def _eager_path(self, num_tokens: int) -> ExpertPath:
         if self.server is None:
@@ -289,6 +301,14 @@ class ModelRunner:
         self.server.restart()
         self.exchange.restart()
         self._failed.zero_()
+
+
+def _cache(
+    shape: KvShape | StateShape, options: RunnerOptions, num_states: int, device: torch.device
+) -> PoolLayer | StateLayer:
+    if isinstance(shape, StateShape):
+        return StateLayer.empty(shape, num_states, device)
+    return PoolLayer.empty(shape, options.num_blocks, options.block_size, options.kv_dtype, device)
 
 
 def _request_positions(on_gpu: list[bool]) -> tuple[list[int | None], list[int]]:

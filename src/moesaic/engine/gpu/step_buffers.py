@@ -64,7 +64,7 @@ class StepBuffers:
                 slot = int(sequence.append(1))
             except GenerationError:
                 for done in sequences[:index]:
-                    done.truncate(done.length - 1)
+                    done.undo(done.length - 1)
                 raise
             table = sequence.table.numpy()
             self._positions[index] = sequence.length - 1

@@ -137,7 +137,7 @@ class GpuTimedRuns:
         return max(0.0, 1.0 - logits / per_pass)
 
     def _sequences(self) -> _Sequences:
-        return _Sequences([PagedSequence(self.runner.pool) for _ in range(self.batch)])
+        return _Sequences([self.runner.new_sequence() for _ in range(self.batch)])
 
     def _prefill(self, sequences: list[PagedSequence]) -> list[int]:
         """Prompts through the layers; the likeliest next tokens."""

@@ -65,7 +65,9 @@ def conv_kernel(
         source = token - back
         now = (source >= start) & (token < end)
         value = tl.load(
-            x + source[:, None].to(tl.int64) * x_stride + column[None, :], mask=now[:, None] & inside[None, :], other=0.0
+            x + source[:, None].to(tl.int64) * x_stride + column[None, :],
+            mask=now[:, None] & inside[None, :],
+            other=0.0,
         )
         before = (source < start) & (source * 0 + past_tokens > 0)
         value += tl.load(

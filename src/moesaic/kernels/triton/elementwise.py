@@ -1,4 +1,4 @@
-"""Elementwise steps on a GPU: what is added to the hidden states of a layer, in one launch. It knows no model."""
+"""Elementwise steps on a GPU: what is added to the hidden states of a layer, in one launch, and gates. No models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 
-__all__ = ["add_gated_", "add_scaled_", "combine"]
+__all__ = ["add_gated_", "add_scaled_", "combine", "gate_heads_"]
 
 _BLOCK = 1024
 
@@ -76,6 +76,39 @@ def combine(
         BLOCK=_BLOCK,
     )
     return hidden
+
+
+def gate_heads_(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """`x *= sigmoid(gate)` in place (what heads attended to in Qwen3-Next).
+
+    Args:
+        x: float32 `[tokens, heads, width]`, the last dimension contiguous, as gate's.
+        gate: float32, shape of x.
+
+    Returns:
+        x.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said here.
+    """
+    for name, part in (("x", x), ("gate", gate)):
+        if part.dtype != torch.float32 or part.ndim != 3 or part.shape != x.shape or part.stride(-1) != 1:
+            raise KernelError(f"{name} is {describe(part)}: expected float32 {list(x.shape)}, the last contiguous.")
+    tokens, heads, width = x.shape
+    if tokens:
+        pad = triton.next_power_of_2(width)
+        _gate_kernel[(tokens, heads)](x, gate, *x.stride()[:2], *gate.stride()[:2], WIDTH=width, PAD=pad, num_warps=1)
+    return x
+
+
+@triton.jit
+def _gate_kernel(x, gate, x_token, x_head, gate_token, gate_head, WIDTH: tl.constexpr, PAD: tl.constexpr):
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    cols = tl.arange(0, PAD)
+    inside = cols < WIDTH
+    place = x + token * x_token + head * x_head + cols
+    factor = tl.load(gate + token * gate_token + head * gate_head + cols, mask=inside, other=0.0)
+    tl.store(place, tl.load(place, mask=inside, other=0.0) / (1.0 + tl.exp(-factor)), mask=inside)
 
 
 @triton.jit

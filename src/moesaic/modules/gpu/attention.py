@@ -1,7 +1,7 @@
 """Grouped-query and latent attention of a decoder layer on a GPU, on a paged cache.
 
-Both are `attention(norm(x))`, which the layer scales and adds to x together with the next norm. They are made from their
-equals on the CPU (`modules.gqa`, `modules.mla`), whose structure and options they share.
+Both are `attention(norm(x))`, which the layer scales and adds to x together with the next norm. They are made from what
+the CPU has of them (`modules.gqa`, `modules.mla`), whose structure and options they share.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import torch
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.elementwise import gate_heads_
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
+from moesaic.modules.delta_net import DeltaNetParts
+from moesaic.modules.gpu.delta_net import GpuDeltaNet
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
-from moesaic.modules.gqa import GqaAttention
+from moesaic.modules.gqa import GqaParts
 from moesaic.modules.mla import MlaAttention
 
-__all__ = ["GpuGqaAttention", "GpuMlaAttention", "gpu_attention", "sliding_window_of"]
+__all__ = ["GpuAttention", "GpuGqaAttention", "GpuMlaAttention", "gpu_attention", "sliding_window_of"]
 
 
 def sliding_window_of(config: Any, layer_idx: int) -> int | None:
@@ -45,20 +48,20 @@ def sliding_window_of(config: Any, layer_idx: int) -> int | None:
 
 
 class GpuGqaAttention:
-    """Grouped-query attention.
+    """Grouped-query attention, perhaps with a gate on what heads attended to.
 
     Args:
-        source: its equal on the CPU.
+        source: its parts on the CPU.
         config: the model's configuration, for the window.
         device: the GPU.
     """
 
-    def __init__(self, source: GqaAttention, config: Any, device: torch.device) -> None:
+    def __init__(self, source: GqaParts, config: Any, device: torch.device) -> None:
         self.layer_idx = source.layer_idx
         self.norm = GpuNorm.of(source.norm, device)
         self.qkv = GpuLinears.of(source.projections, device)
         self.o = GpuLinear.of(source.output, device)
-        self.head_norm = source.head_norm
+        self.output_gate, self.head_norm = source.output_gate, source.head_norm
         self.q_norm = None if source.q_norm is None else GpuNorm.of(source.q_norm, device)
         self.k_norm = None if source.k_norm is None else GpuNorm.of(source.k_norm, device)
         self.sinks = None if source.sinks is None else source.sinks.detach().float().to(device)
@@ -67,13 +70,16 @@ class GpuGqaAttention:
         self.sliding_window = sliding_window_of(config, self.layer_idx)
         _, key_rows, value_rows = self.qkv.rows
         kv_heads = key_rows // self.head_dim
-        self.kv_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
+        self.cache_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(normed))
-        pool, where = step.pools[self.layer_idx], step.input
+        gate = None
+        if self.output_gate:  # every head has a query and then its gate
+            q, gate = q[:, ::2], q[:, 1::2]
+        pool, where = step.pool(self.layer_idx), step.input
         assert pool.values is not None
         query = norm_rotate_append(
             q,
@@ -102,6 +108,8 @@ class GpuGqaAttention:
             sliding_window=self.sliding_window,
             sinks=self.sinks,
         )
+        if gate is not None:
+            gate_heads_(attended, gate)
         return self.o(attended.view(len(x), -1))
 
 
@@ -132,11 +140,11 @@ class GpuMlaAttention:
         self.num_heads, self.scaling, self.rope_layout = source.num_heads, source.scaling, source.rope_layout
         self.nope_dim, self.rope_dim, self.latent_dim = source.nope_dim, source.rope_dim, source.latent_dim
         self.k_b, self.v_b = _halves(source, device, dtype)
-        self.kv_shape = KvShape.latent(self.latent_dim, self.rope_dim)
+        self.cache_shape = KvShape.latent(self.latent_dim, self.rope_dim)
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
-        tokens, pool, where = len(x), step.pools[self.layer_idx], step.input
+        tokens, pool, where = len(x), step.pool(self.layer_idx), step.input
         normed = rms_norm(x, self.norm.weight, self.norm.eps)
         query, compressed = self.first(normed)
         if self.q_b is not None and self.q_a_norm is not None:
@@ -173,6 +181,10 @@ class GpuMlaAttention:
         return product.transpose(0, 1).float().contiguous()
 
 
+GpuAttention = GpuGqaAttention | GpuMlaAttention | GpuDeltaNet
+"""Whatever stands in the place of attention in a layer."""
+
+
 def _halves(source: MlaAttention, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """`kv_b_proj` as `[heads, nope, latent]` and `[heads, latent, value]`."""
     heads, nope = source.num_heads, source.nope_dim
@@ -196,9 +208,11 @@ def _norm(norm: Any, device: torch.device) -> GpuNorm:
 
 
 def gpu_attention(
-    source: GqaAttention | MlaAttention, config: Any, device: torch.device, dtype: torch.dtype
-) -> GpuGqaAttention | GpuMlaAttention:
+    source: GqaParts | MlaAttention | DeltaNetParts, config: Any, device: torch.device, dtype: torch.dtype
+) -> GpuAttention:
     """The same attention on a GPU; `dtype` is that of expanded matrices."""
     if isinstance(source, MlaAttention):
         return GpuMlaAttention(source, device, dtype)
+    if isinstance(source, DeltaNetParts):
+        return GpuDeltaNet(source, device)
     return GpuGqaAttention(source, config, device)

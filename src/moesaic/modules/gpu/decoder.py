@@ -1,7 +1,7 @@
 """The decoder of a model on a GPU: its first layers or all, then last norm and head. The embedding stays on the CPU.
 
 One row of the embedding per token is all that a step needs of it, so its memory is better spent on experts. It is made
-from a loaded model whose layers are all fused (`modules.decoder`), which afterwards has no weights but routed experts
+from a loaded model whose layers can be taken apart (`layer_parts`), which afterwards has no weights but routed experts
 and the embedding.
 """
 
@@ -18,15 +18,16 @@ from moesaic.kernels.block_parts import Linear, Norm
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import RotaryTable
-from moesaic.modules.decoder import DecoderLayerForward
 from moesaic.modules.embedding import PackedEmbedding
-from moesaic.modules.gpu.attention import GpuGqaAttention, GpuMlaAttention, gpu_attention
+from moesaic.modules.gpu.attention import GpuAttention, gpu_attention
 from moesaic.modules.gpu.feed_forward import GpuFeedForward
+from moesaic.modules.gpu.layer_parts import LayerParts, layer_parts
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.tail import CpuTail
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
+from moesaic.modules.rotary import RotaryAngles
 
 __all__ = ["GpuDecoder", "GpuLayer"]
 
@@ -38,7 +39,7 @@ _MOVING_ROPES = frozenset({"dynamic", "longrope"})
 class GpuLayer:
     """A pre-norm decoder layer: attention, then MLP or MoE block, both with their norms and residuals."""
 
-    attention: GpuGqaAttention | GpuMlaAttention
+    attention: GpuAttention
     feed_forward: GpuFeedForward
 
     def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
@@ -78,20 +79,13 @@ class GpuDecoder:
     ) -> None:
         self.device, self.config = device, model.config.get_text_config()
         decoder = model.get_decoder()
-        forwards = [layer.forward for layer in decoder.layers]
-        if not all(isinstance(forward, DecoderLayerForward) for forward in forwards):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: its layers are not all known to the kernels, so that it does not run on a "
-                "GPU yet: use the plan 'cpu'."
-            )
         _check_parts(model, decoder)
-        self.angles = rotary_table(decoder, forwards[0], max_positions, device)
-        del forwards  # they hold what each layer is about to give back
+        self.angles = rotary_table(decoder, max_positions, device)
         self.layers: list[GpuLayer] = []
         self.routed: list[PackedExperts | None] = []
         self.top_k = 0
-        for layer in decoder.layers[:num_layers]:
-            self.layers.append(self._take(layer.forward, dtype))
+        for index, layer in enumerate(decoder.layers[:num_layers]):
+            self.layers.append(self._take(layer_parts(layer, model.config, f"layer {index}"), dtype))
             _drop_weights(layer)
         self.embedding: PackedEmbedding = model.get_input_embeddings()
         self.hidden_size = self.embedding.embedding_dim
@@ -108,9 +102,9 @@ class GpuDecoder:
         if head.packed is not self.embedding.packed:
             head.packed = None
 
-    def _take(self, forward: DecoderLayerForward, dtype: torch.dtype) -> GpuLayer:
-        attention = gpu_attention(forward.attention, self.config, self.device, dtype)
-        source = forward.feed_forward
+    def _take(self, parts: LayerParts, dtype: torch.dtype) -> GpuLayer:
+        attention = gpu_attention(parts.attention, self.config, self.device, dtype)
+        source = parts.feed_forward
         has_experts = source.router is not None
         feed_forward = GpuFeedForward(source, self.device, len(self.routed) if has_experts else None)
         if feed_forward.routed is not None and source.route is not None:
@@ -147,7 +141,7 @@ class GpuDecoder:
         return logits if self.logit_scale == 1.0 else logits * self.logit_scale
 
 
-def rotary_table(decoder: Any, forward: DecoderLayerForward, max_positions: int, device: torch.device) -> RotaryTable:
+def rotary_table(decoder: Any, max_positions: int, device: torch.device) -> RotaryTable:
     """Cosines and sines of positions 0 to `max_positions` - 1, as the model's rotary embedding makes them.
 
     Raises:
@@ -159,7 +153,8 @@ def rotary_table(decoder: Any, forward: DecoderLayerForward, max_positions: int,
             f"rotary embeddings of type '{kind}' do not run on a GPU yet: use the plan 'cpu' for this model."
         )
     positions = torch.arange(max_positions).unsqueeze(0)
-    cos, sin = forward.attention.angles(decoder.rotary_emb(torch.zeros(1, 1), positions))
+    angles = RotaryAngles(decoder.rotary_emb.inv_freq.shape[0])
+    cos, sin = angles(decoder.rotary_emb(torch.zeros(1, 1), positions))
     return RotaryTable(*(part[0].float().contiguous().to(device) for part in (cos, sin)))
 
 
@@ -180,7 +175,7 @@ def _check_parts(model: Any, decoder: Any) -> None:
 
 def _drop_weights(layer: nn.Module) -> None:
     """Give back the CPU's memory of everything in a layer but its routed experts."""
-    del layer.forward  # the native blocks of the CPU, which hold on to their weights
+    vars(layer).pop("forward", None)  # the native blocks of the CPU, which hold on to their weights
     for module in layer.modules():
         if isinstance(module, PackedLinear):
             module.packed = None  # type: ignore[assignment]

@@ -8,8 +8,10 @@ from typing import Protocol
 
 import torch
 
+from moesaic.errors import KernelError
 from moesaic.kernels.triton.rotary import RotaryTable
 from moesaic.kvcache.paged import PoolLayer, StepInput
+from moesaic.kvcache.states import StateLayer
 
 __all__ = ["ExpertPath", "GpuStep", "Routed"]
 
@@ -61,7 +63,7 @@ class GpuStep:
 
     Attributes:
         input: where the tokens are.
-        pools: the cache of every layer.
+        caches: of every layer: keys and values, or recurrent states.
         angles: cosines and sines of all positions.
         max_query_len: most tokens that a sequence has in this step.
         experts: who computes routed experts.
@@ -69,8 +71,22 @@ class GpuStep:
     """
 
     input: StepInput
-    pools: list[PoolLayer]
+    caches: list[PoolLayer | StateLayer]
     angles: RotaryTable
     max_query_len: int
     experts: ExpertPath
     mark: Callable[[str], None] = lambda name: None
+
+    def pool(self, layer: int) -> PoolLayer:
+        """Where keys and values of a layer are."""
+        cache = self.caches[layer]
+        if not isinstance(cache, PoolLayer):
+            raise KernelError(f"layer {layer} has recurrent states, but attends to keys.")
+        return cache
+
+    def states(self, layer: int) -> StateLayer:
+        """Where recurrent states of a layer are."""
+        cache = self.caches[layer]
+        if not isinstance(cache, StateLayer):
+            raise KernelError(f"layer {layer} has keys and values, but needs recurrent states.")
+        return cache

@@ -26,7 +26,7 @@ class CpuTail:
         first: the first layer on the CPU.
 
     Raises:
-        UnsupportedModelError: a layer keeps a window, which sequences that can be cut back do not allow.
+        UnsupportedModelError: a layer keeps a window or a recurrent state, which cannot be cut back.
     """
 
     def __init__(self, model: Any, first: int) -> None:
@@ -39,8 +39,8 @@ class CpuTail:
         kept = GrowingCache(model.config).layers[first:]
         if not all(isinstance(layer, GrowingLayer) for layer in kept):
             raise UnsupportedModelError(
-                f"{type(model).__name__}: some of its last layers attend to a window, which the plan 'layers' cannot "
-                "run yet: use 'hybrid' or 'cpu'."
+                f"{type(model).__name__}: some of its last layers attend to a window or keep a recurrent state, which "
+                "the plan 'layers' cannot run yet: use 'hybrid' or 'cpu'."
             )
 
     def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from moesaic.engine.answer import Sampling
 from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
 from moesaic.engine.session import Session
+from moesaic.placement import Rules
+from moesaic.placement.rules import parse_rules
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -19,11 +21,21 @@ PROMPTS = [
     "How are you?",
     "把这些数字排序：31, 7, 250, 18",
 ]
-TOLERANCE = 0.03
-"""Of logits, largest difference over the largest: the CPU rounds activations to int8, the GPU its cache to bfloat16."""
+IDS = torch.arange(3, 60).unsqueeze(0)
+TOLERANCE = 0.02
+"""Of logits, largest difference over the largest, from exact products: the GPU rounds prompts and its cache to bfloat16.
+
+The CPU, which rounds activations to int8, is up to 0.056 away from them (median of the tokens 0.014).
+"""
+EXACT = """
+rules:
+  - match: {name: "*"}
+    device: cpu
+    format: F32
+"""
 
 
-def load(plan: str) -> PreTrainedModel:
+def load(plan: str | Rules) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained("demo", plan=plan, vram="4GiB", progress=False)
 
 
@@ -38,20 +50,23 @@ def answers(model: PreTrainedModel) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def on_cpu() -> tuple[list[str], torch.Tensor]:
-    model = load("cpu")
-    ids = torch.arange(3, 60).unsqueeze(0)
+def on_cpu() -> list[str]:
+    return answers(load("cpu"))
+
+
+@pytest.fixture(scope="module")
+def exact() -> torch.Tensor:
+    """Logits of the same weights in float32."""
     with torch.no_grad():
-        return answers(model), model(ids).logits
+        return load(parse_rules(EXACT, "exact.yaml"))(IDS).logits
 
 
 @pytest.mark.parametrize("plan", ["hybrid", "gpu", "layers", "auto"])
-def test_answers_are_those_of_the_cpu(plan: str, on_cpu: tuple[list[str], torch.Tensor]) -> None:
+def test_answers_are_those_of_the_cpu(plan: str, on_cpu: list[str], exact: torch.Tensor) -> None:
     model = load(plan)
     assert type(model).__mro__[1].__name__ == "GpuCausalLM"
-    ids = torch.arange(3, 60).unsqueeze(0)
     with torch.no_grad():
-        logits = model(ids).logits
-    error = float((logits - on_cpu[1]).abs().max() / on_cpu[1].abs().max())
-    assert error < TOLERANCE
-    assert answers(model) == on_cpu[0]
+        logits = model(IDS).logits
+    if plan != "hybrid":  # there the CPU computes the experts
+        assert float((logits - exact).abs().max() / exact.abs().max()) < TOLERANCE
+    assert answers(model) == on_cpu

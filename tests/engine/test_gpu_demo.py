@@ -23,7 +23,7 @@ PROMPTS = [
 ]
 IDS = torch.arange(3, 60).unsqueeze(0)
 TOLERANCE = 0.02
-"""Of logits, largest difference over the largest, from exact products: the GPU rounds prompts and its cache to bfloat16.
+"""Of logits, largest difference over the largest, from exact products: a GPU rounds prompts and cache to bfloat16.
 
 The CPU, which rounds activations to int8, is up to 0.056 away from them (median of the tokens 0.014).
 """

@@ -16,7 +16,8 @@ __all__ = ["Costs", "ExpertShares"]
 
 _NEW = 0.3  # weight of the newest observation
 _MOST = 2.0  # an observation counts at most so many times the average: it may have waited for a compiler
-_FORGET = 0.97  # of what an upload costs, per chunk of a layer without any: or a wrong cost would stay for ever
+_FORGET = 0.97  # of a cost, per layer of a chunk in which nothing was seen of it: or a wrong one would stay for ever
+_ENOUGH_PAIRS = 1024  # fewer say more about what starting to compute costs than about tokens
 
 
 @dataclass(slots=True)
@@ -66,6 +67,8 @@ class ExpertShares:
         count = int(np.argmin(np.maximum(uploads, on_cpu)))
         if count == 0:
             self.costs.per_upload *= _FORGET
+        elif left[-1] - left[count] < _ENOUGH_PAIRS:
+            self.costs.per_token *= _FORGET
         chosen[order[:count]] = True
         return chosen
 
@@ -77,6 +80,6 @@ class ExpertShares:
 
     def observe_cpu(self, num_experts: int, num_pairs: int, seconds: float) -> None:
         """The CPU computed `num_pairs` tokens of `num_experts` experts, all in all, in this time."""
-        if num_pairs and seconds > self.costs.per_read * num_experts:
+        if num_pairs >= _ENOUGH_PAIRS and seconds > self.costs.per_read * num_experts:
             found = min(seconds / num_pairs, _MOST * self.costs.per_token)
             self.costs.per_token += _NEW * (found - self.costs.per_token)

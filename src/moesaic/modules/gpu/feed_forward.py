@@ -6,6 +6,7 @@ an `ExpertPath`: this module does not know where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +43,7 @@ class GpuFeedForward:
 
     Attributes:
         routed: the routed experts on the CPU, or None for a dense MLP.
+        logits_of: if set, makes the router's logits `[tokens, num_experts]` from its own, for benches of routing.
     """
 
     def __init__(self, source: FeedForwardBlock, device: torch.device, layer: int | None) -> None:
@@ -50,6 +52,7 @@ class GpuFeedForward:
         self.scale = source.residual_scale
         self.routed: PackedExperts | None = None
         self.router: _Router | None = None
+        self.logits_of: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.shared_gate: GpuLinear | None = None
         dense = source.shared
         if source.router is None or source.route is None:
@@ -78,7 +81,7 @@ class GpuFeedForward:
         path = step.experts
         logits = router_logits(normed, self.router.weight, self.router.bias)
         chosen = route(
-            logits,
+            logits if self.logits_of is None else self.logits_of(logits),
             self.router.options,
             slot_of_expert=path.table(self.layer),
             slot_mapping=step.input.slot_mapping,

@@ -178,7 +178,7 @@ def test_generate_gives_the_tokens_of_stock(family: str, mode: str) -> None:
     ids = inputs(batch=1 if some_beams else 2, length=12)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0  # padding
-    beams = {"max_new_tokens": 3 if some_beams else 4, "num_beams": 2}
+    beams = {"max_new_tokens": 2 if some_beams else 4, "num_beams": 2}
     without = {"max_new_tokens": 5 if ON_GPU else 2}
     for options in (without, beams) if ON_GPU else (beams if some_beams else without,):
         expected = stock.generate(ids, attention_mask=mask, do_sample=False, **options)

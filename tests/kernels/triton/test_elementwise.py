@@ -9,7 +9,7 @@ import torch
 from tests.kernels.triton.conftest import DEVICE
 
 from moesaic.errors import KernelError
-from moesaic.kernels.triton.elementwise import add_gated_, add_scaled_, combine
+from moesaic.kernels.triton.elementwise import add_gated_, add_scaled_, combine, gate_heads_
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +50,14 @@ def test_rows_that_are_parts_of_wider_ones():
     assert combine(wide[:0, 0], y[:0], None, None).shape == (0, 100)
 
 
+def test_gates_of_heads():
+    both, x = random(3, 10, 48), random(3, 5, 48)
+    expected = x.double() * torch.sigmoid(both[:, 1::2].double())
+    assert gate_heads_(x, both[:, 1::2]) is x
+    close(x, expected)
+    assert gate_heads_(x[:0], both[:0, ::2]).shape == (0, 5, 48)
+
+
 def test_wrong_arguments_are_refused():
     x = random(2, 12)
     bad = [
@@ -58,6 +66,7 @@ def test_wrong_arguments_are_refused():
         ("cached is", lambda: combine(x, None, x.double(), None)),
         ("from_cpu is", lambda: combine(x, None, None, random(12, 2).t())),
         ("shared_gate is float32", lambda: add_gated_(x, x, x)),
+        ("gate is", lambda: gate_heads_(x[:, None], x[:, None, :6])),
         ("without shared", lambda: combine(x, None, x, None, shared_gate=x[:, 0])),
     ]
     for message, call in bad:

@@ -80,12 +80,14 @@ def conv_kernel(
     if part == 0:
         tl.debug_barrier()  # all threads have read
         for index in tl.static_range(TAPS - 1):  # in this order: a place is read before a later turn writes it
-            source = end - (TAPS - 1) + index
-            is_now = column * 0 + source >= start
-            value = tl.load(x + source.to(tl.int64) * x_stride + column, mask=inside & is_now, other=0.0)
-            kept = inside & (column * 0 + source < start) & (column * 0 + past_tokens > 0)
-            value += tl.load(past + (source - start + TAPS - 1).to(tl.int64) * width_stride, mask=kept, other=0.0)
-            tl.store(past + index * width_stride, value, mask=inside)
+            last = end - (TAPS - 1) + index
+            is_now = column * 0 + last >= start
+            kept = tl.load(x + last.to(tl.int64) * x_stride + column, mask=inside & is_now, other=0.0)
+            is_past = (column * 0 + last < start) & (column * 0 + past_tokens > 0)
+            kept += tl.load(
+                past + (last - start + TAPS - 1).to(tl.int64) * width_stride, mask=inside & is_past, other=0.0
+            )
+            tl.store(past + index * width_stride, kept, mask=inside)
 
 
 @triton.jit

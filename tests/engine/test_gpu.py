@@ -196,6 +196,20 @@ def test_a_full_cache_is_refused_and_nothing_is_lost() -> None:
         ours(ids[:, :1])
 
 
+def test_a_copy_has_a_recurrent_state_of_its_own() -> None:
+    ours = on_gpu("qwen3_next")
+    runner = ours.runner
+    for states in (x for cache in runner.caches[:1] for x in (cache.conv, cache.recurrent)):
+        states.fill_(100.0)  # what other sequences left there
+    first = runner.new_sequence()
+    with torch.no_grad():
+        runner.prefill([(first, inputs(batch=1, length=9)[0])])
+        twin = runner.copy(first)
+        assert twin.state_slot != first.state_slot
+        logits = runner.decode([first, twin], [5, 5])
+    assert relative_error(logits[1], logits[0]) < 1e-6
+
+
 def test_recurrent_states_cannot_go_back_and_are_limited() -> None:
     ours = on_gpu("qwen3_next", options=RunnerOptions(8, 16, torch.float32, max_batch=1))
     cache = ours.new_cache()

@@ -173,9 +173,9 @@ def table(found: list[Trace]) -> list[str]:
 def tune(found: list[Trace]) -> list[str]:
     """Mean of what is saved over all traces and sizes, and over the demo's alone, best first."""
     grid: dict[str, tuple[float, ...]] = {
-        "half_life": (128.0, 256.0, 512.0, 1024.0, 2048.0),
-        "advantage": (0.5, 1.0, 2.0, 4.0),
-        "share": (0.0125, 0.025, 0.05),
+        "half_life": (64.0, 96.0, 128.0, 192.0, 256.0, 512.0),
+        "advantage": (1.0, 2.0, 4.0, 8.0),
+        "share": (0.025,),
     }
     rows: list[tuple[float, float, dict[str, Any]]] = []
     for values in itertools.product(*grid.values()):
@@ -204,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.out is not None:
         head = (
             f"# Hit rates of expert caches\n\n`python benchmarks/expert_cache.py`, {arguments.tokens} tokens, "
-            f"{arguments.layers} layers of the Zipf routers, {time.strftime('%d %B %Y')}. A replay: no machine's speed is in "
-            "it.\n\n"
+            f"{arguments.layers} layers of the Zipf routers, {time.strftime('%d %B %Y')}. A replay, so no "
+            "machine's speed is in it.\n\n"
         )
         arguments.out.write_text(head + "\n".join(lines) + "\n")
 

@@ -9,8 +9,8 @@ hit rate printed is the measured one.
 
 `gain`: decode with caches of 3, 6, 12 and 25% of the experts, filled first, against decode without, measured in turns.
 
-`promise`: steps with the cache against steps without, in turns, where the cache can hardly but harm: slots for 1% of the
-experts, a router without favourites, and an eager policy that copies as much as its budget of bytes allows; over
+`promise`: steps with the cache against steps without, in turns, where the cache can do little but harm: slots for 1% of
+the experts, a router without favourites, and an eager policy that copies as much as its budget of bytes allows; over
 the link as it is, over a slow one pretended (after each copy, the stream of copies is kept busy for nine times as long)
 and over one where each copy is made four times (which takes DRAM from the CPU as well: worse than any slow link); and
 with one thread on the CPU. A ratio below 0.97 is a promise broken.

@@ -104,17 +104,22 @@ class Snapshot:
 
     def __init__(self, model: Any) -> None:
         self._model, self._class = model, model.__class__
-        self._forwards = [(layer, layer.forward) for layer in model.get_decoder().layers]
-        self._linears = [(m, m.packed, m.bias) for m in model.modules() if isinstance(m, PackedLinear)]
+        self._state = model._shared_state
+        self._stack = None if self._state is None else self._state.stack
+        self._own: list[tuple[Any, str, Any]] = []
+        for module in model.modules():
+            names = [name for name in ("forward", "packed") if name in module.__dict__]
+            names += ["bias"] if isinstance(module, PackedLinear) else []
+            self._own += [(module, name, getattr(module, name)) for name in names]
 
     def restore(self) -> None:
         """The model is as it was."""
         self._model.__class__ = self._class
         self._model.__dict__.pop("runner", None)
-        for layer, forward in self._forwards:
-            layer.forward = forward
-        for module, packed, bias in self._linears:
-            module.packed, module.bias = packed, bias
+        if self._state is not None:
+            self._state.stack = self._stack
+        for module, name, value in self._own:
+            setattr(module, name, value)
 
 
 def memory(task: Task, report: Report) -> None:

@@ -40,7 +40,8 @@ class PromotionPolicy:
         num_layers: layers with routed experts.
         num_experts: of each layer (the most, if they differ).
         num_slots: places.
-        half_life: tokens after which a use counts half.
+        half_life: tokens after which a use counts half; this and the next are what replays of routing liked best
+            (benchmarks/results/expert-cache.md).
         advantage: how many uses more than the one that it replaces an expert needs; keeps equals from taking turns.
         share: of the bytes that the CPU reads in a step, what copies may take.
 
@@ -54,8 +55,8 @@ class PromotionPolicy:
         num_experts: int,
         num_slots: int,
         *,
-        half_life: float = 256.0,
-        advantage: float = 1.0,
+        half_life: float = 128.0,
+        advantage: float = 4.0,
         share: float = 0.025,
     ) -> None:
         self.slot_of = np.full((num_layers, num_experts), NOWHERE, np.int32)

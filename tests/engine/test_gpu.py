@@ -7,6 +7,7 @@ tokens with F32 weights, which are exact to about 1e-6).
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Callable
@@ -29,6 +30,8 @@ from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.loader import load, prepare
 from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
+from moesaic.kernels import PackedTensor
+from moesaic.modules import RoutedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
 
@@ -223,6 +226,27 @@ def test_recurrent_states_cannot_go_back_and_are_limited() -> None:
             ours(ids)
     cache.crop(-9)
     assert (ours.runner.states.num_free, ours.runner.pool.num_free) == (1, 8)
+
+
+def test_what_lies_on_the_gpu_leaves_dram() -> None:
+    def packed_bytes() -> int:
+        gc.collect()
+        return sum(each.nbytes for each in gc.get_objects() if type(each) is PackedTensor)
+
+    before = packed_bytes()
+    model = load_small("qwen3_moe")
+    everything = packed_bytes() - before
+    decoder = GpuDecoder(model, DEVICE, max_positions=64, dtype=torch.float32)
+    experts = [part for each in decoder.routed if each is not None for part in (each.gate, each.up, each.down)]
+    kept = sum(part.nbytes for part in experts if part is not None) + decoder.embedding.packed.nbytes
+    assert packed_bytes() - before == kept < everything
+    for layer in range(len(decoder.routed)):
+        experts.clear()
+        decoder.drop_routed(layer)
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            module.packed = None  # as start_on_gpu does
+    assert packed_bytes() - before == decoder.embedding.packed.nbytes
 
 
 def test_what_a_gpu_cannot_do_is_refused() -> None:

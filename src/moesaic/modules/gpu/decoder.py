@@ -81,6 +81,9 @@ class GpuDecoder:
         decoder = model.get_decoder()
         _check_parts(model, decoder)
         self.angles = rotary_table(decoder, max_positions, device)
+        shared = getattr(model, "_shared_state", None)
+        if shared is not None:
+            shared.stack = None  # all layers as one call, which holds on to all of them
         self.layers: list[GpuLayer] = []
         self.routed: list[PackedExperts | None] = []
         self.top_k = 0
@@ -175,8 +178,8 @@ def _check_parts(model: Any, decoder: Any) -> None:
 
 def _drop_weights(layer: nn.Module) -> None:
     """Give back the CPU's memory of everything in a layer but its routed experts."""
-    vars(layer).pop("forward", None)  # the native blocks of the CPU, which hold on to their weights
     for module in layer.modules():
+        vars(module).pop("forward", None)  # native forms of the CPU path, which hold on to weights
         if isinstance(module, PackedLinear):
             module.packed = None  # type: ignore[assignment]
             module.bias = None

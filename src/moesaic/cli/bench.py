@@ -113,5 +113,7 @@ def _render(result: BenchResult) -> str:
             f"{result.extrapolated_tokens_per_second:.2f} tok/s"
         )
         if result.gpu is not None and result.gpu.num_slots:
-            lines.append("the cache holds a larger share of fewer layers' experts: with all of them there are fewer hits")
+            lines.append(
+                "the cache holds a larger share of fewer layers' experts: with all of them there are fewer hits"
+            )
     return "\n".join(lines)

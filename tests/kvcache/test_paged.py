@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moesaic.errors import GenerationError, KernelError
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, StepInput, pool_bytes
+from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
+from moesaic.kvcache.step_input import StepInput
 
 
 def test_blocks_are_handed_out_once_and_come_back():

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moesaic.errors import GenerationError, KernelError
-from moesaic.kvcache.paged import BlockPool, PagedSequence, StepInput
+from moesaic.kvcache.paged import BlockPool, PagedSequence
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
+from moesaic.kvcache.step_input import StepInput
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, StepInput
+from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
+from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import ExpertPath, GpuStep
 

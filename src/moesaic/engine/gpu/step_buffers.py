@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from moesaic.errors import GenerationError
-from moesaic.kvcache.paged import PagedSequence, StepInput
+from moesaic.kvcache.paged import PagedSequence
+from moesaic.kvcache.step_input import StepInput
 
 __all__ = ["StepBuffers"]
 

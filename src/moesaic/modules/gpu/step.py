@@ -10,8 +10,9 @@ import torch
 
 from moesaic.errors import KernelError
 from moesaic.kernels.triton.rotary import RotaryTable
-from moesaic.kvcache.paged import PoolLayer, StepInput
+from moesaic.kvcache.paged import PoolLayer
 from moesaic.kvcache.states import StateLayer
+from moesaic.kvcache.step_input import StepInput
 
 __all__ = ["ExpertPath", "GpuStep", "Routed"]
 

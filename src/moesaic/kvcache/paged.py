@@ -2,8 +2,8 @@
 
 A block has the same number in all layers, so one table per sequence serves the whole model. `BlockPool` counts how many
 sequences hold a block; `PoolLayer` is the memory of a layer; `PagedSequence` is a table, a length and, for models with
-linear attention, the slot of a recurrent state (`states`). Where the tokens of a step go is `step_input`'s business. It does
-not know what computes attention.
+linear attention, the slot of a recurrent state (`states`). Where the tokens of a step go is `step_input`'s business.
+This module does not know what computes attention.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,17 @@ def test_what_does_not_fit_is_refused_before_loading(with_gpu: None) -> None:
         moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="hybrid", vram=1000, progress=False)
     with pytest.raises(PlanDoesNotFitError, match=r"--vram is 30\.00 GiB, but 23\.00 GiB of RTX's"):
         moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="hybrid", vram="30GiB", progress=False)
+
+
+def test_a_gpu_without_triton_is_not_used(with_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "triton" else found(name))
+    folder = str(checkpoint_of("mixtral")[1])
+    plan = loader.prepare(folder).plan
+    assert not plan.uses_gpu
+    assert any("pip install triton" in warning for warning in plan.warnings)
+    with pytest.raises(PlanError, match="RTX cannot be used: Triton"):
+        loader.prepare(folder, plan="hybrid")
 
 
 @pytest.mark.parametrize("vram", ["much", "24", 0, -1])

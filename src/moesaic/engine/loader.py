@@ -6,6 +6,7 @@ knows the order of the steps and no detail of any of them.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,14 +133,21 @@ def prepare_checkpoint(
 def this_computer(with_gpus: bool) -> Hardware:
     """The hardware, with GPUs only where a plan could use one: asking for them takes a while.
 
-    A GPU that the installed PyTorch cannot use is listed with that problem.
+    A GPU that this installation cannot use is listed with that problem.
     """
     hardware = detect_hardware()
     gpus = detect_gpus() if with_gpus else ()
-    if gpus and not torch.cuda.is_available():
-        problem = f"PyTorch {torch.__version__} finds no GPU (is it a build for the CPU?)"
-        gpus = tuple(replace(gpu, problem=gpu.problem or problem) for gpu in gpus)
-    return replace(hardware, gpus=gpus)
+    problem = _gpu_problem() if gpus else ""
+    return replace(hardware, gpus=tuple(replace(gpu, problem=gpu.problem or problem) for gpu in gpus))
+
+
+def _gpu_problem() -> str:
+    """What this installation lacks to use a GPU; "" if nothing."""
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} finds no GPU (is it a build for the CPU?)"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton, which builds of PyTorch for GPUs bring, is not installed (pip install triton)"
+    return ""
 
 
 def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:

@@ -23,12 +23,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from moesaic.engine.answer import Sampling
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.loader import load, prepare
+from moesaic.engine.session import Session
 from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
 from moesaic.kernels import PackedTensor
 from moesaic.modules import RoutedExperts
@@ -226,6 +228,14 @@ def test_recurrent_states_cannot_go_back_and_are_limited() -> None:
             ours(ids)
     cache.crop(-9)
     assert (ours.runner.states.num_free, ours.runner.pool.num_free) == (1, 8)
+
+
+def test_a_session_knows_how_long_the_cache_is() -> None:
+    ours = on_gpu("qwen3_moe", options=RunnerOptions(num_blocks=2, block_size=16, kv_dtype=torch.float32))
+    session = Session(ours, None)  # type: ignore[arg-type]
+    assert session.context_length == 32
+    with pytest.raises(GenerationError, match=r"context is 32.*larger --context"):
+        session.answer(list(range(3, 43)), Sampling())
 
 
 def test_what_lies_on_the_gpu_leaves_dram() -> None:

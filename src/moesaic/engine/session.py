@@ -40,9 +40,11 @@ class Session:
 
     @property
     def context_length(self) -> int | None:
-        """Most tokens of prompt and answer together, None if the config does not say."""
+        """Most tokens of prompt and answer together, None if the config does not say; on a GPU at most its cache's."""
         length = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return length if isinstance(length, int) and length > 0 else None
+        known = length if isinstance(length, int) and length > 0 else None
+        runner = getattr(self.model, "runner", None)
+        return known if runner is None else min(runner.max_positions, known or runner.max_positions)
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own special tokens around it."""
@@ -131,9 +133,10 @@ class Session:
         if self.context_length is None:
             return None
         if prompt_tokens >= self.context_length:
+            more = ", or load the model with a larger --context" if hasattr(self.model, "runner") else ""
             raise GenerationError(
                 f"the prompt has {prompt_tokens} tokens, but the model's context is {self.context_length}: shorten it, "
-                "or start a new conversation (/reset)."
+                f"or start a new conversation (/reset){more}."
             )
         return self.context_length - prompt_tokens
 

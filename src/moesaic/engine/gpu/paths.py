@@ -49,10 +49,10 @@ class GraphPath:
         """Compute what lies on the GPU, and add everything up."""
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
-        self._answer(position, len(routed.hidden))
+        self._answer(position)
         self._exchange.take_back(position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale)
 
-    def _answer(self, position: int | None, num_tokens: int) -> None:
+    def _answer(self, position: int | None) -> None:
         """The CPU answers when the graph runs."""
 
 
@@ -80,6 +80,6 @@ class EagerPath(GraphPath):
         super().__init__(exchange, slots, positions)
         self._server, self._num_tokens, self._timeout = server, num_tokens, timeout
 
-    def _answer(self, position: int | None, num_tokens: int) -> None:
+    def _answer(self, position: int | None) -> None:
         if position is not None:
             self._server.serve(self._num_tokens, first_layer=position, num_layers=1, timeout=self._timeout)

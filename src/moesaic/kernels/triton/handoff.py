@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from moesaic.kernels.handoff import Mailbox
+from moesaic.kernels.triton.elementwise import combine
 
 __all__ = ["Exchange"]
 
-_BLOCK = 1024  # values that a program adds up
 _SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
 
 
@@ -53,28 +53,6 @@ def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
         polls += 1
     if seen < number:
         tl.store(failed_ptr, 1)
-
-
-@triton.jit
-def _add_up(
-    hidden_ptr, answer_ptr, shared_ptr, gate_ptr, cached_ptr, num_values, hidden_size, scale,
-    HAS_CPU: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_GATE: tl.constexpr, HAS_CACHED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < num_values
-    total = tl.zeros([BLOCK], tl.float32)
-    if HAS_CPU:
-        total += tl.load(answer_ptr + offsets, mask=inside, other=0.0)
-    if HAS_SHARED:
-        shared = tl.load(shared_ptr + offsets, mask=inside, other=0.0)
-        if HAS_GATE:
-            shared *= tl.sigmoid(tl.load(gate_ptr + offsets // hidden_size, mask=inside, other=0.0))
-        total += shared
-    if HAS_CACHED:
-        total += tl.load(cached_ptr + offsets, mask=inside, other=0.0)
-    hidden = tl.load(hidden_ptr + offsets, mask=inside, other=0.0)
-    tl.store(hidden_ptr + offsets, hidden + scale * total, mask=inside)
 
 
 @triton.jit
@@ -143,16 +121,12 @@ class Exchange:
             cached: output of the experts on the GPU, like hidden.
             scale: of all that is added.
         """
-        answer = hidden
+        answer = None
         if position is not None:
             box = self._box()
             _wait[(1,)](box.answered, self.base, self.failed, position, self.max_polls, num_warps=1)
-            answer = box.output
-        _add_up[(triton.cdiv(hidden.numel(), _BLOCK),)](
-            hidden, answer, shared, shared_gate, cached, hidden.numel(), hidden.shape[-1], scale,
-            HAS_CPU=position is not None, HAS_SHARED=shared is not None, HAS_GATE=shared_gate is not None,
-            HAS_CACHED=cached is not None, BLOCK=_BLOCK, num_warps=4,
-        )  # fmt: skip
+            answer = box.output[: len(hidden)]
+        combine(hidden, shared, cached, answer, scale, shared_gate)
 
     def advance(self, count: int) -> None:
         """Count the requests of a step; the last thing that a step does."""

@@ -134,8 +134,7 @@ class GpuDecoder:
 
     def run(self, hidden: torch.Tensor, step: GpuStep) -> None:
         """All layers on float32 `[tokens, hidden_size]`, contiguous, on the GPU, in place."""
-        for index, layer in enumerate(self.layers):
-            step.mark(f"layer {index}")
+        for layer in self.layers:
             layer(hidden, step)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,7 +67,6 @@ class GpuStep:
         angles: cosines and sines of all positions.
         max_query_len: most tokens that a sequence has in this step.
         experts: who computes routed experts.
-        mark: called with a name where something begins, for traces; does nothing by default.
     """
 
     input: StepInput
@@ -76,7 +74,6 @@ class GpuStep:
     angles: RotaryTable
     max_query_len: int
     experts: ExpertPath
-    mark: Callable[[str], None] = lambda name: None
 
     def pool(self, layer: int) -> PoolLayer:
         """Where keys and values of a layer are."""

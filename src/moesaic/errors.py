@@ -14,6 +14,9 @@
     ├── KernelError                a native kernel was called wrongly or failed
     │   └── ExpertTimeoutError     the CPU and the GPU waited for each other too long
     └── GenerationError            a request cannot be answered
+        ├── RequestError           what it asks for is wrong or too much (names the parameter)
+        ├── OverloadedError        too many requests wait already; says when to come back
+        └── EngineDeadError        the engine that would answer has ended
 
 A message names the file, tensor or rule, what was found, what was expected, and what to do next. This module knows
 nothing else of the package.
@@ -26,14 +29,17 @@ import os
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "EngineDeadError",
     "ExpertTimeoutError",
     "GenerationError",
     "KernelError",
     "ModelNotFoundError",
     "MoesaicError",
+    "OverloadedError",
     "PlanDoesNotFitError",
     "PlanError",
     "QuantizationError",
+    "RequestError",
     "RuleError",
     "TokenizerError",
     "UnsupportedFormatError",
@@ -118,3 +124,33 @@ class ExpertTimeoutError(KernelError):
 
 class GenerationError(MoesaicError):
     """A request cannot be answered, for example because the prompt is longer than the context."""
+
+
+class RequestError(GenerationError):
+    """What a request asks for is wrong, or more than it can have.
+
+    Args:
+        message: what was found, what was expected.
+        param: the parameter concerned, by its name in `SamplingParams` or in the request.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        self.param = param
+        super().__init__(message)
+
+
+class OverloadedError(GenerationError):
+    """Too many requests wait already.
+
+    Args:
+        message: what is full.
+        retry_after: seconds after which trying again makes sense.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        self.retry_after = retry_after
+        super().__init__(message)
+
+
+class EngineDeadError(GenerationError):
+    """The engine has ended, by an error of its own or because it was closed; no request is answered any more."""

@@ -1,6 +1,7 @@
 """Errors of requests as HTTP answers, in the form that each API's clients expect.
 
-A library's exception never reaches a client: what is not one of ours becomes an internal error with a number that the log has too.
+A library's exception never reaches a client: what is not one of ours becomes an internal error with a number that the
+log has too.
 """
 
 from __future__ import annotations

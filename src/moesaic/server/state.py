@@ -1,4 +1,4 @@
-"""What handlers need: the engine, the tokenizer's side of a conversation, names and options. One object per application.
+"""What handlers need: the engine, the tokenizer's side of a conversation, names and options; one per application.
 
 It does not know how any of it is made.
 """

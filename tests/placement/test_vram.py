@@ -198,7 +198,10 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     head = q4_k(vocab, hidden) + 4 * hidden
     absorbed = 2 * layers * heads * (nope + value) * latent
     expert = 3 * q4_k(inner, hidden)
-    widest = low + query + (latent + rope) + heads * value + heads * (2 * latent + latent // 2 + rope)
+    at_once = 32  # heads that attend together: 4096 tokens x 32 x 512 floats are 256 MiB
+    attending = low + query + (latent + rope) + heads * value + at_once * (2 * latent + latent // 2) + heads * rope
+    routed = c["num_experts_per_tok"] * (2 * inner + hidden) + 2 * inner
+    widest = max(attending, routed)
     working = 4 * (4096 * (4 * hidden + widest) + 2 * 8 * vocab + 4608 * 2 * rope)
 
     budget = budget_of(plan, machine)
@@ -209,7 +212,7 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     assert (budget.expert_bytes, budget.num_experts) == (expert, 58 * 256) == (24772608, 14848)
     left = 24 * GIB - budget.weights - absorbed - budget.kv_cache - working - DRIVER
     assert budget.cache_experts == left // expert - 16
-    assert 350 < budget.cache_experts < 450
+    assert 400 < budget.cache_experts < 520
     assert plan.nbytes_on("cpu") == 58 * 256 * expert + q4_k(vocab, hidden)
     assert plan.bytes_per_token_on("cpu") == 58 * 8 * expert + q4_k(vocab, hidden) // vocab
     plan.check_fits(machine)

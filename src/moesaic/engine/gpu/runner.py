@@ -242,6 +242,8 @@ class ModelRunner:
                 cache.during_step()
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
+        if cache is not None and self.server is not None:  # while the GPU computes what follows the last layer
+            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):
@@ -249,8 +251,6 @@ class ModelRunner:
                 f"the CPU did not answer the GPU within {self.options.timeout:g} s: the computer is overloaded or the "
                 "process was stopped. The request failed; the next one may be tried."
             )
-        if cache is not None and self.server is not None:
-            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
 
     def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
         """What a graph holds."""

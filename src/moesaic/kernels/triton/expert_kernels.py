@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.products import lane_products, panel_products, tile_of, tile_products, zeros
+from moesaic.kernels.triton.products import at_panel, lane_products, panel_products, tile_of, tile_products, zeros
 
 __all__ = ["decode_down_kernel", "decode_up_kernel", "grouped_down_kernel", "grouped_sum_kernel", "grouped_up_kernel"]
 
@@ -58,9 +58,11 @@ def operand_place(k, place, num_places, F: tl.constexpr) -> Any:
     apart: tl.constexpr = F.interleave * piece
     whole: tl.constexpr = F.interleave * F.item
     n = k // whole * F.interleave + k % apart // piece
-    part = k % whole // apart * F.steps + k % piece // F.width
-    row = (n // 16 * (F.planes * F.steps) + part).to(tl.int64) * num_places + place
-    return row * (16 * F.width) + n % 16 * F.width + k % F.width
+    p, s = k % whole // apart, k % piece // F.width
+    chunk = s // F.chunk_steps * (F.planes // F.chunk_planes) + p // F.chunk_planes
+    in_chunk = (s % F.chunk_steps * F.chunk_planes + p % F.chunk_planes) * F.width + k % F.width
+    row = (n // 16 * (F.item // 8) + chunk).to(tl.int64) * num_places + place
+    return row * 128 + (n % 16 * 8 + in_chunk)
 
 
 @triton.jit
@@ -173,7 +175,6 @@ def decode_down_kernel(
     rank = tl.cumsum(is_there.to(tl.int32), 0) - 1
     count = tl.sum(is_there.to(tl.int32), 0)
     w_all = tl.load(weights + token * TOP_K + k, mask=is_there, other=0.0)
-    words, halves, bytes = words + row, halves + row, bytes + row
     totals = zeros(1, ITEMS, 16)
     for iteration in range(0, tl.cdiv(count * num_items, ITEMS)):
         at = iteration * ITEMS + lane
@@ -184,7 +185,8 @@ def decode_down_kernel(
         w = tl.sum(tl.where(is_own, w_all[None, :], 0.0), 1)[:, None]
         x = inner + (token * TOP_K + position).to(tl.int64) * inner_stride + (item // 8 * stride + item % 8)
         panel = slot.to(tl.int64) * slot_units + down_units + index.to(tl.int64) * panel_units
-        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
+        at_words, at_halves, at_bytes = at_panel(words, halves, bytes, panel, row)
+        tile_words, tile_halves, tile_bytes, n = tile_of(at_words, at_halves, at_bytes, item, num_items, F)
         added = lane_products(
             zeros(1, ITEMS, 16), x, 0, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, 1, False
         )
@@ -204,13 +206,15 @@ def decode_down_kernel(
 def _group(order, starts, first_blocks, num_slots, PAIRS: tl.constexpr) -> Any:
     """The slot of a program's block of pairs, num_slots if it has none, and the places of the pairs in the order."""
     block = tl.program_id(1)
-    low, high = 0, num_slots
-    while low < high:  # the last slot whose blocks begin at or before this one
-        middle = (low + high + 1) // 2
-        if tl.load(first_blocks + middle) <= block:
-            low = middle
-        else:
-            high = middle - 1
+    low = num_slots
+    if block < tl.load(first_blocks + num_slots):
+        low, high = 0, num_slots
+        while low < high:  # the last slot whose blocks begin at or before this one
+            middle = (low + high + 1) // 2
+            if tl.load(first_blocks + middle) <= block:
+                low = middle
+            else:
+                high = middle - 1
     slot = low
     place = tl.full((PAIRS,), 0, tl.int32)
     inside = place > 0

@@ -15,7 +15,7 @@ import triton
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.experts import Activation
-from moesaic.kernels.triton.activations import OPERAND_ITEMS, lanes_size, to_lanes, to_operands
+from moesaic.kernels.triton.activations import lanes_size, operands_shape, to_lanes, to_operands
 from moesaic.kernels.triton.expert_kernels import (
     decode_down_kernel,
     decode_up_kernel,
@@ -25,7 +25,14 @@ from moesaic.kernels.triton.expert_kernels import (
 )
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows, operand_dtype, precision_of
+from moesaic.kernels.triton.linear import (
+    MAX_DECODE_TOKENS,
+    check_rows,
+    operand_dtype,
+    precision_of,
+    tile_shape,
+    tile_tokens,
+)
 from moesaic.kernels.triton.views import WeightViews, grid_of, views_of
 from moesaic.quant import WeightFormat
 
@@ -286,10 +293,9 @@ class _Groups:
     size: int
 
     @staticmethod
-    def of(slots: torch.Tensor, num_slots: int) -> _Groups:
+    def of(slots: torch.Tensor, num_slots: int, size: int) -> _Groups:
         flat = slots.view(-1)
         num_pairs = flat.shape[0]
-        size = min(max(triton.next_power_of_2(-(-num_pairs // num_slots)), 16), 128)
         keys = torch.where(flat < 0, num_slots, flat)
         keys, order = torch.sort(keys, stable=True)
         numbers = torch.arange(num_slots + 1, dtype=keys.dtype, device=keys.device)
@@ -299,6 +305,11 @@ class _Groups:
         torch.cumsum(blocks, 0, dtype=torch.int32, out=first_blocks[1:])
         num_blocks = min(num_pairs, num_pairs // size + min(num_slots, num_pairs))
         return _Groups(order, starts, first_blocks, num_blocks, size)
+
+
+def _pairs_of_a_block(num_pairs: int, num_slots: int, layout: ExpertLayout) -> int:
+    parts = [part for part in (layout.gate, layout.up, layout.down) if part is not None]
+    return min(tile_tokens(-(-num_pairs // num_slots), operand_dtype(part.form)) for part in parts)
 
 
 def experts_grouped(
@@ -336,9 +347,10 @@ def experts_grouped(
         out = make(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return out
-    views, groups = views_of(arena), _Groups.of(slots, num_slots)
+    views, groups = views_of(arena), _Groups.of(slots, num_slots, _pairs_of_a_block(slots.numel(), num_slots, layout))
     inner = _grouped_up(x, slots, experts, groups, views, slot_bytes, layout, num_slots)
-    down, form, num_pairs, num_rows = layout.down, layout.down.form, num_tokens * top_k, 64
+    down, form, num_pairs = layout.down, layout.down.form, num_tokens * top_k
+    num_rows, warps, stages = tile_shape(groups.size, form)
     offset, panel, items = _units(down)
     bias, has_bias = _bias(down, weights)
     pairs = torch.empty(num_pairs, layout.hidden, dtype=torch.float32, device=x.device)
@@ -346,7 +358,7 @@ def experts_grouped(
         inner, groups.order, groups.starts, groups.first_blocks, experts, weights, views.words, views.halves,
         views.bytes, grid_of(form, views), MAGIC, bias, pairs, num_pairs, num_slots, slot_bytes // _ALIGNMENT, offset,
         panel, items, down.rows, down.cols, form, has_bias, groups.size, num_rows, precision_of(inner.dtype),
-        num_warps=4 if groups.size <= 64 else 8, num_stages=2,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     grouped_sum_kernel[(triton.cdiv(layout.hidden, 512), num_tokens)](
         pairs, slots, out, out.stride(0), layout.hidden, top_k, accumulate
@@ -371,16 +383,16 @@ def _grouped_up(
     gate_x = up_x
     if not _same_order(gate.form, up.form) or operand_dtype(gate.form) != up_x.dtype:
         gate_x = to_operands(x, gate.form, operand_dtype(gate.form))
-    num_pairs, num_items = num_tokens * top_k, down.num_items(layout.intermediate)
-    shape = (-(-num_items // OPERAND_ITEMS), down.planes * down.steps, num_pairs, OPERAND_ITEMS * down.width)
-    is_full = shape[0] * OPERAND_ITEMS * down.item == layout.intermediate
+    num_pairs = num_tokens * top_k
+    shape = operands_shape(down, num_pairs, layout.intermediate)
+    is_full = shape[0] * shape[1] * shape[3] == layout.intermediate
     make: Any = torch.empty if is_full else torch.zeros  # columns behind the last are multiplied too
     inner: torch.Tensor = make(shape, dtype=operand_dtype(down), device=x.device)
     gate_offset, gate_panel, gate_items = _units(gate)
     up_offset, up_panel, up_items = _units(up)
     gate_bias, has_gate_bias = _bias(layout.gate, x)
     up_bias, has_up_bias = _bias(up, x)
-    num_rows = 64
+    num_rows, warps, stages = tile_shape(groups.size, gate.form, up.form)
     grouped_up_kernel[(triton.cdiv(layout.intermediate, num_rows), groups.num_blocks)](
         gate_x, up_x, groups.order, groups.starts, groups.first_blocks, experts, views.words, views.halves, views.bytes,
         grid_of(gate.form, views), grid_of(up.form, views), MAGIC, gate_bias, up_bias, inner, num_tokens, num_pairs,
@@ -388,6 +400,6 @@ def _grouped_up(
         up.rows, up.cols, layout.activation.alpha, layout.activation.limit, top_k,
         None if layout.gate is None else gate.form, up.form, down, layout.activation.name, has_gate_bias, has_up_bias,
         groups.size, num_rows, precision_of(gate_x.dtype), precision_of(up_x.dtype),
-        num_warps=4 if groups.size <= 64 else 8, num_stages=2,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return inner

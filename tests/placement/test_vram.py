@@ -124,11 +124,14 @@ def test_what_is_free_less_a_margin(free: int, total: int, tiny: Tiny, hardware:
 def test_what_is_left_is_divided_into_slots() -> None:
     budget = VramBudget(1000, 64, 100, 50, 30, 15, 5, expert_bytes=10, num_experts=1000)
     assert (budget.required, budget.shortfall, budget.left, budget.num_slots) == (200, 0, 800, 80)
-    assert (budget.staging_experts, budget.cache_experts, budget.staging, budget.cache) == (16, 64, 160, 640)
-    for total, staging, cache in ((199, 0, 0), (219, 0, 1), (220, 2, 0), (255, 4, 1), (360, 16, 0)):
+    assert (budget.staging_experts, budget.cache_experts, budget.staging, budget.cache) == (40, 40, 400, 400)
+    for total, staging, cache in ((199, 0, 0), (219, 0, 1), (220, 2, 0), (255, 2, 3), (360, 8, 8)):
         tight = dataclasses.replace(budget, total=total)
         assert (tight.staging_experts, tight.cache_experts) == (staging, cache)
     assert dataclasses.replace(budget, total=150).shortfall == 50
+    for size, staging in ((10 * MIB, 36), (200 * MIB, 4)):
+        large = dataclasses.replace(budget, total=100 * GIB, expert_bytes=size)
+        assert large.staging_experts == staging
     assert dataclasses.replace(budget, num_experts=10).cache_experts == 10
     full = dataclasses.replace(budget, expert_bytes=0, num_experts=0)
     assert (full.staging_experts, full.cache_experts) == (0, 0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.kernels.triton.grouped_experts import ExpertPairs
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.modules.gpu.step import Routed
 
@@ -34,6 +36,10 @@ class ExpertSlots:
             return self._resident[layer].table
         return None if self.cache is None else self.cache.table(layer)
 
+    def held(self, layer: int) -> np.ndarray | None:
+        """Bool `[num_experts]`, experts of a layer that are in the cache, or nearly; None if there is no cache."""
+        return None if self.cache is None else self.cache.held(layer)
+
     def compute(self, routed: Routed) -> torch.Tensor | None:
         """Weighted sum of the chosen experts that are there: float32 `[tokens, hidden_size]`; None if none can be."""
         if routed.slots is None:
@@ -41,3 +47,10 @@ class ExpertSlots:
         if routed.layer in self._resident:
             return self._resident[routed.layer].compute(routed.hidden, routed.slots, routed.chosen, routed.weights)
         return None if self.cache is None else self.cache.compute(routed)
+
+    def multiply(self, layer: int, pairs: ExpertPairs) -> torch.Tensor | None:
+        """Products with the experts of a layer that are in the cache; their table, or None if there is no cache."""
+        if self.cache is None:
+            return None
+        self.cache.multiply(layer, pairs)
+        return self.cache.table(layer)

@@ -7,9 +7,9 @@ for cannot be taken by mistake: the allocator of the process is limited to the b
 from __future__ import annotations
 
 import statistics
-import time
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -18,11 +18,12 @@ from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
-from moesaic.engine.gpu.streaming import StagingBuffers
+from moesaic.engine.gpu.staging import StagingBuffers
+from moesaic.engine.gpu.streams import Mark
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
-from moesaic.modules.gpu.experts import ResidentExperts, copy_expert, page_lock
+from moesaic.modules.gpu.experts import ResidentExperts, page_lock, slot_bytes
 from moesaic.placement import Plan
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, VramBudget
 
@@ -86,8 +87,8 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
         if budget.cache_experts:
             cache = ExpertCache(in_dram, budget.cache_experts, device)
         if budget.staging_experts:
-            staging = StagingBuffers(in_dram, budget.staging_experts // 2, device)
-            shares = ExpertShares(_first_costs(in_dram[0], staging, 0))
+            staging = StagingBuffers(in_dram, budget.staging_experts, device)
+            shares = ExpertShares(_first_costs(in_dram[0], staging))
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
     return attach_runner(model, runner)
@@ -103,15 +104,17 @@ def _limit_memory(budget: VramBudget, device: torch.device) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.total - DRIVER_BYTES) / total), device)
 
 
-def _first_costs(experts: PackedExperts, staging: StagingBuffers, layer: int) -> Costs:
-    """What to begin with: an upload is measured."""
-    layout, slot = staging.layouts[layer], staging.buffers[0]
+def _first_costs(experts: PackedExperts, staging: StagingBuffers) -> Costs:
+    """What to begin with: uploads are measured."""
+    count = min(staging.group, experts.num_experts)
+    (group,) = staging.plan(np.arange(count), 0)
     times = []
-    for expert in range(min(_TRIALS, experts.num_experts)):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        copy_expert(experts, expert, layout, slot)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    for _ in range(_TRIALS):
+        begun, done = Mark(staging.device, timed=True), Mark(staging.device, timed=True)
+        staging.fill(0, group, begun)
+        with staging.copies.use():
+            done.set()
+        done.synchronize()
+        times.append(done.seconds_since(begun) / count)
     products = experts.hidden * experts.intermediate * (2 if experts.gate is None else 3)
-    return Costs(statistics.median(times), layout.nbytes / _READ_RATE, products / _CPU_RATE)
+    return Costs(statistics.median(times), slot_bytes(experts) / _READ_RATE, products / _CPU_RATE)

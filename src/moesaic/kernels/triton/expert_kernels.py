@@ -109,11 +109,11 @@ def decode_up_kernel(
 ) -> None:
     """Gate, up and activation of 16 rows for one pair of a token and an expert, as `lanes` of down's format."""
     index, pair = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + pair)
-    if slot >= 0:
+    here = tl.load(slots + pair)
+    if here >= 0:
         token = pair // TOP_K
         r = index * 16 + tl.arange(0, 16)
-        slot = slot.to(tl.int64)
+        slot = here.to(tl.int64)
         panel = slot * up_stride_units + up_units + index.to(tl.int64) * up_panel_units
         last = tl.cdiv(up_items, ITEMS)
         x = up_x + token * up_stride

@@ -50,9 +50,10 @@ class Watch:
         self.ahead: list[int] = []
         self.cpu: list[float] = []
 
-    def choose(self, layer: int, tokens: np.ndarray, present: np.ndarray, *rest: Any) -> np.ndarray:
-        chosen = self.real_choose(layer, tokens, present, *rest)
+    def choose(self, layer: int, tokens: np.ndarray, num_rows: int, present: np.ndarray, *rest: Any) -> np.ndarray:
+        chosen = self.real_choose(layer, tokens, num_rows, present, *rest)
         if self.forced:
+            self.shares._last = None  # what was chosen is not what is measured
             chosen = (tokens > 0) if self.forced == "gpu" else present & (tokens > 0)
         self.active.append(int(np.count_nonzero(tokens)))
         self.streamed.append(int(chosen.sum()))

@@ -12,6 +12,7 @@ from tests.engine.test_gpu import DEVICE, OPTIONS, TOLERANCE, checkpoint_of, eag
 
 from moesaic.engine.gpu import staging as staging_module
 from moesaic.engine.gpu.causal_lm import attach_runner
+from moesaic.engine.gpu.measured_costs import cpu_costs, measure_costs
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -23,14 +24,14 @@ class FixedShares(ExpertShares):
     """The GPU gets these experts, if a token chose them, and those that are there already."""
 
     def __init__(self, chosen: list[int]) -> None:
-        super().__init__(Costs(1.0, 1.0, 1.0))
+        super().__init__(Costs(1.0, 1.0, 0.0, 1.0, 1.0))
         self.mine = chosen
         self.ahead: list[int] = []
         self.seen: list[np.ndarray] = []
 
-    def choose(self, layer, tokens, present=None, under_way=0):
+    def choose(self, layer, tokens, num_rows, present=None, under_way=0):
         assert present is not None
-        super().choose(layer, tokens)
+        super().choose(layer, tokens, num_rows)
         self.seen.append(tokens)
         self.ahead.append(int(present.sum()))
         return (np.isin(np.arange(len(tokens)), self.mine) | present) & (tokens > 0)
@@ -109,3 +110,19 @@ def test_runs_end_at_large_gaps() -> None:
     assert runs_of(np.array([0, 1, 3, 6, 7]), 0) == [(0, 2), (3, 1), (6, 2)]
     assert runs_of(np.array([0, 1, 3, 6, 7]), 1) == [(0, 4), (6, 2)]
     assert runs_of(np.array([5]), 2) == [(5, 1)]
+
+
+def test_costs_are_measured() -> None:
+    decoder = GpuDecoder(load_small("qwen3_moe"), DEVICE, max_positions=64, dtype=torch.float32)
+    experts = [each for each in decoder.routed if each is not None]
+    costs = measure_costs(experts[0], StagingBuffers(experts, 8, DEVICE))
+    assert 0 < costs.per_upload < 1 and 0 < costs.fixed < 1
+    assert costs.per_row == pytest.approx(costs.per_upload * 32 * 4 / (3 * 32 * 16 * 4))
+
+
+def test_costs_follow_from_three_sizes() -> None:
+    decoder = GpuDecoder(load_small("qwen3_moe"), DEVICE, max_positions=64, dtype=torch.float32)
+    (experts, *_) = (each for each in decoder.routed if each is not None)
+    found = cpu_costs(experts, lambda count, tokens: 5.0 + count * (2.0 + 0.5 * tokens))
+    assert found == pytest.approx((5.0, 2.0, 0.5))
+    assert all(cost > 0 for cost in cpu_costs(experts, lambda count, tokens: 1.0 / (count * tokens)))

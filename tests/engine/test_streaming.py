@@ -10,9 +10,12 @@ import torch
 from tests.engine.pairs import relative_error
 from tests.engine.test_gpu import DEVICE, OPTIONS, TOLERANCE, checkpoint_of, eager_cache, inputs, load_small
 
+from moesaic.engine.gpu import prefill
 from moesaic.engine.gpu import staging as staging_module
 from moesaic.engine.gpu.causal_lm import attach_runner
+from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.measured_costs import cpu_costs, measure_costs
+from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -77,6 +80,24 @@ def test_experts_in_the_cache_are_not_streamed() -> None:
         logits, expected = ours(ids).logits, checkpoint_of("qwen3_moe")[0](ids).logits
     assert relative_error(logits, expected) < TOLERANCE
     assert not any(shares.seen[layer][uses[layer] > 0].any() for layer in range(2))
+
+
+def test_a_cache_with_room_for_all_leaves_the_cpu_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(decoder: GpuDecoder) -> ExpertSlots:
+        cache = ExpertCache([each for each in decoder.routed if each is not None], 17, DEVICE)
+        cache.fill()
+        assert cache.statistics().num_held == 16
+        return ExpertSlots(cache=cache)
+
+    ours = with_staging("qwen3_moe", FixedShares([]), 4, filled)
+    monkeypatch.setattr(prefill, "moe_forward", lambda *_, **__: pytest.fail("asked the CPU"))
+    ids = inputs(batch=1, length=9, seed=2)
+    with torch.no_grad():
+        logits, expected = ours(ids).logits, checkpoint_of("qwen3_moe")[0](ids).logits
+    assert relative_error(logits, expected) < TOLERANCE
+    cache = ours.runner.slots.cache
+    cache.restart(PromotionPolicy(2, 8, 3))
+    assert cache.statistics().num_held == 0 and (cache.table(1) == -1).all()
 
 
 def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:

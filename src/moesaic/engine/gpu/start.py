@@ -80,6 +80,7 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
     if in_dram and not resident:
         if budget.cache_experts:
             cache = ExpertCache(in_dram, budget.cache_experts, device)
+            cache.fill()
         if budget.staging_experts:
             staging = StagingBuffers(in_dram, budget.staging_experts, device)
             shares = ExpertShares(measure_costs(in_dram[0], staging))

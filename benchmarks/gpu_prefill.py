@@ -1,7 +1,7 @@
 """Where the time of a prompt goes on one GPU and the DRAM: the link, the card's kernels, the CPU's experts.
 
     python benchmarks/gpu_prefill.py [--model qwen3-30b-a3b] [--format Q4_K] [--layers 16] [--vram 24GiB]
-        [--lengths 512,2048,8192] [--repeat 3] [--chunk 4096] [--forced]
+        [--lengths 512,2048,8192] [--repeat 3] [--chunk 4096] [--forced] [--cache]
 
 Random weights and tokens. For each length: tokens per second of some runs, milliseconds a layer (what the whole model
 would take follows from it, without embedding and head), who computed how many experts, in how long; then of one more
@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from gpu_parts import GIB
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.gpu import prefill as prefill_module
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.start import start_on_gpu
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load, this_computer
@@ -50,9 +51,10 @@ class Watch:
         self.ahead: list[int] = []
         self.cpu: list[float] = []
 
-    def choose(self, layer: int, tokens: np.ndarray, present: np.ndarray, *rest: Any) -> np.ndarray:
-        chosen = self.real_choose(layer, tokens, present, *rest)
+    def choose(self, layer: int, tokens: np.ndarray, num_rows: int, present: np.ndarray, *rest: Any) -> np.ndarray:
+        chosen = self.real_choose(layer, tokens, num_rows, present, *rest)
         if self.forced:
+            self.shares._last = None  # what was chosen is not what is measured
             chosen = (tokens > 0) if self.forced == "gpu" else present & (tokens > 0)
         self.active.append(int(np.count_nonzero(tokens)))
         self.streamed.append(int(chosen.sum()))
@@ -67,6 +69,8 @@ class Watch:
 
     def line(self, layers: int) -> str:
         passes = max(1, len(self.active) / layers)
+        if not self.active:
+            return "all experts are in the cache"
         cpu = sum(self.cpu) / passes / layers * 1e3
         return (
             f"experts a layer: {np.mean(self.active):.0f} active, {np.mean(self.streamed):.0f} on the GPU "
@@ -156,6 +160,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,2048,8192")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=PREFILL_CHUNK)
+    parser.add_argument("--cache", action="store_true", help="with the expert cache, which begins full")
     parser.add_argument("--forced", action="store_true", help="all on the GPU, all on the CPU too")
     arguments = parser.parse_args()
     lengths = [int(n) for n in arguments.lengths.split(",")]
@@ -167,6 +172,8 @@ def main() -> None:
         f"begins with {runner.shares.costs}; staging {runner._staging.num_groups} x {runner._staging.group} experts",
         flush=True,
     )
+    if not arguments.cache:
+        runner.slots = ExpertSlots()
     watch = Watch(runner)
     compare(runner, watch, min(lengths))
     for length in lengths:

@@ -10,8 +10,12 @@ import torch
 from tests.engine.pairs import relative_error
 from tests.engine.test_gpu import DEVICE, OPTIONS, TOLERANCE, checkpoint_of, eager_cache, inputs, load_small
 
+from moesaic.engine.gpu import prefill
 from moesaic.engine.gpu import staging as staging_module
 from moesaic.engine.gpu.causal_lm import attach_runner
+from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.engine.gpu.measured_costs import cpu_costs, measure_costs
+from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -23,14 +27,14 @@ class FixedShares(ExpertShares):
     """The GPU gets these experts, if a token chose them, and those that are there already."""
 
     def __init__(self, chosen: list[int]) -> None:
-        super().__init__(Costs(1.0, 1.0, 1.0))
+        super().__init__(Costs(1.0, 1.0, 0.0, 1.0, 1.0))
         self.mine = chosen
         self.ahead: list[int] = []
         self.seen: list[np.ndarray] = []
 
-    def choose(self, layer, tokens, present=None, under_way=0):
+    def choose(self, layer, tokens, num_rows, present=None, under_way=0):
         assert present is not None
-        super().choose(layer, tokens)
+        super().choose(layer, tokens, num_rows)
         self.seen.append(tokens)
         self.ahead.append(int(present.sum()))
         return (np.isin(np.arange(len(tokens)), self.mine) | present) & (tokens > 0)
@@ -78,6 +82,24 @@ def test_experts_in_the_cache_are_not_streamed() -> None:
     assert not any(shares.seen[layer][uses[layer] > 0].any() for layer in range(2))
 
 
+def test_a_cache_with_room_for_all_leaves_the_cpu_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def filled(decoder: GpuDecoder) -> ExpertSlots:
+        cache = ExpertCache([each for each in decoder.routed if each is not None], 17, DEVICE)
+        cache.fill()
+        assert cache.statistics().num_held == 16
+        return ExpertSlots(cache=cache)
+
+    ours = with_staging("qwen3_moe", FixedShares([]), 4, filled)
+    monkeypatch.setattr(prefill, "moe_forward", lambda *_, **__: pytest.fail("asked the CPU"))
+    ids = inputs(batch=1, length=9, seed=2)
+    with torch.no_grad():
+        logits, expected = ours(ids).logits, checkpoint_of("qwen3_moe")[0](ids).logits
+    assert relative_error(logits, expected) < TOLERANCE
+    cache = ours.runner.slots.cache
+    cache.restart(PromotionPolicy(2, 8, 3))
+    assert cache.statistics().num_held == 0 and (cache.table(1) == -1).all()
+
+
 def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = GpuDecoder(load_small("qwen3_moe"), DEVICE, max_positions=64, dtype=torch.float32)
     experts = [each for each in decoder.routed if each is not None]
@@ -109,3 +131,19 @@ def test_runs_end_at_large_gaps() -> None:
     assert runs_of(np.array([0, 1, 3, 6, 7]), 0) == [(0, 2), (3, 1), (6, 2)]
     assert runs_of(np.array([0, 1, 3, 6, 7]), 1) == [(0, 4), (6, 2)]
     assert runs_of(np.array([5]), 2) == [(5, 1)]
+
+
+def test_costs_are_measured() -> None:
+    decoder = GpuDecoder(load_small("qwen3_moe"), DEVICE, max_positions=64, dtype=torch.float32)
+    experts = [each for each in decoder.routed if each is not None]
+    costs = measure_costs(experts[0], StagingBuffers(experts, 8, DEVICE))
+    assert 0 < costs.per_upload < 1 and 0 < costs.fixed < 1
+    assert costs.per_row == pytest.approx(costs.per_upload * 32 * 4 / (3 * 32 * 16 * 4))
+
+
+def test_costs_follow_from_three_sizes() -> None:
+    decoder = GpuDecoder(load_small("qwen3_moe"), DEVICE, max_positions=64, dtype=torch.float32)
+    (experts, *_) = (each for each in decoder.routed if each is not None)
+    found = cpu_costs(experts, lambda count, tokens: 5.0 + count * (2.0 + 0.5 * tokens))
+    assert found == pytest.approx((5.0, 2.0, 0.5))
+    assert all(cost > 0 for cost in cpu_costs(experts, lambda count, tokens: 1.0 / (count * tokens)))

@@ -8,6 +8,7 @@ being filled. Which expert deserves a slot is `promotion`'s business.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,6 +80,24 @@ class ExpertCache:
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
+    def fill(self) -> None:
+        """Give free slots to experts, as many of each layer, and wait until they are there."""
+        moves = self.policy.fill([experts.num_experts for experts in self._routed])
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            for move in moves:
+                self._copy(move)
+        self.wait()
+        for move in moves:
+            self.policy.complete(move)
+        self._enter()
+
+    def restart(self, policy: PromotionPolicy) -> None:
+        """Begin anew, with no experts, by another policy, which may have fewer slots."""
+        self.wait()
+        self._leaving, self.policy = [], policy
+        self._steps = self._tokens = self._copied = 0
+        self._enter()
+
     def table(self, layer: int) -> torch.Tensor:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
         return self._tables[layer, : self._routed[layer].num_experts]
@@ -110,8 +129,7 @@ class ExpertCache:
         if finished:
             self._under_way = [item for item in self._under_way if item not in finished]
         if finished or self._leaving:
-            self._staged.copy_(torch.from_numpy(self.policy.slot_of))
-            self._tables.copy_(self._staged, non_blocking=True)
+            self._enter()
 
     def during_step(self) -> None:
         """Begin the copies into slots that the step, which has been launched, does not read any more."""
@@ -164,6 +182,11 @@ class ExpertCache:
             int(policy.hits.sum()) / total if total else 0.0,
             self._copied,
         )
+
+    def _enter(self) -> None:
+        """What the policy says is what steps see from now on."""
+        self._staged.copy_(torch.from_numpy(self.policy.slot_of))
+        self._tables.copy_(self._staged, non_blocking=True)
 
     def _copy(self, move: Move) -> None:
         experts, layout = self._routed[move.layer], self._layouts[move.layer]

@@ -91,7 +91,7 @@ class ChunkPath:
 
     def start(self, routed: Routed) -> None:
         """Begin to copy the inputs."""
-        if not self._slots.is_complete(routed.layer):
+        if not self._slots.has_all(routed.layer):
             self._buffers.fetch(routed.hidden, routed.misses, routed.weights)
 
     def finish(
@@ -103,7 +103,7 @@ class ChunkPath:
         scale: float,
     ) -> None:
         """Compute and add."""
-        if self._slots.is_complete(routed.layer):
+        if self._slots.has_all(routed.layer):
             total = self._slots.compute(routed)
         else:
             total = self._compute(routed)

@@ -30,6 +30,11 @@ class ExpertSlots:
         """Whether all experts of a layer are there, now and for ever."""
         return layer in self._resident
 
+    def has_all(self, layer: int) -> bool:
+        """Whether all experts of a layer are there now, in the cache or for ever."""
+        held = None if self.is_complete(layer) else self.held(layer)
+        return self.is_complete(layer) or (held is not None and bool(held.all()))
+
     def table(self, layer: int) -> torch.Tensor | None:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1; None if none can be there."""
         if layer in self._resident:

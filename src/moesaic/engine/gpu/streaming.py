@@ -52,6 +52,7 @@ class StreamingPath(ChunkPath):
         self._staging, self._shares = staging, shares
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
+        self._chose: float | None = None  # when the router's choice of the layer before was known
 
     def _compute(self, routed: Routed) -> torch.Tensor:
         """The cached, the streamed, the CPU's."""
@@ -61,10 +62,10 @@ class StreamingPath(ChunkPath):
         pairs = staging.layouts[layer].pairs(routed.hidden, routed.chosen, routed.weights)
         cached = self._slots.multiply(layer, pairs)
         self._buffers.wait_routing()
-        self._observe_uploads()
+        self._observe_last()
         flat = self._buffers.misses.flatten().numpy()
         tokens = np.bincount(flat[flat >= 0], minlength=pairs.num_experts)
-        streamed, table = self._stream(layer, tokens, pairs)
+        streamed, table = self._stream(routed, tokens, pairs)
         total: torch.Tensor | None = None
         if table is not None or cached is not None:
             all_there = cached if table is None else table if cached is None else torch.maximum(cached, table)
@@ -84,20 +85,20 @@ class StreamingPath(ChunkPath):
         self._shares.observe_cpu(int(np.count_nonzero(kept)), int(kept.sum()), time.perf_counter() - started)
         return back if total is None else total.add_(back)
 
-    def _stream(self, layer: int, tokens: np.ndarray, pairs: ExpertPairs) -> tuple[np.ndarray, torch.Tensor | None]:
+    def _stream(self, routed: Routed, tokens: np.ndarray, pairs: ExpertPairs) -> tuple[np.ndarray, torch.Tensor | None]:
         """Queue copies and products.
 
         Returns:
             Which experts the GPU gets, and their table on it, or None.
         """
-        staging = self._staging
+        staging, layer = self._staging, routed.layer
         ahead, self._ahead = self._ahead, []
         present = np.zeros(len(tokens), bool)
         for group in ahead:
             present[group.experts] = True
         under_way = sum(len(group.experts) for group in ahead if not staging.is_there(group))
         present &= tokens > 0
-        streamed = self._shares.choose(layer, tokens, present, under_way)
+        streamed = self._shares.choose(layer, tokens, len(routed.hidden), present, under_way)
         wanted = np.flatnonzero(streamed & ~present)
         groups = [*ahead, *staging.plan(wanted, self._max_gap(layer))]
         table = self._multiply(layer, groups, len(ahead), np.where(streamed, tokens, 0), pairs) if groups else None
@@ -153,8 +154,11 @@ class StreamingPath(ChunkPath):
         kernel = self._staging.layouts[layer].kernel
         return int((2 if kernel.gate is None else 3) * _LAUNCH_SECONDS / max(self._shares.costs.per_upload, 1e-9))
 
-    def _observe_uploads(self) -> None:
-        """Take the time of the layer before, if it is known by now."""
+    def _observe_last(self) -> None:
+        """Take the times of the layer before, as far as they are known by now."""
+        last, self._chose = self._chose, time.perf_counter()
+        if last is not None:
+            self._shares.observe_layer(self._chose - last)
         if self._pending is not None and self._pending[2].is_passed():
             count, begun, done = self._pending
             self._shares.observe_uploads(count, done.seconds_since(begun))

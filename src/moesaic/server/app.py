@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,16 +21,17 @@ from moesaic.server.availability import check_available
 from moesaic.server.errors import ApiError
 from moesaic.server.limits import Limited
 from moesaic.server.metrics import Metrics
+from moesaic.server.openapi import describe
 from moesaic.server.operation import Operation, Style
 from moesaic.server.options import ServerOptions
-from moesaic.server.plain import health
+from moesaic.server.plain import description, health
 from moesaic.server.plain import metrics as metrics_route
 from moesaic.server.security import Gatekeeper
 from moesaic.server.state import ServerState
 
 __all__ = ["all_operations", "build_app"]
 
-_MODULES = (health, metrics_route)
+_MODULES = (health, metrics_route, description)
 
 
 def all_operations(options: ServerOptions) -> list[Operation]:
@@ -71,6 +73,7 @@ def build_app(
     app.state.stopping = False
     app.state.options = options
     app.state.metrics = metrics
+    app.state.description = msgspec.json.encode(describe(operations, keyed=bool(options.api_keys)))
     metrics.watch(lambda: None if app.state.moesaic is None else app.state.moesaic.engine)
     return app
 

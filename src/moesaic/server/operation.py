@@ -33,6 +33,7 @@ class Operation:
         stream: the media type of the streamed form of its answer, if it has one.
         public: whether it needs no key.
         needs_model: whether it is refused with 503 while no model is ready.
+        statuses: that its answer may have; errors come on top.
     """
 
     method: Literal["GET", "POST"]
@@ -45,3 +46,4 @@ class Operation:
     stream: Literal["text/event-stream", "application/x-ndjson"] | None = None
     public: bool = False
     needs_model: bool = True
+    statuses: tuple[int, ...] = (200,)

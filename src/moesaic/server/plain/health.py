@@ -45,6 +45,7 @@ OPERATIONS = (
         response=Health,
         public=True,
         needs_model=False,
+        statuses=(200, 503),
     ),
     Operation("GET", "/version", _version, "Version of the server", "plain", response=Version, needs_model=False),
 )

@@ -1,0 +1,78 @@
+"""Fields that would change the answer and are not supported: declared as such in the types of bodies, refused by name.
+
+A field is declared with one of the types below; its values that ask for nothing are in the type, so that the OpenAPI
+description has them too.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated, Any, get_args, get_type_hints
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from moesaic.server.bodies import refuse_unsupported
+
+__all__ = [
+    "OnlyEmpty",
+    "OnlyFalse",
+    "OnlyMedium",
+    "OnlyNull",
+    "OnlyOne",
+    "OnlyText",
+    "OnlyZero",
+    "UnsupportedSampling",
+    "refuse",
+]
+
+_WHY = "Not supported; only values that ask for nothing are accepted."
+
+OnlyNull = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None]})]
+OnlyFalse = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, False]})]
+OnlyZero = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 0, 0.0, False]})]
+OnlyOne = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 1, 1.0]})]
+OnlyText = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, ["text"]]})]
+OnlyMedium = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, "medium"]})]
+OnlyEmpty = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, "", [], {}]})]
+
+
+class UnsupportedSampling(Struct, kw_only=True):
+    """Ways of other servers to choose tokens, which change the answer."""
+
+    logits_processors: OnlyEmpty | UnsetType = UNSET
+    bad_words: OnlyEmpty | UnsetType = UNSET
+    allowed_token_ids: OnlyEmpty | UnsetType = UNSET
+    use_beam_search: OnlyFalse | UnsetType = UNSET
+    length_penalty: OnlyOne | UnsetType = UNSET
+    prompt_logprobs: OnlyNull | UnsetType = UNSET
+    truncate_prompt_tokens: OnlyNull | UnsetType = UNSET
+    include_stop_str_in_output: OnlyFalse | UnsetType = UNSET
+    typical_p: OnlyOne | UnsetType = UNSET
+    tfs_z: OnlyOne | UnsetType = UNSET
+    top_a: OnlyZero | UnsetType = UNSET
+    top_n_sigma: OnlyNull | UnsetType = UNSET
+    mirostat: OnlyZero | UnsetType = UNSET
+    dynatemp_range: OnlyZero | UnsetType = UNSET
+    xtc_probability: OnlyZero | UnsetType = UNSET
+    dry_multiplier: OnlyZero | UnsetType = UNSET
+    repeat_penalty: OnlyOne | UnsetType = UNSET
+    grammar: OnlyEmpty | UnsetType = UNSET
+    json_schema: OnlyEmpty | UnsetType = UNSET
+    lora: OnlyEmpty | UnsetType = UNSET
+
+
+@cache
+def _harmless(kind: type[Struct]) -> dict[str, tuple[Any, ...]]:
+    """Of each unsupported field of a type, the values that ask for nothing."""
+    found = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        for part in (hint, *get_args(hint)):
+            for meta in getattr(part, "__metadata__", ()):
+                if isinstance(meta, Meta) and meta.description == _WHY and meta.extra_json_schema is not None:
+                    found[name] = tuple(meta.extra_json_schema["enum"])
+    return found
+
+
+def refuse(body: Struct) -> None:
+    """Refuse the unsupported fields of a body, as their types say. Raises ApiError."""
+    refuse_unsupported(body, _harmless(type(body)))

@@ -13,9 +13,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from tests.server.fakes import ScriptedEngine
 
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.server.app import all_operations, build_app
+from moesaic.server.app import build_app
 from moesaic.server.operation import Operation, Style
 from moesaic.server.options import ServerOptions
+from moesaic.server.routes import all_operations
 from moesaic.server.state import Chat, ModelInfo, ServerState, state_of
 
 
@@ -51,9 +52,9 @@ def post(path: str, handler: Any = echo, style: Style = "openai") -> Operation:
 
 
 TEST_OPERATIONS = (
-    post("/v1/chat/completions"),
-    post("/v1/messages", style="anthropic"),
-    post("/api/chat", style="ollama"),
+    post("/v1/echo"),
+    post("/v1/messages/echo", style="anthropic"),
+    post("/api/echo", style="ollama"),
     post("/stream", stream, "plain"),
     post("/whole", whole, "plain"),
     post("/broken", broken),

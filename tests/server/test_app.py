@@ -37,7 +37,7 @@ def test_nothing_is_answered_before_a_model_is_there() -> None:
 
 @pytest.mark.parametrize(("status", "code"), [("loading", "model_loading"), ("dead", "engine_unavailable")])
 def test_requests_are_refused_while_no_model_is_ready(status: str, code: str) -> None:
-    answer = call(make_app(engine=ScriptedEngine(status=status)), "POST", "/v1/chat/completions")  # type: ignore[arg-type]
+    answer = call(make_app(engine=ScriptedEngine(status=status)), "POST", "/v1/echo")  # type: ignore[arg-type]
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == code
     assert int(answer.headers["retry-after"]) >= 1
@@ -46,7 +46,7 @@ def test_requests_are_refused_while_no_model_is_ready(status: str, code: str) ->
 def test_no_requests_are_taken_while_the_server_stops() -> None:
     app = make_app()
     app.state.stopping = True
-    assert call(app, "POST", "/v1/chat/completions").json()["error"]["code"] == "shutting_down"
+    assert call(app, "POST", "/v1/echo").json()["error"]["code"] == "shutting_down"
     assert call(app, "GET", "/health").json() == {"status": "draining"}
 
 
@@ -54,20 +54,20 @@ def test_no_requests_are_taken_while_the_server_stops() -> None:
     ("path", "expected"),
     [
         ("/v1/nothing", {"error": {"message": "M", "type": "not_found_error", "param": None, "code": "not_found"}}),
-        ("/v1/messages", {"type": "error", "error": {"type": "invalid_request_error", "message": "M"}}),
+        ("/v1/messages/echo", {"type": "error", "error": {"type": "invalid_request_error", "message": "M"}}),
         ("/api/nothing", {"error": "M"}),
     ],
 )
 def test_unknown_paths_and_methods_get_errors_in_the_form_of_their_api(path: str, expected: object) -> None:
-    answer = call(make_app(), "DELETE" if path == "/v1/messages" else "POST", path)
-    assert answer.status_code == (405 if path == "/v1/messages" else 404)
+    answer = call(make_app(), "DELETE" if path == "/v1/messages/echo" else "POST", path)
+    assert answer.status_code == (405 if path == "/v1/messages/echo" else 404)
     text = msgspec.json.encode(expected).decode().replace('"M"', '"[a-z ]+[.]"').replace("{", "[{]")
     assert re.fullmatch(text, answer.text)
     assert ("allow" in answer.headers) == (answer.status_code == 405)
 
 
 def test_a_slash_too_many_is_no_redirect() -> None:
-    assert call(make_app(), "POST", "/v1/chat/completions/").status_code == 404
+    assert call(make_app(), "POST", "/v1/echo/").status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/broken", "/v1/messages/broken"])
@@ -108,7 +108,7 @@ def test_request_ids() -> None:
         assert re.fullmatch(
             "req_[0-9a-f]{24}", call(app, "GET", "/health", headers={"x-request-id": bad}).headers["x-request-id"]
         )
-    answer = call(app, "POST", "/v1/messages", headers={"x-request-id": "mine-2"})
+    answer = call(app, "POST", "/v1/messages/echo", headers={"x-request-id": "mine-2"})
     assert answer.headers["request-id"] == "mine-2"
 
 
@@ -117,12 +117,12 @@ def test_the_access_log_has_no_contents(caplog: pytest.LogCaptureFixture) -> Non
     call(
         make_app(),
         "POST",
-        "/v1/chat/completions?key=SECRET",
+        "/v1/echo?key=SECRET",
         content=b'{"a": "SECRET"}',
         headers={"x-api-key": "SECRET"},
     )
     call(make_app(), "GET", "/x%0aSECOND LINE")
     lines = [record.getMessage() for record in caplog.records if record.name == "moesaic.server"]
     assert len(lines) == 2
-    assert re.fullmatch(r"127\.0\.0\.1 POST /v1/chat/completions 200 0\.\d+s req_\w+", lines[0])
+    assert re.fullmatch(r"127\.0\.0\.1 POST /v1/echo 200 0\.\d+s req_\w+", lines[0])
     assert "\n" not in lines[1] and r"\nSECOND" in lines[1]

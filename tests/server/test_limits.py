@@ -15,7 +15,7 @@ from moesaic.server.errors import ApiError
 from moesaic.server.limits import check_body, check_depth
 from moesaic.server.options import Limits, ServerOptions
 
-PATH = "/v1/chat/completions"
+PATH = "/v1/echo"
 
 
 def limited(**limits: object) -> ServerOptions:
@@ -132,7 +132,7 @@ def test_body_bytes() -> None:
     answer = call(app, "POST", PATH, content=b"x" * 1001)
     assert (answer.status_code, answer.json()["error"]["type"]) == (413, "request_too_large")
     assert answer.headers["connection"] == "close"
-    assert call(app, "POST", "/v1/messages", content=b"x" * 1001).json()["error"]["type"] == "request_too_large"
+    assert call(app, "POST", "/v1/messages/echo", content=b"x" * 1001).json()["error"]["type"] == "request_too_large"
 
 
 def test_a_body_without_length_is_cut_off() -> None:

@@ -6,14 +6,36 @@ from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, settings
-from tests.server.apps import call, make_app, make_state
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    allow_header_conformance,
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+    unsupported_method,
+)
+from tests.server.apps import call, make_app
+from tests.server.scripted import scripted_state
 
-from moesaic.server.app import all_operations, build_app
+from moesaic.server.app import build_app
 from moesaic.server.openapi import describe
 from moesaic.server.options import ServerOptions
+from moesaic.server.routes import all_operations
 
 OPTIONS = ServerOptions(allow_hosts=("testserver",))
-APP = build_app(make_state(), OPTIONS)
+APP = build_app(scripted_state()[0], OPTIONS)
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    response_headers_conformance,
+    negative_data_rejection,
+    allow_header_conformance,
+    unsupported_method,
+]
 schema = schemathesis.openapi.from_asgi("/openapi.json", APP)
 
 
@@ -51,6 +73,9 @@ def test_the_description_needs_a_key_if_there_is_one() -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=25, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_requests_made_from_the_description(case: schemathesis.Case) -> None:
-    case.call_and_validate(timeout=10)
+    is_right = case.meta is not None and case.meta.generation.mode is schemathesis.GenerationMode.POSITIVE
+    if is_right and isinstance(case.body, dict) and "model" in case.body:
+        case.body["model"] = "demo"  # so that more than the name is looked at
+    case.call_and_validate(checks=CHECKS, timeout=10)

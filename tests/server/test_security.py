@@ -63,7 +63,7 @@ def test_everything_but_public_operations_needs_a_key() -> None:
     paths = (
         "/metrics",
         "/version",
-        "/v1/chat/completions",
+        "/v1/echo",
         "/nowhere",
         "/health/",
         "//health",
@@ -81,9 +81,9 @@ def test_everything_but_public_operations_needs_a_key() -> None:
 
 def test_refusals_have_the_form_of_the_api() -> None:
     app = make_app(ServerOptions(api_keys=KEYS))
-    assert call(app, "POST", "/v1/messages").json()["error"]["type"] == "authentication_error"
-    assert call(app, "POST", "/v1/chat/completions").json()["error"]["code"] == "invalid_api_key"
-    assert call(app, "POST", "/api/chat").json()["error"].startswith("the API key")
+    assert call(app, "POST", "/v1/messages/echo").json()["error"]["type"] == "authentication_error"
+    assert call(app, "POST", "/v1/echo").json()["error"]["code"] == "invalid_api_key"
+    assert call(app, "POST", "/api/echo").json()["error"].startswith("the API key")
 
 
 def test_metrics_may_be_public() -> None:
@@ -155,7 +155,7 @@ def test_two_or_no_host_headers_are_refused() -> None:
 def test_origin(allowed_origins: tuple[str, ...], origin: str | None, status: int) -> None:
     app = make_app(ServerOptions(allow_origins=allowed_origins))
     headers = {} if origin is None else {"origin": origin}
-    answer = call(app, "POST", "/v1/chat/completions", headers=headers)
+    answer = call(app, "POST", "/v1/echo", headers=headers)
     assert answer.status_code == status
     named = status == 200 and origin is not None and not origin.startswith("http://127")
     assert answer.headers.get("access-control-allow-origin") == (origin if named else None)
@@ -170,18 +170,15 @@ def test_browsers_may_ask_first() -> None:
         "access-control-request-headers": "authorization,content-type",
         "access-control-request-private-network": "true",
     }
-    answer = call(app, "OPTIONS", "/v1/chat/completions", headers=headers)
+    answer = call(app, "OPTIONS", "/v1/echo", headers=headers)
     assert answer.status_code == 204 and not answer.content
     assert answer.headers["access-control-allow-origin"] == "https://chat.example"
     assert answer.headers["access-control-allow-methods"] == "GET, POST"
     assert answer.headers["access-control-allow-headers"] == "authorization,content-type"
     assert answer.headers["access-control-allow-private-network"] == "true"
     assert answer.headers["vary"] == "Origin"
-    assert (
-        call(app, "OPTIONS", "/v1/chat/completions", headers=headers | {"origin": "https://b.example"}).status_code
-        == 403
-    )
-    refused = call(app, "POST", "/v1/chat/completions", headers={"origin": "https://chat.example"})
+    assert call(app, "OPTIONS", "/v1/echo", headers=headers | {"origin": "https://b.example"}).status_code == 403
+    refused = call(app, "POST", "/v1/echo", headers={"origin": "https://chat.example"})
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://chat.example"  # so that the page can read why
 

@@ -1,12 +1,11 @@
 """The application: operations of all route modules behind one guard, one set of limits and one place for errors.
 
-It knows no API: what there is comes from the modules' `OPERATIONS`.
+It knows no API: what there is comes from `routes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
 
 import msgspec
 from starlette.applications import Starlette
@@ -24,22 +23,11 @@ from moesaic.server.metrics import Metrics
 from moesaic.server.openapi import describe
 from moesaic.server.operation import Operation, Style
 from moesaic.server.options import ServerOptions
-from moesaic.server.plain import description, health
-from moesaic.server.plain import metrics as metrics_route
+from moesaic.server.routes import all_operations
 from moesaic.server.security import Gatekeeper
 from moesaic.server.state import ServerState
 
-__all__ = ["all_operations", "build_app"]
-
-_MODULES = (health, metrics_route, description)
-
-
-def all_operations(options: ServerOptions) -> list[Operation]:
-    """Everything that the server answers, as the options have it."""
-    operations = [operation for module in _MODULES for operation in module.OPERATIONS]
-    if options.public_metrics:
-        operations = [replace(each, public=each.public or each.path == "/metrics") for each in operations]
-    return operations
+__all__ = ["build_app"]
 
 
 def build_app(

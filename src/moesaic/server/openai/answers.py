@@ -65,14 +65,14 @@ class WholeAnswer:
         return [ToolCall(identity, name, "".join(pieces)) for identity, name, pieces in self.calls.values()]
 
 
-def completed(finished: Finished | None) -> FinishReason:
-    """Why an answer is complete.
+def completed(reason: str | None) -> FinishReason:
+    """Why an answer is complete; None if nothing was said of that.
 
     Raises:
         ApiError: it is not, because generation was given up.
     """
-    match None if finished is None else finished.reason:
-        case "stop" | "length" | "tool_calls" as reason:
+    match reason:
+        case "stop" | "length" | "tool_calls":
             return reason
         case "cancelled":
             raise ApiError(503, "the server has cancelled this request.", "api_error", code="cancelled")

@@ -77,7 +77,7 @@ async def _whole(state: ServerState, body: ChatBody, asked: ChatRequest) -> Chat
 
 def _choice(index: int, answer: WholeAnswer, logprobs: bool) -> ChatChoice:
     """A complete answer in the API's form."""
-    reason = completed(answer.finished)
+    reason = completed(answer.finished.reason if answer.finished is not None else None)
     text, thoughts = "".join(answer.text), "".join(answer.reasoning)
     calls = [
         ToolCallBody(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
@@ -120,7 +120,7 @@ async def _pieces(state: ServerState, model: str, asked: ChatRequest, usage: boo
             if isinstance(each, ReasoningDelta):
                 thoughts[each.choice].append(each.text)
             elif isinstance(each, Finished):
-                completed(each)
+                completed(each.reason)
                 ended.append(each)
                 if len(ended) == asked.params.n:
                     chunk.timings = make_timings([[last.stats for last in ended]])
@@ -158,7 +158,7 @@ def _piece(each: Event) -> ChatChunkChoice | None:
             )
             return ChatChunkChoice(index=each.choice, delta=Delta(tool_calls=[call]))
         case Finished():
-            return ChatChunkChoice(index=each.choice, finish_reason=completed(each), stop_reason=each.stop)
+            return ChatChunkChoice(index=each.choice, finish_reason=completed(each.reason), stop_reason=each.stop)
 
 
 OPERATIONS = (

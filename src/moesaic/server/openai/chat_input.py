@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moesaic.engine.serving.params import Grammar, SamplingParams
+from moesaic.engine.serving.params import SamplingParams
 from moesaic.server.conversation import ChatRequest, Message, ToolCall, ToolChoice
 from moesaic.server.errors import ApiError
-from moesaic.server.openai.chat_types import ChatBody, InputMessage, NamedTool, Part, ResponseFormat
-from moesaic.server.openai.sampling import make_params, schema_grammar
+from moesaic.server.openai.chat_types import ChatBody, InputMessage, NamedTool, Part
+from moesaic.server.openai.formats import format_grammar
+from moesaic.server.openai.sampling import make_params
 from moesaic.server.openai.tools import check_tools, make_tools, template_arguments
 from moesaic.server.openai.unsupported import refuse
 from moesaic.server.state import Chat
 
-__all__ = ["chat_request", "continues", "format_grammar", "make_messages", "text_of"]
+__all__ = ["chat_request", "continues", "make_messages", "text_of"]
 
 _TEXTS = frozenset({"text", "input_text", "output_text"})
 _MEDIA = frozenset({"image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file"})
@@ -135,19 +136,3 @@ def _params(body: ChatBody) -> SamplingParams:
         grammar=format_grammar(body.response_format),
         names={"max_tokens": name, "logprobs": "top_logprobs"},
     )
-
-
-def format_grammar(form: ResponseFormat | None) -> Grammar | None:
-    """What `response_format` says of the text.
-
-    Raises:
-        ApiError: there is no schema where there has to be one.
-    """
-    if form is None or form.type == "text":
-        return None
-    if form.type == "json_object":
-        return Grammar("json_object") if form.schema is None else schema_grammar(form.schema)
-    if form.json_schema is None or form.json_schema.schema is None:
-        where = "response_format.json_schema.schema"
-        raise ApiError(400, f"{where} is missing: expected a JSON schema.", param=where)
-    return schema_grammar(form.json_schema.schema)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from moesaic.server.openai.formats import ResponseFormat
 from moesaic.server.openai.logprobs import ChatLogprob
 from moesaic.server.openai.sampling import Count, SamplingFields, TopLogprobs
 from moesaic.server.openai.tools import Effort, FunctionName, FunctionTool
@@ -30,8 +31,6 @@ __all__ = [
     "FunctionCall",
     "InputMessage",
     "Part",
-    "ResponseFormat",
-    "SchemaFormat",
     "ToolCallBody",
     "ToolCallPiece",
 ]
@@ -73,23 +72,6 @@ class InputMessage(Struct, kw_only=True):
     refusal: str | None = None
     audio: OnlyNull | UnsetType = UNSET
     function_call: OnlyNull | UnsetType = UNSET
-
-
-class SchemaFormat(Struct, kw_only=True):
-    """A JSON schema; text keeps to it whether it is `strict` or not."""
-
-    name: str
-    schema: dict[str, Any] | None = None
-    description: str | None = None
-    strict: bool | None = None
-
-
-class ResponseFormat(Struct, kw_only=True):
-    """Form of the text; `schema` beside "json_object" is llama.cpp's way."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: SchemaFormat | None = None
-    schema: dict[str, Any] | None = None
 
 
 class ToolBody(Struct, kw_only=True):

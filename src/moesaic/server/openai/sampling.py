@@ -5,42 +5,23 @@ It knows no conversations.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta
 
 from moesaic.engine.serving.params import MAX_LOGPROBS, Grammar, SamplingParams
 from moesaic.errors import RequestError
 from moesaic.server.errors import ApiError
+from moesaic.server.openai.formats import StructuredOutputs, named_grammars
 from moesaic.server.openai.unsupported import UnsupportedSampling
 
-__all__ = ["Count", "SamplingFields", "StructuredOutputs", "TokenId", "TopLogprobs", "make_params", "schema_grammar"]
+__all__ = ["Count", "SamplingFields", "TokenId", "TopLogprobs", "make_params"]
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 TopLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
-
-
-class StructuredOutputs(Struct, kw_only=True):
-    """What the text has to look like, in vLLM's form: one of these.
-
-    Attributes:
-        json: a schema, as JSON or as its text.
-        json_object: any JSON object.
-        regex: an expression that the whole text matches.
-        choice: one of these texts.
-        grammar: in Lark's form, as llguidance reads it.
-    """
-
-    json: dict[str, Any] | str | None = None
-    json_object: bool | None = None
-    regex: str | None = None
-    choice: list[str] | None = None
-    grammar: str | None = None
 
 
 class SamplingFields(UnsupportedSampling, kw_only=True):
@@ -117,39 +98,16 @@ def make_params(
         raise RequestError(str(error).replace(str(error.param), name, 1), name) from None
 
 
-def schema_grammar(schema: Any) -> Grammar:
-    """The grammar of a JSON schema."""
-    return Grammar("json_schema", schema if isinstance(schema, str) else msgspec.json.encode(schema).decode())
-
-
 def _one_grammar(body: SamplingFields, own: Grammar | None, name: str) -> Grammar | None:
     """The grammar that a body asks for, in whichever way it does."""
     asked = [] if own is None else [(name, own)]
     wanted = body.structured_outputs
     if wanted is not None:
-        asked += _grammars("structured_outputs.", wanted.json, wanted.regex, wanted.choice, wanted.grammar)
+        asked += named_grammars("structured_outputs.", wanted.json, wanted.regex, wanted.choice, wanted.grammar)
         if wanted.json_object:
             asked.append(("structured_outputs.json_object", Grammar("json_object")))
-    asked += _grammars("guided_", body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar)
+    asked += named_grammars("guided_", body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar)
     if len(asked) > 1:
         first, second = asked[0][0], asked[1][0]
         raise ApiError(400, f"{first} and {second} are both given: expected one form for the text.", param=second)
     return asked[0][1] if asked else None
-
-
-def _grammars(
-    prefix: str, schema: dict[str, Any] | str | None, regex: str | None, choice: list[str] | None, lark: str | None
-) -> list[tuple[str, Grammar]]:
-    """Name of the field and grammar for each that is given."""
-    found = []
-    if schema is not None:
-        found.append((prefix + "json", schema_grammar(schema)))
-    if regex is not None:
-        found.append((prefix + "regex", Grammar("regex", regex)))
-    if choice is not None:
-        if not choice:
-            raise ApiError(400, f"{prefix}choice is empty: expected texts to choose from.", param=prefix + "choice")
-        found.append((prefix + "choice", Grammar("regex", "|".join(f"(?:{re.escape(each)})" for each in choice))))
-    if lark is not None:
-        found.append((prefix + "grammar", Grammar("lark", lark)))
-    return found

@@ -20,6 +20,7 @@ __all__ = [
     "OnlyNull",
     "OnlyOne",
     "OnlyText",
+    "OnlyTrue",
     "OnlyZero",
     "UnsupportedSampling",
     "refuse",
@@ -29,6 +30,7 @@ _WHY = "Not supported; only values that ask for nothing are accepted."
 
 OnlyNull = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None]})]
 OnlyFalse = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, False]})]
+OnlyTrue = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, True]})]
 OnlyZero = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 0, 0.0, False]})]
 OnlyOne = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 1, 1.0]})]
 OnlyText = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, ["text"]]})]

@@ -191,7 +191,7 @@ def test_a_second_signal_does_not_wait() -> None:
             started = time.monotonic()
             assert await server.end() == 1
             assert time.monotonic() - started < 3
-            assert server.lifecycle.forced
+            assert server.lifecycle.left_behind
             with pytest.raises(httpx.HTTPError):
                 (await request).raise_for_status()
 

@@ -63,11 +63,12 @@ class Lifecycle:
         self._web: WebServer = make_web_server(self.app, options)
         self._stop, self._force = asyncio.Event(), asyncio.Event()
         self._failures: deque[float] = deque()
+        self._left_behind = False
 
     @property
-    def forced(self) -> bool:
-        """Whether it was told not to wait: threads may still be at work."""
-        return self._force.is_set()
+    def left_behind(self) -> bool:
+        """Whether threads may still be at work: it was told not to wait, or they did not end in time."""
+        return self._force.is_set() or self._left_behind
 
     def stop(self) -> None:
         """End: the first call drains, the second does not wait any longer."""
@@ -86,7 +87,7 @@ class Lifecycle:
             await asyncio.wait({serving, working, forced}, return_when=asyncio.FIRST_COMPLETED)
             if working.done():
                 return working.result()
-            _LOG.error("the server ends %s", "at once" if self.forced else "because it cannot listen any more")
+            _LOG.error("the server ends %s", "at once" if self._force.is_set() else "because it cannot listen any more")
             return 1
         finally:
             if not working.done():
@@ -110,7 +111,7 @@ class Lifecycle:
                     return await self._drain(state)
                 _LOG.error("the engine has ended: %s", state.engine.error)
                 await self._say_last_words()
-                await _close(state)
+                await self._close(state)
             if not self._may_restart():
                 return 1
             self.app.state.moesaic = None
@@ -121,6 +122,7 @@ class Lifecycle:
         stopped = asyncio.create_task(self._stop.wait())
         try:
             await asyncio.wait({loading, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            self._left_behind = not loading.done()
             return loading.result() if loading.done() else None
         except Exception as error:
             if not self._failures:
@@ -166,9 +168,18 @@ class Lifecycle:
         await state.engine.drain(seconds)
         if not await self._are_all_answered(deadline - time.monotonic()):
             _LOG.warning("%d requests are broken off", self._web.num_running)
-        await _close(state)  # streams that are left end with an error
+        await self._close(state)  # streams that are left end with an error
         await self._say_last_words()
         return 0
+
+    async def _close(self, state: ServerState) -> None:
+        try:
+            await asyncio.wait_for(state.engine.close(), _CLOSE_SECONDS)
+        except TimeoutError:
+            self._left_behind = True
+            _LOG.error("the engine did not end within %g seconds", _CLOSE_SECONDS)
+        except Exception:
+            _LOG.exception("the engine could not be closed")
 
     async def _say_last_words(self) -> None:
         """Give streams a moment to tell their clients that the engine is dead."""
@@ -179,15 +190,6 @@ class Lifecycle:
         while self._web.num_running and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         return not self._web.num_running
-
-
-async def _close(state: ServerState) -> None:
-    try:
-        await asyncio.wait_for(state.engine.close(), _CLOSE_SECONDS)
-    except TimeoutError:
-        _LOG.error("the engine did not end within %g seconds", _CLOSE_SECONDS)
-    except Exception:
-        _LOG.exception("the engine could not be closed")
 
 
 def serve(load: Load, options: ServerOptions, on_listening: Callable[[str], None], on_ready: Callable[[], None]) -> int:
@@ -210,7 +212,7 @@ def serve(load: Load, options: ServerOptions, on_listening: Callable[[str], None
         with _signals(lifecycle.stop):
             on_listening(url_of(listener))
             code = await lifecycle.run()
-        if lifecycle.forced:  # threads in native code would be waited for
+        if lifecycle.left_behind:  # Python would wait for them
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)

@@ -17,10 +17,11 @@ def start_logging(as_json: bool = False) -> None:
     """Write the log of Moesaic, and warnings of the libraries below, to standard error."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json() if as_json else logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    for name, level in (("moesaic", logging.INFO), ("uvicorn", logging.WARNING), ("asyncio", logging.WARNING)):
+    logging.captureWarnings(True)
+    for name in ("moesaic", "uvicorn", "asyncio", "py.warnings"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
-        logger.setLevel(level)
+        logger.setLevel(logging.INFO if name == "moesaic" else logging.WARNING)
         logger.propagate = False
 
 

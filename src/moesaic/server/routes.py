@@ -8,14 +8,26 @@ from moesaic.server.anthropic import messages
 from moesaic.server.ollama import chat as ollama_chat
 from moesaic.server.ollama import generate as ollama_generate
 from moesaic.server.ollama import models as ollama_models
-from moesaic.server.openai import chat, models
+from moesaic.server.openai import chat, completions, models
 from moesaic.server.operation import Operation
 from moesaic.server.options import ServerOptions
-from moesaic.server.plain import description, health, metrics
+from moesaic.server.plain import description, health, metrics, tokens
 
 __all__ = ["all_operations"]
 
-_MODULES = (models, chat, messages, ollama_chat, ollama_generate, ollama_models, health, metrics, description)
+_MODULES = (
+    models,
+    chat,
+    completions,
+    messages,
+    ollama_chat,
+    ollama_generate,
+    ollama_models,
+    tokens,
+    health,
+    metrics,
+    description,
+)
 
 
 def all_operations(options: ServerOptions) -> list[Operation]:

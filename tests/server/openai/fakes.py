@@ -18,7 +18,7 @@ from moesaic.engine.serving.params import SamplingParams
 from moesaic.errors import GenerationError, RequestError
 from moesaic.server.conversation import ChatRequest, Event, Finished, TextDelta
 from moesaic.server.errors import ApiError, error_body, to_api_error
-from moesaic.server.openai import chat, completions, models
+from moesaic.server.openai import chat, completions, models, responses
 from moesaic.server.operation import Operation
 from moesaic.server.plain import tokens
 from moesaic.server.state import ModelInfo, ServerState
@@ -27,6 +27,7 @@ OPERATIONS: tuple[Operation, ...] = (
     *models.OPERATIONS,
     *chat.OPERATIONS,
     *completions.OPERATIONS,
+    *responses.OPERATIONS,
     *tokens.OPERATIONS,
 )
 

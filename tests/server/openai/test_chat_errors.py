@@ -74,7 +74,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
     ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
-    ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "audio"),
+    ({"messages": [{"role": "assistant", "audio": {"id": "a"}}]}, "messages[0].audio"),
     ({"messages": user([{"type": "text", "text": "a"}, IMAGE])}, "messages[0].content[1]"),
     ({"messages": user([{"type": "input_audio", "input_audio": {}}])}, "messages[0].content[0]"),
     ({"messages": user([{"type": "text"}])}, "messages[0].content[0]"),

@@ -19,7 +19,7 @@ from moesaic.server.state import Chat
 
 __all__ = ["chat_request", "continues", "make_messages", "text_of"]
 
-_TEXTS = frozenset({"text", "input_text", "output_text"})
+_TEXTS = frozenset({"text", "input_text", "output_text", "reasoning_text", "summary_text"})
 _MEDIA = frozenset({"image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file"})
 
 
@@ -99,7 +99,7 @@ def text_of(content: str | Iterable[Part] | None, where: str) -> str:
 
 def _message(body: InputMessage, where: str, names: dict[str, str]) -> Message:
     """One turn; `names` are of the functions called so far, by the call's number."""
-    refuse(body)
+    refuse(body, where)
     calls = tuple(ToolCall(call.id, call.function.name, call.function.arguments) for call in body.tool_calls or ())
     names |= {call.id: call.name for call in calls}
     if calls and body.role != "assistant":

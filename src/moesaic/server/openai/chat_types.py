@@ -15,6 +15,7 @@ from moesaic.server.openai.unsupported import (
     OnlyFalse,
     OnlyMedium,
     OnlyNull,
+    OnlyOne,
     OnlyText,
 )
 from moesaic.server.openai.usage import StreamOptions, Timings, Usage
@@ -119,6 +120,7 @@ class ChatBody(SamplingFields, kw_only=True):
     functions: OnlyEmpty | UnsetType = UNSET
     function_call: OnlyEmpty | UnsetType = UNSET
     verbosity: OnlyMedium | UnsetType = UNSET
+    best_of: OnlyOne | UnsetType = UNSET
     echo: OnlyFalse | UnsetType = UNSET
     add_special_tokens: OnlyFalse | UnsetType = UNSET
     chat_template: OnlyNull | UnsetType = UNSET

@@ -60,7 +60,7 @@ class StructuredOutputs(Struct, kw_only=True):
 
 
 def schema_grammar(schema: Any) -> Grammar:
-    """The grammar of a JSON schema."""
+    """The grammar of a JSON schema, given as JSON or as its text."""
     return Grammar("json_schema", schema if isinstance(schema, str) else msgspec.json.encode(schema).decode())
 
 

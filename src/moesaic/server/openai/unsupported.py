@@ -12,13 +12,17 @@ from typing import Annotated, Any, get_args, get_type_hints
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from moesaic.server.bodies import refuse_unsupported
+from moesaic.server.errors import ApiError
 
 __all__ = [
+    "OnlyAuto",
+    "OnlyDisabled",
     "OnlyEmpty",
     "OnlyFalse",
     "OnlyMedium",
     "OnlyNull",
     "OnlyOne",
+    "OnlyStandard",
     "OnlyText",
     "OnlyTrue",
     "OnlyZero",
@@ -28,14 +32,22 @@ __all__ = [
 
 _WHY = "Not supported; only values that ask for nothing are accepted."
 
-OnlyNull = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None]})]
-OnlyFalse = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, False]})]
-OnlyTrue = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, True]})]
-OnlyZero = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 0, 0.0, False]})]
-OnlyOne = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, 1, 1.0]})]
-OnlyText = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, ["text"]]})]
-OnlyMedium = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, "medium"]})]
-OnlyEmpty = Annotated[Any, Meta(description=_WHY, extra_json_schema={"enum": [None, "", [], {}]})]
+
+def _only(*harmless: Any) -> Meta:
+    return Meta(description=_WHY, extra_json_schema={"enum": [None, *harmless]})
+
+
+OnlyNull = Annotated[Any, _only()]
+OnlyFalse = Annotated[Any, _only(False)]
+OnlyTrue = Annotated[Any, _only(True)]
+OnlyZero = Annotated[Any, _only(0, 0.0, False)]
+OnlyOne = Annotated[Any, _only(1, 1.0)]
+OnlyEmpty = Annotated[Any, _only("", [], {})]
+OnlyText = Annotated[Any, _only(["text"])]
+OnlyAuto = Annotated[Any, _only("auto")]
+OnlyDisabled = Annotated[Any, _only("disabled")]
+OnlyMedium = Annotated[Any, _only("medium")]
+OnlyStandard = Annotated[Any, _only("standard")]
 
 
 class UnsupportedSampling(Struct, kw_only=True):
@@ -75,6 +87,20 @@ def _harmless(kind: type[Struct]) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def refuse(body: Struct) -> None:
-    """Refuse the unsupported fields of a body, as their types say. Raises ApiError."""
-    refuse_unsupported(body, _harmless(type(body)))
+def refuse(body: Struct, where: str = "") -> None:
+    """Refuse the unsupported fields of a body, as their types say.
+
+    Args:
+        body: decoded.
+        where: it is in the whole body, such as "messages[0]".
+
+    Raises:
+        ApiError: 400 naming the first field that asks for something.
+    """
+    try:
+        refuse_unsupported(body, _harmless(type(body)))
+    except ApiError as error:
+        if not where:
+            raise
+        message = f"{where}.{error.message}"
+        raise ApiError(error.status, message, param=f"{where}.{error.param}", code=error.code) from None

@@ -15,7 +15,7 @@ from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_float, check_shape, describe, vector_address
 from moesaic.kernels.attention import cache_type
 
-__all__ = ["check_block_size", "pool_strides", "paged_attention", "paged_latent_attention", "step_arguments"]
+__all__ = ["check_block_size", "paged_attention", "paged_latent_attention", "pool_strides", "step_arguments"]
 
 _ABSENT = (0, (0, 0, 0), 0, (0, 0, 0), 0)
 

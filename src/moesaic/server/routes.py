@@ -8,7 +8,7 @@ from moesaic.server.anthropic import messages
 from moesaic.server.ollama import chat as ollama_chat
 from moesaic.server.ollama import generate as ollama_generate
 from moesaic.server.ollama import models as ollama_models
-from moesaic.server.openai import chat, completions, models
+from moesaic.server.openai import chat, completions, models, responses
 from moesaic.server.operation import Operation
 from moesaic.server.options import ServerOptions
 from moesaic.server.plain import description, health, metrics, tokens
@@ -19,6 +19,7 @@ _MODULES = (
     models,
     chat,
     completions,
+    responses,
     messages,
     ollama_chat,
     ollama_generate,

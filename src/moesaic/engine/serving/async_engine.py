@@ -20,7 +20,7 @@ from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.interface import EngineStats, EngineStatus
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, OverloadedError
+from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError
 
 __all__ = ["AsyncEngine"]
 
@@ -35,7 +35,7 @@ class _Stream:
     def __init__(self, num_answers: int) -> None:
         self.answers_left = num_answers
         self.pieces: deque[Chunk] = deque()
-        self.error: EngineDeadError | None = None
+        self.error: MoesaicError | None = None
         self._waiter: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -195,7 +195,8 @@ class AsyncEngine:
         try:
             engine = self._factory()
             self._call(self._loaded, engine)
-            self._serve(engine)
+            with engine.running():
+                self._serve(engine)
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             self._call(self._die, text, EngineDeadError("the engine has ended by an error."))
@@ -220,8 +221,12 @@ class AsyncEngine:
     def _add(
         self, engine: Engine, key: str, prompt_ids: Sequence[int], params: SamplingParams, matchers: Sequence[Any]
     ) -> None:
-        engine.add(key, prompt_ids, params, matchers)
-        self._call(self._taken, params.n)
+        error: MoesaicError | None = None
+        try:
+            engine.add(key, prompt_ids, params, matchers)
+        except MoesaicError as problem:
+            error = problem
+        self._call(self._taken, key, params.n, error)
 
     def _deliver(self, engine: Engine, pieces: list[tuple[str, Chunk]]) -> None:
         now = time.monotonic()
@@ -247,8 +252,12 @@ class AsyncEngine:
             self._status = "ready"
         self._ready.set()
 
-    def _taken(self, num_answers: int) -> None:
+    def _taken(self, key: str, num_answers: int, error: MoesaicError | None) -> None:
         self._submitted -= num_answers
+        stream = self._streams.get(key)
+        if error is not None and stream is not None:
+            stream.error = error
+            stream.wake()
 
     def _note_stats(self, stats: EngineStats) -> None:
         self._stats, self._stats_at = stats, time.monotonic()

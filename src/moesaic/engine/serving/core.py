@@ -6,24 +6,29 @@ nor how a model was loaded. A request that fails takes nobody with it: what fail
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from moesaic.engine.serving.answer import Answer
 from moesaic.engine.serving.defaults import GenerationDefaults
-from moesaic.engine.serving.greedy import Detokenizer, RequestSampler, sample
+from moesaic.engine.serving.facts import ModelFacts
 from moesaic.engine.serving.interface import EngineStats
 from moesaic.engine.serving.outputs import Chunk, FinishReason, RequestStats, TokenLogprob
 from moesaic.engine.serving.pace import Pace
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.runner import StepRunner
+from moesaic.engine.serving.sampler import RequestSampler, sample
 from moesaic.engine.serving.scheduler import Filling, Scheduler, Step, Task
+from moesaic.engine.serving.text import Detokenizer
+from moesaic.engine.serving.token_bytes import token_bytes
 from moesaic.errors import MoesaicError, RequestError
 from moesaic.kvcache.prefix_cache import PrefixCache
 
@@ -49,25 +54,6 @@ class EngineOptions:
     slowdown: float = 2.0
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Answer(Task):
-    """A task with all that makes text of its tokens."""
-
-    request_id: str
-    index: int
-    params: SamplingParams
-    sampler: Any
-    text: Any
-    stop_ids: frozenset[int]
-    limit: int
-    stats: RequestStats
-    added: float
-    started: float | None = None
-    first: float | None = None
-    uses: tuple[int, int] = (0, 0)
-    failures: int = 0
-
-
 class Engine:
     """Answers requests with one runner.
 
@@ -77,10 +63,12 @@ class Engine:
         defaults: what holds where a request says nothing.
         context_length: most tokens of prompt and answer; what fits into the cache, if that is less.
         options: how it shares itself out.
+        facts: of the model, for people.
+        one_torch_thread: keep torch's threads off the kernels' cores, while it is `running`.
         clock: seconds from any start.
 
     Attributes:
-        runner, tokenizer, defaults, context_length: as given.
+        runner, tokenizer, defaults, context_length, facts: as given.
     """
 
     def __init__(
@@ -90,21 +78,37 @@ class Engine:
         defaults: GenerationDefaults | None = None,
         context_length: int | None = None,
         options: EngineOptions | None = None,
+        *,
+        facts: ModelFacts | None = None,
+        one_torch_thread: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         options = options or EngineOptions()
         self.runner, self.tokenizer, self.defaults = runner, tokenizer, defaults or GenerationDefaults()
+        self.facts, self._one_torch_thread = facts, one_torch_thread
         room = runner.pool.num_blocks * runner.pool.block_size
         self.context_length = room if context_length is None else min(context_length, room)
         self._clock = clock
         self._cache = PrefixCache(runner.pool) if options.prefix_cache and runner.shares_prefixes else None
         self._pace = Pace(runner.num_layers, runner.max_chunk, options.slowdown)
         self._scheduler = Scheduler(runner, options.max_running, self._pace, self._cache)
-        self._answers: dict[str, list[_Answer]] = {}
+        self._answers: dict[str, list[Answer]] = {}
         self._out: list[tuple[str, Chunk]] = []
         self._finished: Counter[str] = Counter()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._token_bytes = None if tokenizer is None else partial(token_bytes, tokenizer)
         self._last_step = clock()
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Around calls of `step`, in the same thread."""
+        before = torch.get_num_threads()
+        if self._one_torch_thread:  # between two steps they have only sampling to do, and then spin
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     @property
     def has_work(self) -> bool:
@@ -156,33 +160,42 @@ class Engine:
             RequestError: see `check`.
         """
         self.check(prompt_ids, params)
-        ids, now = list(prompt_ids), self._clock()
-        room = self.context_length - len(ids)
-        limit = room if params.max_tokens is None else min(params.max_tokens, room)
-        seed = secrets.randbits(31) if params.seed is None else params.seed
-        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.defaults.stop_ids)
-        answers = []
-        for index in range(params.n):
-            matcher = matchers[index] if matchers else None
-            sampler = RequestSampler(params, self.defaults.sampling, self.runner.vocab_size, ids, seed + index, matcher)
-            text = None if self.tokenizer is None else Detokenizer(self.tokenizer, params, ids[-_PROMPT_TAIL:])
-            answers.append(
-                _Answer(
-                    ids=ids.copy(),
-                    request_id=request_id,
-                    index=index,
-                    params=params,
-                    sampler=sampler,
-                    text=text,
-                    stop_ids=stop_ids,
-                    limit=limit,
-                    stats=RequestStats(prompt_tokens=len(ids), seed=getattr(sampler, "seed", None)),
-                    added=now,
-                )
-            )
+        answers = [
+            self._answer(request_id, index, prompt_ids, params, matchers[index] if matchers else None)
+            for index in range(params.n)
+        ]
         self._answers[request_id] = answers
-        self._prompt_tokens += len(ids) * params.n
+        self._prompt_tokens += len(prompt_ids) * params.n
         self._scheduler.add(answers)
+
+    def _answer(
+        self, request_id: str, index: int, prompt_ids: Sequence[int], params: SamplingParams, matcher: Any
+    ) -> Answer:
+        room = self.context_length - len(prompt_ids)
+        eos_ids = frozenset() if params.ignore_eos else self.defaults.stop_ids
+        sampler = RequestSampler(
+            params,
+            self.defaults.sampling,
+            self.runner.vocab_size,
+            prompt_ids,
+            None if params.seed is None else params.seed + index,
+            matcher,
+            eos_ids=eos_ids,
+            token_bytes=self._token_bytes,
+        )
+        tokenizer = self.tokenizer
+        return Answer(
+            ids=list(prompt_ids),
+            request_id=request_id,
+            index=index,
+            params=params,
+            sampler=sampler,
+            text=None if tokenizer is None else Detokenizer(tokenizer, params, prompt_ids[-_PROMPT_TAIL:]),
+            stop_ids=eos_ids | frozenset(params.stop_token_ids),
+            limit=room if params.max_tokens is None else min(params.max_tokens, room),
+            added=self._clock(),
+            stats=RequestStats(prompt_tokens=len(prompt_ids), seed=sampler.seed),
+        )
 
     def cancel(self, request_id: str) -> None:
         """End a request; its slot and its blocks are free at once. Nothing happens if it has ended."""
@@ -231,7 +244,7 @@ class Engine:
             self._cache.clear()
         self.runner.close()
 
-    def _decode(self, answers: list[_Answer]) -> None:
+    def _decode(self, answers: list[Answer]) -> None:
         before = self._clock()
         self._start(answers, before)
         try:
@@ -264,101 +277,64 @@ class Engine:
         if rows:
             self._choose([answers[row] for row in rows], logits if len(rows) == len(answers) else logits[rows])
 
-    def _start(self, answers: list[_Answer], now: float) -> None:
+    def _start(self, answers: list[Answer], now: float) -> None:
         """Remember when answers begin."""
+        uses = self.runner.expert_uses()
         for answer in answers:
-            if answer.started is None:
-                answer.started, answer.uses = now, self.runner.expert_uses()
-                answer.stats.queue_seconds = now - answer.added
-                answer.stats.cached_tokens = answer.cached or 0
+            if answer.begin(now, uses):
                 self._cached_tokens += answer.stats.cached_tokens
 
-    def _choose(self, answers: list[_Answer], logits: torch.Tensor) -> None:
+    def _choose(self, answers: list[Answer], logits: torch.Tensor) -> None:
         """The next token of each answer, from float32 `[answers, vocab_size]`."""
-        over = [answer for answer in answers if answer.limit == 0]
-        for answer in over:
-            self._end(answer, "length")
-        if over:
+        if any(answer.limit == 0 for answer in answers):
             kept = [row for row, answer in enumerate(answers) if answer.limit]
+            for answer in [each for each in answers if each.limit == 0]:
+                self._end(answer, "length")
             answers, logits = [answers[row] for row in kept], logits[kept]
-        for row, answer in enumerate(answers):
-            if answer.stop_ids and answer.stats.generated_tokens < answer.params.min_tokens:
-                logits[row, list(answer.stop_ids)] = float("-inf")
         try:
-            chosen = zip(*sample(logits, [answer.sampler for answer in answers]), strict=True) if answers else ()
-        except Exception:  # of one of them; which one shows when each is asked alone
-            self._choose_one_by_one(answers, logits)
+            tokens, logprobs = sample(logits, [answer.sampler for answer in answers])
+        except Exception:
+            if len(answers) > 1:  # one of them failed; which one shows when each is asked alone
+                for row, answer in enumerate(answers):
+                    self._choose([answer], logits[row : row + 1])
+                return
+            _LOG.exception("request %s: no token can be chosen", answers[0].request_id)
+            self._end(answers[0], "error")
             return
-        for answer, (token, logprob) in zip(answers, chosen, strict=True):
-            self._append(answer, token, logprob)
+        now = self._clock()
+        for answer, token, logprob in zip(answers, tokens, logprobs, strict=True):
+            self._take(answer, token, logprob, now)
 
-    def _choose_one_by_one(self, answers: list[_Answer], logits: torch.Tensor) -> None:
-        for row, answer in enumerate(answers):
-            try:
-                tokens, logprobs = sample(logits[row : row + 1], [answer.sampler])
-            except Exception:
-                _LOG.exception("request %s: no token can be chosen", answer.request_id)
-                self._end(answer, "error")
-            else:
-                self._append(answer, tokens[0], logprobs[0])
-
-    def _append(self, answer: _Answer, token: int, logprob: TokenLogprob | None) -> None:
-        """One more token of an answer."""
-        if answer.first is None:
-            answer.first = self._clock()
-        answer.failures = 0
-        answer.ids.append(token)
-        answer.stats.generated_tokens += 1
-        self._generated_tokens += 1
-        reason: FinishReason | None = None
-        stop: str | int | None = None
-        text = ""
+    def _take(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> None:
         try:
-            answer.sampler.accept(token)
-            if token in answer.stop_ids:
-                reason, stop = "stop", token if token in answer.params.stop_token_ids else None
-            elif answer.text is not None:
-                text = answer.text.push((token,))
-                if answer.text.stopped is not None:
-                    reason, stop = "stop", answer.text.stopped
-            if reason is None and answer.stats.generated_tokens >= answer.limit:
-                reason = "length"
+            chunk = answer.take(token, logprob, now)
         except Exception:
             _LOG.exception("request %s: token %d cannot be taken", answer.request_id, token)
-            reason = "error"
-        logprobs = () if logprob is None else (logprob,)
-        if reason is None:
-            self._out.append((answer.request_id, Chunk(answer.index, text, (token,), logprobs)))
+            self._end(answer, "error")
+            return
+        self._generated_tokens += 1
+        if chunk.finish_reason is None:
+            self._out.append((answer.request_id, chunk))
         else:
-            self._end(answer, reason, text, (token,), logprobs, stop)
+            self._close(answer, chunk)
 
-    def _end(
-        self,
-        answer: _Answer,
-        reason: FinishReason,
-        text: str = "",
-        token_ids: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprob, ...] = (),
-        stop: str | int | None = None,
-    ) -> None:
-        """The last piece of an answer; what it holds is free."""
+    def _end(self, answer: Answer, reason: FinishReason) -> None:
+        """End an answer without another token."""
+        self._close(answer, answer.end(reason))
+
+    def _close(self, answer: Answer, chunk: Chunk) -> None:
+        """An answer's last piece; what it holds is free."""
         self._scheduler.remove(answer)
         others = self._answers[answer.request_id]
         others.remove(answer)
         if not others:
             del self._answers[answer.request_id]
-        self._finished[reason] += 1
-        if answer.text is not None and not isinstance(stop, str):
-            text += answer.text.finish()
-        stats, now = answer.stats, self._clock()
-        if answer.started is not None:
-            stats.prefill_seconds = (answer.first or now) - answer.started
-            stats.decode_seconds = now - (answer.first or now)
-            hits, lookups = self.runner.expert_uses()
-            stats.expert_hits, stats.expert_lookups = hits - answer.uses[0], lookups - answer.uses[1]
-        self._out.append((answer.request_id, Chunk(answer.index, text, token_ids, logprobs, reason, stop, stats)))
+        assert chunk.finish_reason is not None
+        self._finished[chunk.finish_reason] += 1
+        stats = answer.close(self._clock(), self.runner.expert_uses())
+        self._out.append((answer.request_id, replace(chunk, stats=stats)))
 
-    def _failed(self, answers: list[_Answer], error: MoesaicError) -> None:
+    def _failed(self, answers: list[Answer], error: MoesaicError) -> None:
         """A step of these answers is lost: it is tried once more."""
         _LOG.error("a step of %d answers failed: %s", len(answers), error)
         for answer in answers:
@@ -367,8 +343,8 @@ class Engine:
                 self._end(answer, "error")
 
 
-def _owner(task: Task) -> _Answer:
-    assert isinstance(task, _Answer)
+def _owner(task: Task) -> Answer:
+    assert isinstance(task, Answer)
     return task
 
 

@@ -35,9 +35,17 @@ class Pace:
         self._decodes.append(seconds)
 
     def advanced(self, num_tokens: int, num_layers: int, seconds: float) -> None:
-        """A chunk of so many tokens went through so many layers."""
-        size, each = _bucket(num_tokens), seconds / num_layers
-        self._layer_seconds[size] = (self._layer_seconds.get(size, each) + each) / 2
+        """A chunk of so many tokens went through so many layers.
+
+        What is known of other sizes is from another time, of other lengths perhaps: it is brought between what this
+        says of them, since a longer chunk takes longer, but no more so than it is longer.
+        """
+        known, size = self._layer_seconds, _bucket(num_tokens)
+        each = seconds / num_layers * size / num_tokens
+        each = known[size] = (known.get(size, each) + each) / 2
+        for other, before in known.items():
+            low, high = sorted((each, each * other / size))
+            known[other] = min(max(before, low), high)
 
     def chunk(self, anybody_waits: bool) -> int:
         """Most tokens of the next chunk: as many as one layer of it fits into a step."""
@@ -60,7 +68,7 @@ class Pace:
         return statistics.median(self._decodes) * (self._slowdown - 1) if self._decodes else 0.0
 
     def _layer(self, num_tokens: int) -> float:
-        """At most so many seconds take a layer: a longer chunk takes longer, but no more so than it is longer."""
+        """At most so many seconds takes a layer."""
         size = _bucket(num_tokens)
         known = (seconds * max(1.0, size / other) for other, seconds in self._layer_seconds.items())
         return min(known, default=float("inf"))

@@ -40,6 +40,7 @@ class Exchange:
         route: the path of its operation, as the operation writes it; None as long as none is found.
         headers: that its answer gets beside its own.
         status: of its answer; 0 as long as there is none.
+        quiet: nothing is logged of it, as with what is asked for again and again.
         detached: the body of the request was not read to its end, so the connection cannot be used again.
     """
 
@@ -48,6 +49,7 @@ class Exchange:
     route: str | None = None
     headers: list[tuple[str, str]] = field(default_factory=list)
     status: int = 0
+    quiet: bool = False
     detached: bool = False
 
 
@@ -103,7 +105,8 @@ class Access:
             seconds = time.perf_counter() - started
             status = exchange.status or _CLIENT_LEFT
             self._recorder.request(scope["method"], exchange.route, status, seconds)
-            _log(scope, exchange, status, seconds)
+            if not exchange.quiet or status not in (200, 503):
+                _log(scope, exchange, status, seconds)
 
     async def _answer(self, error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = exchange_of(scope)

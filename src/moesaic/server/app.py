@@ -69,7 +69,7 @@ def build_app(
 def _endpoint(operation: Operation) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         exchange = exchange_of(request.scope)
-        exchange.route, exchange.style = operation.path, operation.style
+        exchange.route, exchange.style, exchange.quiet = operation.path, operation.style, not operation.needs_model
         if operation.needs_model:
             check_available(request.app)
         return await operation.handler(request)

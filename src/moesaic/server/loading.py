@@ -93,6 +93,7 @@ def _make_state(options: ModelOptions, client: ObservedEngine, engine: Engine) -
     from moesaic.server.chat import ChatService
 
     template, facts = engine.tokenizer.chat_template, engine.facts
+    assert facts is not None  # `make_engine` knows them
     model = ModelInfo(
         name=options.served_name,
         created=int(time.time()),

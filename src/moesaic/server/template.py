@@ -180,7 +180,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def filtered(*args: Any, **kwargs: Any) -> Any:
             _tick()
-            self._check_arguments(next((arg for arg in args if isinstance(arg, str)), None), args, kwargs)
+            text = next((arg for arg in args if isinstance(arg, str)), None)
+            self._check_arguments(text, [arg for arg in args if arg is not text], kwargs)
             return self._checked(function(*args, **kwargs))
 
         for mark in ("jinja_pass_arg", "jinja_async_variant"):

@@ -122,7 +122,7 @@ def _above(row: Floats, peak: np.float32, reach: float) -> tuple[Ids | None, Flo
 
 def _lower_bound(row: Floats, count: int) -> np.float32:
     """A value that at least `count` others reach: the count-th largest of the maxima of groups."""
-    length = row.size // _GROUPS
+    length, count = row.size // _GROUPS, min(count, row.size)
     maxima = row[: length * _GROUPS].reshape(_GROUPS, length).max(axis=0) if count <= length else row
     bound: np.float32 = np.partition(maxima, maxima.size - count)[maxima.size - count]
     return bound

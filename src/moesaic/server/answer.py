@@ -86,9 +86,8 @@ class Answer:
 
     def _id(self, call: Call) -> str:
         assert self.style is not None
-        if call.id is not None and call.id not in self.taken:
-            identity = call.id
-        else:
-            identity = self.style.new_id(call.name, len(self.taken))
+        identity, count = call.id, len(self.taken)
+        while identity is None or identity in self.taken:
+            identity, count = self.style.new_id(call.name, count), count + 1
         self.taken = self.taken | {identity}
         return identity

@@ -11,7 +11,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from moesaic.engine.serving.interface import EngineClient
 from moesaic.engine.serving.outputs import Chunk
@@ -20,10 +20,12 @@ from moesaic.errors import RequestError
 from moesaic.server.answer import Answer
 from moesaic.server.conversation import ChatRequest, Event
 from moesaic.server.forcing import Thinking, answer_grammar
-from moesaic.server.history import Turns, renamed, texts_of
+from moesaic.server.history import Turns, texts_of
 from moesaic.server.parsers.base import Parser
 from moesaic.server.parsers.detect import detect
+from moesaic.server.parsers.harmony import CHANNELS, HarmonyParser
 from moesaic.server.parsers.scanner import Scanner
+from moesaic.server.parsers.values import renamed
 from moesaic.server.prompt import Codec, Mask, Rename, blot_out
 from moesaic.server.template import ChatTemplate, TemplateLimits
 
@@ -69,20 +71,18 @@ class ChatService:
         self._engine = engine
         sources = _templates_of(tokenizer)
         source = sources.get("default", "")
-        self._template = ChatTemplate(source, limits) if source else None
-        self._tools_template = ChatTemplate(sources["tool_use"], limits) if "tool_use" in sources else self._template
         whole = "".join(sources.values())
         styles = detect(whole, reasoning, tools)
         self._reasoning, self._style = styles.reasoning, styles.tools
-        self._markers = (
-            *((self._reasoning.opener, self._reasoning.closer) if self._reasoning else ()),
-            *(self._style.markers if self._style else ()),
-        )
-        self._codec = Codec(tokenizer, whole, self._markers)
+        self._thought_markers = self._reasoning.markers if self._reasoning is not None else ()
+        self._call_markers = self._style.markers if self._style is not None else ()
+        self._template = ChatTemplate(source, limits) if source else None
+        self._tools_template = ChatTemplate(sources["tool_use"], limits) if "tool_use" in sources else self._template
+        self._codec = Codec(tokenizer, whole, (*self._thought_markers, *self._call_markers))
         self._names = {name: value for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
-        self._turns = (
-            Turns.of(self._tools_template, self._style, self._reasoning) if self._tools_template is not None else None
-        )
+        self._turns: Turns | None = None
+        if self._tools_template is not None:
+            self._turns = Turns.of(self._tools_template, self._style, self._reasoning, self._names)
 
     @property
     def has_reasoning(self) -> bool:
@@ -101,8 +101,7 @@ class ChatService:
         prompt = await asyncio.to_thread(self._prompt, request)
         params = self._params(request, prompt)
         taken = frozenset(call.id for message in request.messages for call in message.tool_calls)
-        tools = request.tools if request.tool_choice.mode != "none" else ()
-        style = self._style if tools else None
+        style = self._style if _offers_tools(request) else None
         answers = [
             Answer(choice, self._parser(request, prompt, params), style, taken, request.parallel_tool_calls)
             for choice in range(params.n)
@@ -147,28 +146,32 @@ class ChatService:
 
     def _params(self, request: ChatRequest, prompt: _Prompt) -> SamplingParams:
         """The request's parameters, with what the parsers need and what forces calls."""
-        params = request.params
-        grammar = answer_grammar(request, self._style, self._reasoning, prompt.thinking, self._codec.special)
-        needed = self._markers if self._needs_tools(request) else self._markers[: 2 if self._reasoning else 0]
-        shown = params.skip_special_tokens and self._codec.special.keys().isdisjoint(needed)
-        return replace(params, grammar=grammar, skip_special_tokens=shown)
-
-    def _needs_tools(self, request: ChatRequest) -> bool:
-        return bool(request.tools) and request.tool_choice.mode != "none"
+        params, special = request.params, self._codec.special
+        grammar = answer_grammar(request, self._style, self._reasoning, prompt.thinking, special)
+        markers = (*self._thought_markers, *(self._call_markers if _offers_tools(request) else ()))
+        needed = any(token in marker for marker in markers for token in special)
+        return replace(params, grammar=grammar, skip_special_tokens=params.skip_special_tokens and not needed)
 
     def _parser(self, request: ChatRequest, prompt: _Prompt, params: SamplingParams) -> Parser:
-        style = self._style if self._needs_tools(request) else None
-        used = set(self._markers)
-        ours = request.params.skip_special_tokens and not params.skip_special_tokens
-        drop = [text for text in self._codec.special if text not in used] if ours else []
+        special = self._codec.special
+        markers = (*self._thought_markers, *self._call_markers)
+        drop: list[str] = []
+        if request.params.skip_special_tokens and not params.skip_special_tokens:
+            drop = [token for token in special if not any(token in marker for marker in markers)]
+        style = self._style if _offers_tools(request) else None
+        if self._reasoning is CHANNELS:
+            inside: Literal["analysis", "final"] | None = "analysis" if prompt.thinking == "open" else None
+            if request.continue_last and inside is None:
+                inside = "final"
+            return HarmonyParser(style is not None, drop, inside)
         starts = (*style.openers, *style.noise) if style is not None else ()
-        interrupts = [text for text in starts if text in self._codec.special]
+        interrupts = [text for text in starts if any(token in text for token in special)]
         reasoning = self._reasoning if prompt.thinking != "never" else None
-        opened = prompt.thinking == "open"
-        return Scanner(reasoning, opened, style, {tool.name: tool for tool in request.tools}, drop, interrupts)
+        tools = {tool.name: tool for tool in request.tools}
+        return Scanner(reasoning, prompt.thinking == "open", style, tools, drop, interrupts)
 
     def _prompt(self, request: ChatRequest) -> _Prompt:
-        template = self._template if not self._needs_tools(request) else self._tools_template
+        template = self._template if not _offers_tools(request) else self._tools_template
         if template is None or self._turns is None:
             raise RequestError("this model has no chat template: use completions of plain text.", "messages")
         self._check(request)
@@ -210,7 +213,7 @@ class ChatService:
         last = request.messages[-1]
         if request.continue_last and (last.role != "assistant" or last.tool_calls):
             raise RequestError("only an assistant's message without calls can be gone on with.", "messages")
-        if self._needs_tools(request) and not self.has_tools:
+        if _offers_tools(request) and not self.has_tools:
             raise RequestError("this model's chat template takes no tools, or none whose calls are known.", "tools")
         names = {tool.name for tool in request.tools}
         if len(names) != len(request.tools):
@@ -235,6 +238,10 @@ class ChatService:
         if end.endswith(self._reasoning.opener):
             return "open"
         return "closed" if end.endswith(self._reasoning.closer) else "maybe"
+
+
+def _offers_tools(request: ChatRequest) -> bool:
+    return bool(request.tools) and request.tool_choice.mode != "none"
 
 
 def _argument(value: Any, rename: Rename) -> Any:

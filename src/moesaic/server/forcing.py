@@ -13,7 +13,7 @@ from moesaic.engine.serving.params import Grammar
 from moesaic.errors import RequestError
 from moesaic.server.conversation import ChatRequest, Tool
 from moesaic.server.parsers.base import ReasoningStyle, Terminal, ToolStyle
-from moesaic.server.parsers.rules import quote
+from moesaic.server.parsers.rules import marker_terminal, until
 
 __all__ = ["Thinking", "answer_grammar"]
 
@@ -50,48 +50,52 @@ def answer_grammar(
             return wanted
         tools = ()
 
-    def terminal(marker: str) -> str:
-        return f"<[{special[marker]}]>" if marker in special else quote(marker)
-
-    rules: list[str] = []
+    terminal = marker_terminal(special)
+    answer = terminal(reasoning.answer) if reasoning is not None and thinking == "maybe" else ""
+    rules = _thoughts(reasoning, thinking, terminal)
     if tools:
         assert style is not None
-        free = not forced and wanted is None
-        calls = _calls(request, style, tuple(tools), terminal, "opening" if free else terminal(style.start_of_calls()))
-        rules.append(calls)
-        if free:
-            rules.append(f"opening{_until(style.start_of_calls(), special, terminal)}")
-        others = "| TEXT" if free else "| wanted" if wanted is not None and not forced else ""
-        rules.append(f"body: calls {others}")
+        rules += _with_calls(request, style, tuple(tools), terminal, answer, wanted is None and not forced)
     else:
-        rules.append("body: wanted")
+        rules.append(f"body: {answer} wanted")
     if wanted is not None and not forced:
         rules.append(f"wanted: {_embedded(wanted)}")
-    if reasoning is not None and thinking in ("open", "maybe"):
-        rules.append(f"thoughts{_until(reasoning.closer, special, terminal)}")
-        thoughts = (
-            "thoughts BLANKS" if thinking == "open" else f"(BLANKS {terminal(reasoning.opener)} thoughts)? BLANKS"
-        )
+    ends = [r"TEXT: /(.|\n)*/", r"PLAIN: /([^{](.|\n)*)?/", r"BLANKS: /[ \t\r\n]{0,8}/"]
+    return Grammar("lark", "\n".join(["%llguidance {}", *rules, *ends]) + "\n")
+
+
+def _thoughts(reasoning: ReasoningStyle | None, thinking: Thinking, terminal: Terminal) -> list[str]:
+    """The first rule, and those for what stands before the body."""
+    if reasoning is None or thinking not in ("open", "maybe"):
+        return ["start: body"]
+    after = terminal(reasoning.between) or "BLANKS"
+    if thinking == "open":
+        start = f"start: thoughts {after} {terminal(reasoning.answer)} body"
+    elif reasoning.between:
+        start = f"start: ({terminal(reasoning.opener)} thoughts {after})? body"
     else:
-        thoughts = ""
-    head = ["%llguidance {}", f"start: {thoughts} body"]
-    ends = [r"TEXT: /(.|\n)*/", r"BLANKS: /[ \t\r\n]{0,8}/"]
-    return Grammar("lark", "\n".join([*head, *rules, *ends]) + "\n")
+        start = f"start: (BLANKS {terminal(reasoning.opener)} thoughts)? BLANKS body"
+    return [start, f"thoughts{until(reasoning.closer, terminal)}"]
 
 
-def _calls(request: ChatRequest, style: ToolStyle, tools: tuple[Tool, ...], terminal: Terminal, first: str) -> str:
-    calls = style.grammar(tools, request.parallel_tool_calls, terminal, first)
+def _with_calls(
+    request: ChatRequest, style: ToolStyle, tools: tuple[Tool, ...], terminal: Terminal, answer: str, free: bool
+) -> list[str]:
+    """The body that is calls; or something else too, if they are not forced."""
+    begins = style.start_of_calls()
+    search = free and not style.calls_first
+    calls = style.grammar(tools, request.parallel_tool_calls, terminal, "opening" if search else terminal(begins))
     if calls is None:
         message = f"calls cannot be forced for this model's style of calls ({style.name}): use tool_choice 'auto'."
         raise RequestError(message, "tool_choice")
-    return calls
-
-
-def _until(marker: str, special: Mapping[str, int], terminal: Terminal) -> str:
-    """The rest of a rule: any text up to a marker, and the marker."""
-    if marker in special:
-        return f": TEXT {terminal(marker)}"
-    return f"[lazy]: TEXT {quote(marker)}"
+    rules = [calls]
+    if search:
+        rules.append(f"opening{until(begins, terminal)}")
+    if request.tool_choice.mode in ("required", "named"):
+        rules.append("body: calls")
+    else:
+        rules.append(f"body: calls | {answer} {('PLAIN' if style.only_at_start else 'TEXT') if free else 'wanted'}")
+    return rules
 
 
 def _embedded(grammar: Grammar) -> str:

@@ -16,18 +16,12 @@ from typing import Any, Literal
 from moesaic.errors import RequestError
 from moesaic.server.conversation import ChatRequest, Message, Tool, ToolCall
 from moesaic.server.parsers.base import ReasoningStyle, ToolStyle
+from moesaic.server.parsers.values import renamed
 from moesaic.server.prompt import Rename
 from moesaic.server.template import ChatTemplate
 
-__all__ = ["Turns", "renamed", "texts_of"]
+__all__ = ["Turns", "texts_of"]
 
-_MAX_DEPTH = 64
-_WORDS = """
-    type properties required items description enum anyOf oneOf allOf const default title format minimum maximum
-    additionalProperties minLength maxLength pattern minItems maxItems $ref $defs definitions nullable
-"""
-_SCHEMA_WORDS = frozenset(_WORDS.split())
-_TYPES = frozenset(("string", "number", "integer", "boolean", "object", "array", "null"))
 _PROBE = "qzprobe"
 
 
@@ -52,8 +46,14 @@ class Turns:
     null_content: bool = False
 
     @classmethod
-    def of(cls, template: ChatTemplate, style: ToolStyle | None, reasoning: ReasoningStyle | None) -> Turns:
-        """What a template wants, found by trying."""
+    def of(
+        cls,
+        template: ChatTemplate,
+        style: ToolStyle | None,
+        reasoning: ReasoningStyle | None,
+        names: Mapping[str, str] | None = None,
+    ) -> Turns:
+        """What a template wants, found by trying; `names`: of special tokens, which it may use."""
         source = template.source
         takes_tools = re.search(r"\btools\b", source) is not None
         known = cls(style, reasoning, re.search(r"['\"]developer['\"]", source) is not None, takes_tools)
@@ -61,11 +61,11 @@ class Turns:
             return known
         for arguments_as_text, null_content in ((False, False), (False, True), (True, False), (True, True)):
             tried = replace(known, arguments_as_text=arguments_as_text, null_content=null_content)
-            if tried._works(template):
+            if tried._works(template, names or {}):
                 return tried
         return known
 
-    def _works(self, template: ChatTemplate) -> bool:
+    def _works(self, template: ChatTemplate, names: Mapping[str, str]) -> bool:
         """Whether a call is rendered as its name and JSON."""
         assert self.style is not None
         call = ToolCall(
@@ -75,13 +75,13 @@ class Turns:
         result = Message("tool", "1", None, (), call.id, call.name)
         messages = [self._message(message, lambda text: text, {}) for message in (asked, called, result)]
         tool = _tool(Tool(call.name), lambda text: text)
+        variables = {**names, "messages": messages, "tools": [tool], "add_generation_prompt": True}
         try:
-            text = template.render({"messages": messages, "tools": [tool], "add_generation_prompt": True})
+            text = template.render(variables)
         except RequestError:
             return False
-        after = text.rpartition(f"{_PROBE}name")[2] if text.count(f"{_PROBE}name") > 1 or not self.takes_tools else text
-        wrong = (f"'{_PROBE}key'", f'\\"{_PROBE}key')
-        return all(part in after for part in (f"{_PROBE}key", f"{_PROBE}value")) and not any(w in text for w in wrong)
+        right, wrong = ("name", "key", "value"), (f"'{_PROBE}key'", f'\\"{_PROBE}key')
+        return all(f"{_PROBE}{part}" in text for part in right) and not any(part in text for part in wrong)
 
     def tools(self, request: ChatRequest, rename: Rename) -> list[dict[str, Any]] | None:
         """The tools for the template; None if there are none or it takes none."""
@@ -188,25 +188,6 @@ def _tool(tool: Tool, rename: Rename) -> dict[str, Any]:
     parameters = tool.parameters or {"type": "object", "properties": {}}
     function = {"name": rename(tool.name), "description": rename(tool.description)}
     return {"type": "function", "function": {**function, "parameters": renamed(parameters, rename)}}
-
-
-def renamed(value: Any, rename: Rename, depth: int = 0) -> Any:
-    """A value of JSON with all its texts renamed, keys included, but for the words of JSON schema."""
-    if depth > _MAX_DEPTH:
-        raise RequestError(f"a value is nested deeper than {_MAX_DEPTH} levels.", "tools")
-    if isinstance(value, str):
-        return value if value in _TYPES else rename(value)
-    if isinstance(value, Mapping):
-        result: dict[str, Any] = {}
-        for key, item in value.items():
-            new = key if key in _SCHEMA_WORDS else rename(str(key))
-            while new in result:  # blotted out, two of them may become the same
-                new += "x"
-            result[new] = renamed(item, rename, depth + 1)
-        return result
-    if isinstance(value, (list, tuple)):
-        return [renamed(item, rename, depth + 1) for item in value]
-    return value if value is None or isinstance(value, (bool, int, float)) else rename(str(value))
 
 
 def _merged_system(messages: list[Message]) -> list[Message]:

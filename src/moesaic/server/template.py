@@ -48,6 +48,7 @@ class _TooMuchError(Exception):
 
 
 _deadline: ContextVar[float] = ContextVar("_deadline")
+_written: ContextVar[int] = ContextVar("_written", default=0)
 _WIDE = re.compile(r"\d{7,}")
 _NUMBER_LIMIT = 1 << 17  # of widths, repetitions and exponents that a template passes
 
@@ -79,15 +80,9 @@ class ChatTemplate:
             RequestError: the template refuses it, fails, or takes too much time or room.
         """
         token = _deadline.set(time.monotonic() + self._limits.seconds)
+        _written.set(0)
         try:
-            pieces, size = [], 0
-            for piece in self._template.generate(**variables):
-                size += len(piece)
-                _tick()
-                if size > self._limits.characters:
-                    raise _TooMuchError("text")
-                pieces.append(piece)
-            return "".join(pieces)
+            return self._template.render(**variables)
         except _TooMuchError as error:
             raise RequestError(f"the chat template takes too much {error} for this conversation.", "messages") from None
         except _RefusedError as error:
@@ -132,6 +127,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def tick(self) -> str:
         """Called in every round of a loop."""
         return _tick()
+
+    def noted(self, value: Any) -> Any:
+        """Called for whatever is put out, also into a variable or a macro's result."""
+        if isinstance(value, str):
+            written = _written.get() + len(value)
+            _written.set(written)
+            self._check_size("", written // 4)  # it may be put out again and again on its way
+        return value
 
     def joined(self, *parts: Any) -> str:
         """Called for `~`."""
@@ -230,6 +233,16 @@ class _Checks(NodeTransformer):
         tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
         node.body.insert(0, nodes.ExprStmt(tick).set_lineno(node.lineno))
         return node
+
+    def visit_Output(self, node: nodes.Output, *args: Any, **kwargs: Any) -> nodes.Output:
+        self.generic_visit(node)
+        noted = nodes.EnvironmentAttribute("noted")
+        node.nodes = [nodes.Call(noted, [self._constant(part)], [], None, None) for part in node.nodes]
+        return node
+
+    @staticmethod
+    def _constant(part: nodes.Expr) -> nodes.Expr:
+        return nodes.Const(part.data) if isinstance(part, nodes.TemplateData) else part
 
     def visit_Concat(self, node: nodes.Concat, *args: Any, **kwargs: Any) -> nodes.Call:
         self.generic_visit(node)

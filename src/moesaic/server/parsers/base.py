@@ -98,11 +98,20 @@ class ReasoningStyle:
         name: by which it is asked for.
         opener: before them; the generation prompt may hold it already.
         closer: after them.
+        between: what has to follow the closer before anything else comes.
+        answer: before an answer that is text.
     """
 
     name: str
     opener: str
     closer: str
+    between: str = ""
+    answer: str = ""
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """All markers; where they are special tokens, the answer's text has to have them."""
+        return tuple(text for text in (self.opener, self.closer, self.between, self.answer) if text)
 
 
 class ToolStyle(ABC):
@@ -116,6 +125,7 @@ class ToolStyle(ABC):
         inner: further markers inside of blocks.
         only_at_start: whether an opener in the middle of an answer is text.
         describes_tools: whether `instructions` says how to call, for templates that do not.
+        calls_first: whether calls come without any text before them.
         single_calls: whether the template takes one call per turn, so that turns with several are taken apart.
     """
 
@@ -126,6 +136,7 @@ class ToolStyle(ABC):
     inner: ClassVar[tuple[str, ...]] = ()
     only_at_start: ClassVar[bool] = False
     describes_tools: ClassVar[bool] = False
+    calls_first: ClassVar[bool] = False
     single_calls: ClassVar[bool] = False
 
     @property

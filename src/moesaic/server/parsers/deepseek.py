@@ -9,12 +9,12 @@ turn stand between `<｜tool▁calls▁begin｜>` and `<｜tool▁calls▁end｜
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
-from moesaic.server.parsers.rules import arguments_schema, json_rule, quote
-from moesaic.server.parsers.values import load_json
+from moesaic.server.parsers.rules import alternatives, arguments_schema, json_rule, quote
+from moesaic.server.parsers.values import dump_json, load_json, renamed
 
 __all__ = ["DeepSeek", "DeepSeekFenced"]
 
@@ -31,6 +31,7 @@ class DeepSeek(ToolStyle):
     closers = (_CALL_END,)
     noise = (_SECTION, _SECTION_END)
     inner = (_SEPARATOR,)
+    describes_tools = True
 
     def read(self, block: str, tools: Mapping[str, Tool]) -> list[Call] | Verdict:
         """One call of either form."""
@@ -45,15 +46,31 @@ class DeepSeek(ToolStyle):
             return loaded
         return [Call(name, arguments)] if name and isinstance(loaded[0], dict) else "malformed"
 
+    def instructions(self, tools: Sequence[Tool], rename: Callable[[str], str]) -> str:
+        """A section per tool, then how to call them: the official templates leave both to the system's text."""
+        parts = ["## Tools"]
+        for tool in tools:
+            schema = dump_json(renamed(tool.parameters or {"type": "object", "properties": {}}, rename))
+            parts.append(f"### {rename(tool.name)}\nDescription: {rename(tool.description)}\n\nParameters: {schema}")
+        call = self._example()
+        parts.append(
+            "To use tools, end your answer with calls in exactly this form, one after the other without blanks:\n"
+            f"{_SECTION}{call}{_SECTION_END}\n"
+            "tool_name is the name of a tool above, and tool_arguments is a JSON object that fits its parameters."
+        )
+        return "\n\n".join(parts)
+
+    def _example(self) -> str:
+        return f"{_CALL}tool_name{_SEPARATOR}tool_arguments{_CALL_END}"
+
     def start_of_calls(self) -> str:
         """The section's beginning."""
         return _SECTION
 
     def grammar(self, tools: Sequence[Tool], parallel: bool, terminal: Terminal, first: str) -> str | None:
         """A section with calls without blanks between them."""
-        names = " | ".join(f"call_{index}" for index in range(len(tools)))
         rules = [f"calls: {first} call{'+' if parallel else ''} {terminal(_SECTION_END)}"]
-        rules.append(f"call: {terminal(_CALL)} ({names}) {terminal(_CALL_END)}")
+        rules.append(f"call: {terminal(_CALL)} {alternatives('call', len(tools))} {terminal(_CALL_END)}")
         rules += [f"call_{index}: {self._body(tool, terminal)}" for index, tool in enumerate(tools)]
         return "\n".join(rules)
 
@@ -65,6 +82,9 @@ class DeepSeekFenced(DeepSeek):
     """V3 and R1: a type, a name and fenced JSON."""
 
     name = "deepseek_fenced"
+
+    def _example(self) -> str:
+        return f"{_CALL}function{_SEPARATOR}tool_name\n```json\ntool_arguments\n```{_CALL_END}"
 
     def _body(self, tool: Tool, terminal: Terminal) -> str:
         head, tail = quote(f"{tool.name}\n```json\n"), quote("\n```")

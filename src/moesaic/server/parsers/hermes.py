@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
-from moesaic.server.parsers.rules import call_object, quote
+from moesaic.server.parsers.rules import alternatives, call_object
 from moesaic.server.parsers.values import call_of, load_json
 
 __all__ = ["Hermes"]
@@ -35,8 +35,7 @@ class Hermes(ToolStyle):
     def grammar(self, tools: Sequence[Tool], parallel: bool, terminal: Terminal, first: str) -> str | None:
         """An object of the tool's schema between the tags, and further ones on new lines."""
         opener, closer = terminal(self.openers[0]), terminal(self.closers[0])
-        more = f"({quote(chr(10))} {opener} body)*" if parallel else ""
-        names = " | ".join(f"call_{index}" for index in range(len(tools)))
-        rules = [f"calls: {first} body {more}", f"body: {quote(chr(10))} ({names}) {quote(chr(10))} {closer}"]
+        more = f'("\\n" {opener} body)*' if parallel else ""
+        rules = [f"calls: {first} body {more}", f'body: "\\n" {alternatives("call", len(tools))} "\\n" {closer}']
         rules += [f"call_{index}: {call_object(tool)}" for index, tool in enumerate(tools)]
         return "\n".join(rules)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
+from moesaic.errors import RequestError
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Verdict
 
-__all__ = ["call_of", "dump_json", "load_json", "load_prefix", "property_schema", "typed_value"]
+__all__ = ["call_of", "dump_json", "kinds_of", "load_json", "load_prefix", "property_schema", "renamed", "typed_value"]
+
+
+_MAX_DEPTH = 64
+_WORDS = """
+    type properties required items description enum anyOf oneOf allOf const default title format minimum maximum
+    additionalProperties minLength maxLength pattern minItems maxItems $ref $defs definitions nullable
+"""
+_SCHEMA_WORDS = frozenset(_WORDS.split())
+_TYPES = frozenset(("string", "number", "integer", "boolean", "object", "array", "null"))
 
 
 def _refuse_constant(text: str) -> NoReturn:
@@ -79,7 +89,7 @@ def typed_value(text: str, schema: Mapping[str, Any]) -> Any:
     A text stays one where the schema says so. Otherwise it is read as JSON, and is a text again if it is none or has a
     type that the schema does not allow. Python's spelling of the constants is understood too.
     """
-    kinds = _kinds(schema)
+    kinds = kinds_of(schema)
     if kinds == {"string"}:
         return text
     stripped = text.strip()
@@ -91,6 +101,25 @@ def typed_value(text: str, schema: Mapping[str, Any]) -> Any:
     if not kinds or _kind(value) & kinds:
         return value if kinds or not isinstance(value, str) else text
     return text
+
+
+def renamed(value: Any, rename: Callable[[str], str], depth: int = 0) -> Any:
+    """A value of JSON with all its texts renamed, keys included, but for the words of JSON schema."""
+    if depth > _MAX_DEPTH:
+        raise RequestError(f"a value is nested deeper than {_MAX_DEPTH} levels.", "tools")
+    if isinstance(value, str):
+        return value if value in _TYPES else rename(value)
+    if isinstance(value, Mapping):
+        result: dict[str, Any] = {}
+        for key, item in value.items():
+            new = key if key in _SCHEMA_WORDS else rename(str(key))
+            while new in result:  # blotted out, two of them may become the same
+                new += "x"
+            result[new] = renamed(item, rename, depth + 1)
+        return result
+    if isinstance(value, (list, tuple)):
+        return [renamed(item, rename, depth + 1) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else rename(str(value))
 
 
 def _kind(value: Any) -> set[str]:
@@ -107,7 +136,7 @@ def _kind(value: Any) -> set[str]:
     return {"null"} if value is None else {"string"}
 
 
-def _kinds(schema: Mapping[str, Any]) -> set[str]:
+def kinds_of(schema: Mapping[str, Any]) -> set[str]:
     """The types that a schema allows; none if it does not say."""
     kind = schema.get("type")
     if isinstance(kind, str):
@@ -122,5 +151,5 @@ def _kinds(schema: Mapping[str, Any]) -> set[str]:
     for key in ("anyOf", "oneOf", "allOf"):
         parts = schema.get(key)
         for part in parts if isinstance(parts, Sequence) and not isinstance(parts, str) else ():
-            kinds |= _kinds(part) if isinstance(part, Mapping) else set()
+            kinds |= kinds_of(part) if isinstance(part, Mapping) else set()
     return kinds

@@ -8,9 +8,10 @@ from typing import Any
 import openai
 import pytest
 from tests.server.openai.fakes import Served
-from tests.server.openai.test_chat import ASK, WEATHER, ask, stream
+from tests.server.openai.test_chat import ASK, CALLS, WEATHER, ask, stream
 
 from moesaic.engine.serving.outputs import RequestStats
+from moesaic.errors import RequestError
 from moesaic.server.conversation import Finished, TextDelta
 
 NAMED: dict[str, Any] = {"type": "function", "function": {"name": "other"}}
@@ -105,7 +106,6 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guided_choice": []}, "guided_choice"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
     ({"reasoning_effort": "much"}, "reasoning_effort"),
-    ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"continue_final_message": True}, "continue_final_message"),
     ({"add_generation_prompt": False}, "add_generation_prompt"),
 ]
@@ -148,7 +148,7 @@ def test_errors_before_the_first_piece_are_errors_of_http(streamed: bool) -> Non
     served.engine.context_length = 5
     with pytest.raises(openai.BadRequestError) as long:
         call(served)
-    assert long.value.param == "prompt"
+    assert long.value.param == "messages"
     served = Served()
     served.engine.status = "dead"
     with pytest.raises(openai.InternalServerError) as dead:
@@ -196,3 +196,33 @@ def test_answers_that_were_given_up(reason: Any, status: int) -> None:
         ask(served)
     with pytest.raises(openai.APIError, match="could not be completed"):
         stream(served)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("param", "named"),
+    [("template_arguments", "chat_template_kwargs"), ("grammar", "response_format"), ("tools", "tools"), (None, None)],
+)
+def test_what_the_chat_refuses_has_the_apis_names(
+    streamed: bool, param: str | None, named: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Served()
+
+    def refuse(request: Any) -> list[int]:
+        raise RequestError("no.", param)
+
+    monkeypatch.setattr(served.chat, "encode_chat", refuse)
+    with pytest.raises(openai.BadRequestError) as error:
+        (stream if streamed else ask)(served)
+    assert error.value.param == named and error.value.body["message"] == "no."  # type: ignore[index]
+
+
+def test_thoughts_that_are_no_text_are_counted_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Served()
+    served.chat.script = CALLS
+
+    def refuse(text: str, add_special_tokens: bool = True) -> list[int]:
+        raise RequestError("no text.", "prompt")
+
+    monkeypatch.setattr(served.chat, "encode", refuse)
+    assert ask(served, tools=[WEATHER]).usage.completion_tokens_details.reasoning_tokens == 2

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 import uvicorn
@@ -117,5 +118,44 @@ def test_pieces_come_when_they_are_made() -> None:
                 if chunk.choices[0].delta.content
             ]
         assert times[1] - times[0] > 0.05 and times[2] - times[1] > 0.05
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_no_more_and_goes() -> None:
+    """The stream stands where it sends, not where it waits for the engine; still nothing is left behind."""
+
+    async def run() -> None:
+        served = patient()
+        served.engine.delay = 0.0
+        gone, sent, full = asyncio.Event(), 0, asyncio.Event()
+        bodies = [{"type": "http.request", "body": msgspec.json.encode({**CHAT, "stream": True}), "more_body": False}]
+
+        async def receive() -> Any:
+            if bodies:
+                return bodies.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent == 10:
+                full.set()
+                await asyncio.Event().wait()
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/chat/completions",
+            "query_string": b"",
+            "headers": headers,
+        }
+        answering = asyncio.create_task(served.app(scope, receive, send))
+        await full.wait()
+        gone.set()
+        await answering
+        assert served.engine.cancelled == 1  # at once, not when the garbage is collected
 
     asyncio.run(run())

@@ -5,16 +5,20 @@ It does not know which API asks.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from moesaic.engine.serving.outputs import RequestStats, TokenLogprob
-from moesaic.server.conversation import Event, Finished, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
+from moesaic.errors import RequestError
+from moesaic.server.conversation import ChatRequest, Event, Finished, ReasoningDelta, TextDelta, ToolCall, ToolCallDelta
 from moesaic.server.errors import ApiError
 from moesaic.server.state import Chat
+from moesaic.server.streams import closing
 
-__all__ = ["FinishReason", "WholeAnswer", "completed", "new_id", "reasoning_tokens"]
+__all__ = ["FinishReason", "WholeAnswer", "completed", "events_of", "new_id", "reasoning_tokens"]
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -79,9 +83,39 @@ def completed(reason: str | None) -> FinishReason:
     raise ApiError(500, "the answer could not be completed.", "api_error")
 
 
-def reasoning_tokens(chat: Chat, pieces: list[str]) -> int:
-    """Number of tokens of thoughts, by encoding them anew: events do not carry it."""
-    return len(chat.encode("".join(pieces), add_special_tokens=False)) if pieces else 0
+async def reasoning_tokens(chat: Chat, pieces: list[str]) -> int:
+    """Number of tokens of thoughts, by encoding them anew: events do not carry it.
+
+    Thoughts that cannot be encoded as text (they spell out a special token) count a token per piece.
+    """
+    if not pieces:
+        return 0
+    try:
+        return len(await asyncio.to_thread(chat.encode, "".join(pieces), add_special_tokens=False))
+    except RequestError:
+        return len(pieces)
+
+
+async def events_of(
+    chat: Chat, request: ChatRequest, identity: str, names: Mapping[str, str]
+) -> AsyncGenerator[Event, None]:
+    """The events of a conversation's answers; closing it cancels.
+
+    Args:
+        chat: answers.
+        request: what is asked.
+        identity: of the request.
+        names: what the API calls parameters that have another name in `ChatRequest`, for errors.
+    """
+    try:
+        async with closing(chat.chat(request, identity)) as events:
+            async for each in events:
+                yield each
+    except RequestError as error:
+        name = names.get(error.param or "")
+        if name is None:
+            raise
+        raise RequestError(str(error), name) from None
 
 
 def new_id(prefix: str) -> str:

@@ -14,7 +14,7 @@ from moesaic.server.bodies import read_body
 from moesaic.server.conversation import ChatRequest, Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from moesaic.server.errors import error_body
 from moesaic.server.names import require_model
-from moesaic.server.openai.answers import WholeAnswer, completed, new_id, reasoning_tokens
+from moesaic.server.openai.answers import WholeAnswer, completed, events_of, new_id, reasoning_tokens
 from moesaic.server.openai.chat_input import chat_request
 from moesaic.server.openai.chat_types import (
     ChatBody,
@@ -40,6 +40,9 @@ from moesaic.server.streams import closing, while_connected
 
 __all__ = ["OPERATIONS"]
 
+_NAMES = {"template_arguments": "chat_template_kwargs", "grammar": "response_format", "prompt": "messages"}
+"""Of fields that have another name in a conversation."""
+
 
 async def create(request: Request) -> Response:
     """WholeAnswer a conversation."""
@@ -58,12 +61,12 @@ async def _whole(state: ServerState, body: ChatBody, asked: ChatRequest) -> Chat
     """All answers, when they are complete."""
     identity, created = new_id("chatcmpl-"), int(time.time())
     answers = [WholeAnswer() for _ in range(asked.params.n)]
-    async with closing(state.chat.chat(asked, identity)) as events:
+    async with closing(events_of(state.chat, asked, identity, _NAMES)) as events:
         async for each in events:
             answers[each.choice].add(each)
     choices = [_choice(index, answer, bool(body.logprobs)) for index, answer in enumerate(answers)]
     stats = [answer.stats for answer in answers]
-    thoughts = sum(reasoning_tokens(state.chat, answer.reasoning) for answer in answers)
+    thoughts = sum([await reasoning_tokens(state.chat, answer.reasoning) for answer in answers])
     return ChatCompletion(
         id=identity,
         created=created,
@@ -111,7 +114,7 @@ async def _pieces(state: ServerState, model: str, asked: ChatRequest, usage: boo
     begun: set[int] = set()
     thoughts: defaultdict[int, list[str]] = defaultdict(list)
     ended: list[Finished] = []
-    async with closing(state.chat.chat(asked, chunk.id)) as events:
+    async with closing(events_of(state.chat, asked, chunk.id, _NAMES)) as events:
         async for each in events:
             if each.choice not in begun:
                 begun.add(each.choice)
@@ -131,7 +134,7 @@ async def _pieces(state: ServerState, model: str, asked: ChatRequest, usage: boo
     if len(ended) < asked.params.n:
         completed(None)
     if usage:
-        count = sum(reasoning_tokens(state.chat, pieces) for pieces in thoughts.values())
+        count = sum([await reasoning_tokens(state.chat, pieces) for pieces in thoughts.values()])
         chunk.choices, chunk.usage = [], make_usage([[last.stats for last in ended]], count)
         yield event(chunk)
     yield DONE

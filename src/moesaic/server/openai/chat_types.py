@@ -30,8 +30,11 @@ __all__ = [
     "ChatMessage",
     "Delta",
     "FunctionCall",
+    "FunctionPiece",
     "InputMessage",
+    "NamedTool",
     "Part",
+    "ToolBody",
     "ToolCallBody",
     "ToolCallPiece",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from moesaic.server.conversation import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from moesaic.server.errors import ApiError
-from moesaic.server.openai.answers import completed, new_id, reasoning_tokens
+from moesaic.server.openai.answers import completed, new_id
 from moesaic.server.openai.logprobs import ChatLogprob, chat_logprobs
 from moesaic.server.openai.response_types import (
     CallItem,
@@ -28,7 +28,6 @@ from moesaic.server.openai.response_types import (
 )
 from moesaic.server.openai.usage import make_timings, make_usage
 from moesaic.server.sse import event
-from moesaic.server.state import Chat
 
 __all__ = ["ResponseWriter"]
 
@@ -38,22 +37,23 @@ class ResponseWriter:
 
     Args:
         response: as it begins, without output; complete after the last event.
-        chat: counts the tokens of thoughts.
 
     Attributes:
         response: so far; the text of the item that is under way is missing.
+        thoughts: pieces of them so far.
+        reasoning_tokens: how many tokens these are; whoever knows sets it before the last event.
     """
 
-    def __init__(self, response: ResponseObject, chat: Chat) -> None:
+    def __init__(self, response: ResponseObject) -> None:
         self.response = response
-        self._chat = chat
+        self.thoughts: list[str] = []
+        self.reasoning_tokens = 0
         self._sequence = 0
         self._begun = False
         self._item: OutputItem | None = None  # under way
         self._call: int | None = None  # its number, of a call
         self._pieces: list[str] = []  # of its text
         self._logprobs: list[ChatLogprob] = []
-        self._thoughts: list[str] = []
 
     def begin(self) -> bytes:
         """The first events."""
@@ -102,7 +102,7 @@ class ResponseWriter:
             out = self._open(ReasoningItem(id=new_id("rs_")))
             out += self._emit("response.content_part.added", **self._part, part=ReasoningText())
         self._pieces.append(each.text)
-        self._thoughts.append(each.text)
+        self.thoughts.append(each.text)
         return out + self._emit("response.reasoning_text.delta", **self._part, delta=each.text)
 
     def _called(self, each: ToolCallDelta) -> bytes:
@@ -120,7 +120,7 @@ class ResponseWriter:
         cut = completed(each.reason) == "length"
         out = b"" if self.response.output else self._text(TextDelta(0, ""))
         out += self._close("incomplete" if cut else "completed")
-        usage = make_usage([[each.stats]], reasoning_tokens(self._chat, self._thoughts))
+        usage = make_usage([[each.stats]], self.reasoning_tokens)
         self.response.usage = ResponseUsage(
             usage.prompt_tokens,
             InputTokensDetails(usage.prompt_tokens_details.cached_tokens),

@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from moesaic.server.bodies import read_body
-from moesaic.server.conversation import ChatRequest
+from moesaic.server.conversation import ChatRequest, Finished
 from moesaic.server.names import require_model
-from moesaic.server.openai.answers import completed, new_id
+from moesaic.server.openai.answers import completed, events_of, new_id, reasoning_tokens
 from moesaic.server.openai.models import json_response
 from moesaic.server.openai.response_input import response_request
 from moesaic.server.openai.response_types import (
@@ -29,6 +29,14 @@ from moesaic.server.streams import closing, while_connected
 
 __all__ = ["OPERATIONS"]
 
+_NAMES = {
+    "template_arguments": "chat_template_kwargs",
+    "grammar": "text.format",
+    "prompt": "input",
+    "messages": "input",
+}
+"""Of fields that have another name in a conversation."""
+
 
 async def create(request: Request) -> Response:
     """Answer a conversation."""
@@ -36,7 +44,7 @@ async def create(request: Request) -> Response:
     body = await read_body(request, ResponseBody)
     require_model(state, body.model)
     asked = response_request(state.chat, body)
-    writer = ResponseWriter(_response(body), state.chat)
+    writer = ResponseWriter(_response(body))
     if not body.stream:
         return json_response(await while_connected(request, _whole(state, asked, writer)))
     return await event_stream(request, _pieces(state, asked, writer), writer.fail)
@@ -53,11 +61,13 @@ async def _whole(state: ServerState, asked: ChatRequest, writer: ResponseWriter)
 async def _pieces(state: ServerState, asked: ChatRequest, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
     """The events of a stream. The first wait for the engine, so that its refusals are errors of HTTP."""
     first = True
-    async with closing(state.chat.chat(asked, writer.response.id)) as events:
+    async with closing(events_of(state.chat, asked, writer.response.id, _NAMES)) as events:
         async for each in events:
             if first:
                 first = False
                 yield writer.begin()
+            if isinstance(each, Finished):
+                writer.reasoning_tokens = await reasoning_tokens(state.chat, writer.thoughts)
             piece = writer.add(each)
             if piece:
                 yield piece

@@ -20,8 +20,6 @@ __all__ = ["Effort", "FunctionName", "FunctionTool", "check_tools", "make_tools"
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 FunctionName = Annotated[str, Meta(min_length=1, max_length=64, pattern="^[a-zA-Z0-9_-]+$")]
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
-_OWN_ARGUMENTS = frozenset({"messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template"})
-"""Of a chat template, given by other fields of a body."""
 
 
 class FunctionTool(Struct, kw_only=True):
@@ -73,11 +71,8 @@ def template_arguments(chat: Chat, effort: Effort | None, given: dict[str, Any] 
         where: the effort's field in the request.
 
     Raises:
-        ApiError: the model does not think, or an argument is another field's.
+        ApiError: the model does not think.
     """
-    for name in given or ():
-        if name in _OWN_ARGUMENTS:
-            raise ApiError(400, f"chat_template_kwargs: {name} has a field of its own.", param="chat_template_kwargs")
     if effort is None:
         return dict(given or {})
     if effort != "none" and not chat.has_reasoning:

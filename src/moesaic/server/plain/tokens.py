@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -81,9 +82,11 @@ async def tokenize(request: Request) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "expected either prompt or messages.", param="prompt")
     if body.prompt is not None:
-        tokens = state.chat.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        special = body.add_special_tokens is not False
+        tokens = await asyncio.to_thread(state.chat.encode, body.prompt, add_special_tokens=special)
     else:
-        tokens = state.chat.encode_chat(_conversation(state.chat, body, body.messages or []))
+        conversation = _conversation(state.chat, body, body.messages or [])
+        tokens = await asyncio.to_thread(state.chat.encode_chat, conversation)
     return json_response(
         Tokenized(
             count=len(tokens),

@@ -99,7 +99,7 @@ def scripted_state(*events: Event) -> tuple[ServerState, ScriptedChat]:
     model = ModelInfo(
         "demo", 1_700_000_000, "/models/demo.gguf", "qwen3_moe", "Q4_K", 30_532_122_624, 17_000, 4096, "{{ x }}", "ab12"
     )
-    return ServerState(engine, chat, model, ("claude-sonnet-4-5", "other:7b")), chat
+    return ServerState(engine, chat, model, ("claude-anything", "other:7b")), chat
 
 
 def application(state: ServerState, operations: Sequence[Operation]) -> Starlette:

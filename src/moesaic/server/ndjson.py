@@ -5,7 +5,7 @@ It does not know what the objects say.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import msgspec
@@ -20,11 +20,9 @@ MEDIA_TYPE = "application/x-ndjson"
 _encoder = msgspec.json.Encoder()
 
 
-def ndjson_response(
-    answer: Answer[Any], objects: AsyncIterator[Any], style: Style, headers: Mapping[str, str] | None = None
-) -> StreamedResponse:
+def ndjson_response(answer: Answer[Any], objects: AsyncIterator[Any], style: Style) -> StreamedResponse:
     """Each object, made from an answer, as a line; an exception becomes a last line with an error in the API's form."""
-    return StreamedResponse(_lines(objects, style), MEDIA_TYPE, headers, answer=answer)
+    return StreamedResponse(_lines(objects, style), MEDIA_TYPE, answer=answer)
 
 
 async def _lines(objects: AsyncIterator[Any], style: Style) -> AsyncGenerator[bytes, None]:

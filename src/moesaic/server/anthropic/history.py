@@ -60,8 +60,8 @@ def input_messages(system: str | list[TextBlock] | None, messages: Sequence[Inpu
     """All turns.
 
     Raises:
-        ApiError: 400 if there are none, a block is not supported or in the wrong place, or an answer to a call
-            that was not made.
+        ApiError: 400 if nobody but the system speaks, a block is not supported or in the wrong place, or a result
+            belongs to no call.
     """
     turns = _Turns()
     if system:
@@ -76,8 +76,6 @@ def input_messages(system: str | list[TextBlock] | None, messages: Sequence[Inpu
             _assistant(turns, blocks, where)
         else:
             _others(turns, message.role, blocks, where)
-    if not messages:
-        raise ApiError(400, "messages: expected at least one.", param="messages")
     if all(each.role == "system" for each in turns.messages):
         raise ApiError(400, "messages: expected at least one of a user.", param="messages")
     if turns.messages[-1].tool_calls:

@@ -6,6 +6,7 @@ thoughts and calls.
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
@@ -37,20 +38,19 @@ async def create_message(request: Request) -> Response:
     number = uuid.uuid4().hex
     shown = body.thinking is None or body.thinking.display != "omitted"
     builder = MessageBuilder(f"msg_{number}", state.model.name, body.max_tokens, shown)
-    headers = {"request-id": f"req_{number}"}
     if body.stream:
-        prompt_tokens = len(state.chat.encode_chat(conversation))
+        prompt_tokens = await _count(state, conversation)
         answer = await Answer.begin(request, state.chat.chat(conversation, number), PING_SECONDS)
-        return events_response(answer, _events(answer, builder, prompt_tokens), headers)
+        return events_response(answer, _events(answer, builder, prompt_tokens))
     await while_connected(request, _collect(state, conversation, builder, number))
-    return _json(builder.message, headers)
+    return _json(builder.message)
 
 
 async def count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`."""
     body = await read_body(request, CountTokensBody)
     state = state_of(request)
-    return _json(TokenCount(len(state.chat.encode_chat(_conversation(state, body)))))
+    return _json(TokenCount(await _count(state, _conversation(state, body))))
 
 
 def _conversation(state: ServerState, body: CountTokensBody) -> ChatRequest:
@@ -59,6 +59,11 @@ def _conversation(state: ServerState, body: CountTokensBody) -> ChatRequest:
     if conversation.tools and conversation.tool_choice.mode != "none" and not state.chat.has_tools:
         raise ApiError(400, f"tools: the model '{state.model.name}' calls no tools.", param="tools", code="unsupported")
     return conversation
+
+
+async def _count(state: ServerState, conversation: ChatRequest) -> int:
+    """Tokens of a prompt. A long one takes a while, in which others' answers go on."""
+    return len(await asyncio.to_thread(state.chat.encode_chat, conversation))
 
 
 async def _collect(state: ServerState, conversation: ChatRequest, builder: MessageBuilder, number: str) -> None:
@@ -79,8 +84,8 @@ async def _events(
                 yield event
 
 
-def _json(value: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json", headers=headers)
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 OPERATIONS = (

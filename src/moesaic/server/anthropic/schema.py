@@ -7,9 +7,9 @@ not know what conversations become of it.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 __all__ = [
     "AnyBlock",
@@ -105,7 +105,7 @@ class InputMessage(Struct):
 class ToolBody(Struct):
     """A tool of the client's; only those of type "custom" are supported."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1, max_length=128, pattern="^[A-Za-z0-9_-]+$")]
     input_schema: dict[str, Any] | None = None
     type: str | None = None
     description: str | None = None
@@ -127,7 +127,7 @@ class Thinking(Struct):
     """Whether the model thinks first. The budget is not enforced: thoughts count towards max_tokens."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = None
+    budget_tokens: Annotated[int, Meta(ge=1)] | None = None
     display: Literal["summarized", "omitted"] | None = None
 
 
@@ -161,7 +161,7 @@ class CountTokensBody(Struct, kw_only=True):
     """What the prompt is made of."""
 
     model: str
-    messages: list[InputMessage]
+    messages: Annotated[list[InputMessage], Meta(min_length=1)]
     system: str | list[TextBlock] | None = None
     tools: list[ToolBody] | None = None
     tool_choice: ToolChoiceBody | None = None
@@ -175,12 +175,12 @@ class CountTokensBody(Struct, kw_only=True):
 class MessagesBody(CountTokensBody, kw_only=True):
     """A request for an answer. Temperatures above 1 are accepted, up to 2."""
 
-    max_tokens: int
+    max_tokens: Annotated[int, Meta(ge=0)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    stop_sequences: list[Annotated[str, Meta(min_length=1)]] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
 
 
 class Usage(Struct):

@@ -19,15 +19,13 @@ PING_SECONDS = 10.0
 _encoder = msgspec.json.Encoder()
 
 
-def events_response(
-    answer: Answer[Any], events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str] | None = None
-) -> StreamedResponse:
+def events_response(answer: Answer[Any], events: AsyncIterator[Mapping[str, Any]]) -> StreamedResponse:
     """Each event, made from an answer, under the name that is its type.
 
     Pings are sent while nothing comes; an exception becomes a last event "error".
     """
     ping = _event({"type": "ping"})
-    return StreamedResponse(_written(events), "text/event-stream", headers, ping, PING_SECONDS, answer)
+    return StreamedResponse(_written(events), "text/event-stream", None, ping, PING_SECONDS, answer)
 
 
 def _event(event: Mapping[str, Any]) -> bytes:

@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 
 from moesaic.engine.serving.params import Grammar, SamplingParams
-from moesaic.errors import RequestError
 from moesaic.server.bodies import refuse_unsupported
 from moesaic.server.errors import ApiError
 from moesaic.server.ollama.schema import Options
@@ -26,7 +25,6 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "vocab_only": (None, False),
     "embedding_only": (None, False),
 }
-_OPTION_OF = {"repetition_penalty": "repeat_penalty", "max_tokens": "num_predict"}
 
 
 def sampling_params(
@@ -44,39 +42,32 @@ def sampling_params(
         context_length: that is served.
 
     Raises:
-        ApiError: 400 naming the option that is unsupported or out of range.
+        ApiError: 400 naming the option that is unsupported or too much.
+        RequestError: `stop` holds an empty string.
     """
     options = options or Options()
     try:
         refuse_unsupported(options, _HARMLESS)
     except ApiError as error:
         raise ApiError(400, f"options.{error.message}", param=f"options.{error.param}", code=error.code) from None
-    if options.num_ctx is not None and not 1 <= options.num_ctx <= context_length:
-        raise _wrong("num_ctx", f"expected 1 to {context_length}, the context that is served")
-    if options.num_predict is not None and options.num_predict < -2:
-        raise _wrong("num_predict", "expected a number of tokens, -1 or -2")
-    if options.seed is not None and options.seed < -1:
-        raise _wrong("seed", "expected a number of at least 0, or -1")
+    if options.num_ctx is not None and options.num_ctx > context_length:
+        raise _wrong("num_ctx", f"expected at most {context_length}, the context that is served")
     stop = (options.stop,) if isinstance(options.stop, str) else tuple(options.stop or ())
-    try:
-        return SamplingParams(
-            max_tokens=options.num_predict if options.num_predict is not None and options.num_predict >= 0 else None,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            min_p=options.min_p,
-            repetition_penalty=_repetition_penalty(options),
-            presence_penalty=options.presence_penalty or 0.0,
-            frequency_penalty=options.frequency_penalty or 0.0,
-            seed=None if options.seed == -1 else options.seed,
-            stop=stop,
-            logprobs=logprobs,
-            grammar=_grammar(format),
-        )
-    except RequestError as error:
-        param = _OPTION_OF.get(error.param or "", error.param)
-        where = "top_logprobs" if param == "logprobs" else f"options.{param}"
-        raise ApiError(400, f"{where}: {error}", param=where) from None
+    limit = options.num_predict
+    return SamplingParams(
+        max_tokens=None if limit is None or limit < 0 else limit,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=_repetition_penalty(options),
+        presence_penalty=options.presence_penalty or 0.0,
+        frequency_penalty=options.frequency_penalty or 0.0,
+        seed=None if options.seed == -1 else options.seed,
+        stop=stop,
+        logprobs=logprobs,
+        grammar=_grammar(format),
+    )
 
 
 def _wrong(option: str, expected: str) -> ApiError:

@@ -7,9 +7,9 @@ accepted: keep_alive (the model stays), verbose. It does not know what conversat
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 __all__ = [
     "ChatAnswer",
@@ -78,17 +78,17 @@ class Options(Struct, kw_only=True, forbid_unknown_fields=True):
         embedding_only: refused unless false.
     """
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    num_predict: int | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    seed: Annotated[int, Meta(ge=-1, le=2**63 - 1)] | None = None
+    num_predict: Annotated[int, Meta(ge=-2)] | None = None
     stop: str | list[str] | None = None
-    repeat_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    num_ctx: int | None = None
+    repeat_penalty: Annotated[float, Meta(ge=0.01, le=100)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    num_ctx: Annotated[int, Meta(ge=1)] | None = None
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
@@ -142,7 +142,7 @@ class Turn(Struct, kw_only=True):
 class Function(Struct, kw_only=True):
     """What a tool is to the model."""
 
-    name: str
+    name: Annotated[str, Meta(min_length=1, max_length=128, pattern="^[A-Za-z0-9_-]+$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -163,7 +163,7 @@ class _Body(Struct, kw_only=True):
     options: Options | None = None
     think: Think | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     truncate: bool | UnsetType | None = UNSET
     shift: bool | UnsetType | None = UNSET
 

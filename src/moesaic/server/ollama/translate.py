@@ -48,7 +48,7 @@ def chat_conversation(state: ServerState, body: ChatBody) -> ChatRequest:
     return ChatRequest(
         messages=messages,
         params=params,
-        tools=tuple(_tools(body.tools or ())),
+        tools=_tools(body.tools or ()),
         template_arguments=_template_arguments(state, body.model, body.think),
         continue_last=last.role == "assistant" and not last.tool_calls,
     )
@@ -79,11 +79,15 @@ def _template_arguments(state: ServerState, model: str, think: Think | None) -> 
     return {"enable_thinking": True, "reasoning_effort": "high" if think == "max" else think}
 
 
-def _tools(bodies: Sequence[ToolBody]) -> list[Tool]:
-    return [
-        Tool(each.function.name, each.function.description or "", each.function.parameters or {"type": "object"})
-        for each in bodies
-    ]
+def _tools(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:
+    made: dict[str, Tool] = {}
+    for index, body in enumerate(bodies):
+        function, where = body.function, f"tools[{index}].function.name"
+        if function.name in made or function.name.endswith("\n"):  # which the pattern of the type lets pass
+            raise ApiError(400, f"{where}: expected a name of its own, in letters, digits, '_' and '-'.", param=where)
+        parameters = function.parameters or {"type": "object"}
+        made[function.name] = Tool(function.name, function.description or "", parameters)
+    return tuple(made.values())
 
 
 def _messages(turns: Sequence[Turn]) -> tuple[Message, ...]:

@@ -85,7 +85,8 @@ class GpuDecoder:
         for index, layer in enumerate(decoder.layers[:num_layers]):
             self.layers.append(self._take(layer_parts(layer, model.config, f"layer {index}"), dtype))
             _drop_weights(layer)
-        self.hidden_size, self.vocab_size = self.ends.embedding.embedding_dim, self.ends.vocab_size
+        self.embedding = self.ends.embedding
+        self.hidden_size, self.vocab_size = self.embedding.embedding_dim, self.ends.vocab_size
         self.tail: CpuTail | None = None
         if num_layers is not None and num_layers < len(decoder.layers):
             self.tail = CpuTail(model, num_layers)
@@ -93,7 +94,7 @@ class GpuDecoder:
         self.norm = GpuNorm.of(Norm(decoder.norm.weight, decoder.norm.eps), device)
         head = model.get_output_embeddings()
         self.head = GpuLinear.of(Linear(head.packed, head.bias), device)
-        if head.packed is not self.ends.embedding.packed:
+        if head.packed is not self.embedding.packed:
             head.packed = None
 
     def _take(self, parts: LayerParts, dtype: torch.dtype) -> GpuLayer:

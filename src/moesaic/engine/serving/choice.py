@@ -17,11 +17,14 @@ __all__ = ["Filters", "choose", "kept", "largest", "log_sum_exp"]
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
+Weights = NDArray[np.float32] | NDArray[np.float64]
 Ids = NDArray[np.int64]
 
 _GROUPS = 64
 _REST = 1e-7
 """Tokens that are left out because all of them together are less likely than this; float32 cannot tell."""
+_UNSEEN = 1e-3
+"""Weight (the likeliest token has 1) that a first look at top-p leaves open."""
 _BLOCK = 512
 
 
@@ -54,7 +57,7 @@ def choose(row: Floats, filters: Filters, noise: float) -> int:
     return int(ids[_position(weights, noise)]) if ids is not None else _position(weights, noise)
 
 
-def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Floats | Doubles]:
+def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Weights]:
     """The tokens that may be drawn.
 
     Args:
@@ -64,97 +67,106 @@ def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Floats | Doubles]:
     Returns:
         Their ids, ascending (None: all tokens), and weights that are proportional to their probabilities.
     """
-    ids, values, peak = _candidates(row, filters)
-    # Differences are taken first: large logits lose no digits, and nothing overflows at small temperatures.
-    if values.size <= 4096:
-        weights: Floats | Doubles = np.exp((values.astype(np.float64) - float(peak)) / filters.temperature)
+    peak: np.float32 = row.max()
+    if 0 < filters.top_k < row.size:
+        top = largest(row, filters.top_k)
+        ids, weights = _nucleus(top, _weights(row[top], peak, filters.temperature), filters.top_p)
+    elif filters.top_p < 1:
+        ids, weights = _nucleus_of_all(row, peak, filters)
     else:
-        weights = np.subtract(values, peak)
-        weights *= np.float32(1 / filters.temperature)
-        np.exp(weights, out=weights)
-    keep: NDArray[np.bool_] | None = None
-    if filters.top_p < 1:
-        keep = _nucleus(weights, filters.top_p)
+        # Of what min-p keeps a little more, as the exact comparison follows.
+        reach = math.log(row.size / _REST) if filters.min_p == 0 else 1e-3 - math.log(filters.min_p)
+        ids, values = _above(row, peak, reach * filters.temperature)
+        weights = _weights(values, peak, filters.temperature)
     if filters.min_p > 0:
-        likely = weights >= filters.min_p  # the likeliest one's weight is 1
-        keep = likely if keep is None else keep & likely
-    if keep is None:
-        return ids, weights
-    return (np.flatnonzero(keep) if ids is None else ids[keep]), weights[keep]
+        likely = np.flatnonzero(weights >= filters.min_p)  # the likeliest one's weight is 1
+        ids, weights = likely if ids is None else ids[likely], weights[likely]
+    return ids, weights
 
 
 def largest(row: Floats, count: int) -> Ids:
     """Ids of the `count` largest values and of those equal to the last of them, ascending."""
-    ids, values = _above(row, _lower_bound(row, count))
-    if values.size > count:
-        last = np.partition(values, values.size - count)[values.size - count]
-        chosen = values >= last
-        ids = np.flatnonzero(chosen) if ids is None else ids[chosen]
-    elif ids is None:
-        ids = np.arange(values.size)
-    return ids
+    bound = _lower_bound(row, count)
+    ids = np.flatnonzero(row >= bound if bound > -np.inf else row > bound)
+    if ids.size <= count:
+        return ids
+    values = row[ids]
+    last: np.float32 = np.partition(values, ids.size - count)[ids.size - count]
+    return ids[np.flatnonzero(values >= last)]
 
 
 def log_sum_exp(row: Floats) -> float:
     """The logarithm of the sum of exponentials; the largest value must be finite."""
-    peak = row.max()
-    _, values = _within_reach(row, peak, 1.0)
-    return float(peak) + math.log(float(np.exp(values - peak).sum(dtype=np.float64)))
-
-
-def _candidates(row: Floats, filters: Filters) -> tuple[Ids | None, Floats, np.float32]:
-    """Tokens that top-k keeps, or without it all that have a noticeable probability or may pass min-p."""
     peak: np.float32 = row.max()
-    if 0 < filters.top_k < row.size:
-        ids = largest(row, filters.top_k)
-        return ids, row[ids], peak
-    if filters.min_p > 0 and filters.top_p >= 1:
-        slack = 1e-3 - math.log(filters.min_p)  # the exact comparison follows
-        return *_above(row, peak - np.float32(slack * filters.temperature)), peak
-    return *_within_reach(row, peak, filters.temperature), peak
+    _, values = _above(row, peak, math.log(row.size / _REST))
+    return float(peak) + math.log(float(_weights(values, peak, 1.0).sum(dtype=np.float64)))
 
 
-def _within_reach(row: Floats, peak: np.float32, temperature: float) -> tuple[Ids | None, Floats]:
-    """All tokens but those that together have less than `_REST` of the probability."""
-    reach = math.log(row.size / _REST)
-    return _above(row, peak - np.float32(reach * temperature))
+def _weights(values: Floats, peak: np.float32, temperature: float) -> Weights:
+    """Exponentials of logits, at most 1. Differences come first: nothing overflows, and no digits are lost."""
+    if values.size <= 4096:
+        return np.exp((values.astype(np.float64) - float(peak)) / temperature)
+    weights = np.subtract(values, peak)
+    weights *= np.float32(1 / temperature)
+    return np.exp(weights, out=weights)
 
 
-def _above(row: Floats, threshold: np.float32) -> tuple[Ids | None, Floats]:
-    """Ids (None: all of them) and values at or above a threshold, or more; without -inf where that saves something."""
-    mask = row >= threshold if threshold > -np.inf else row > threshold
+def _above(row: Floats, peak: np.float32, reach: float) -> tuple[Ids | None, Floats]:
+    """Ids and values that are at most `reach` below the peak; if these are most of them, all (None: all ids)."""
+    mask = row >= peak - np.float32(reach)
+    if 2 * np.count_nonzero(mask) > row.size:
+        return None, row
     ids = np.flatnonzero(mask)
-    return (None, row) if 2 * ids.size > row.size else (ids, row[ids])
+    return ids, row[ids]
 
 
 def _lower_bound(row: Floats, count: int) -> np.float32:
     """A value that at least `count` others reach: the count-th largest of the maxima of groups."""
-    length = row.size // _GROUPS
-    if count > length:
-        bound: np.float32 = np.partition(row, row.size - count)[row.size - count] if count < row.size else row.min()
-        return bound
-    maxima = row[: length * _GROUPS].reshape(_GROUPS, length).max(axis=0)
-    bound = np.partition(maxima, length - count)[length - count]
+    length, count = row.size // _GROUPS, min(count, row.size)
+    maxima = row[: length * _GROUPS].reshape(_GROUPS, length).max(axis=0) if count <= length else row
+    bound: np.float32 = np.partition(maxima, maxima.size - count)[maxima.size - count]
     return bound
 
 
-def _nucleus(weights: Floats | Doubles, top_p: float) -> NDArray[np.bool_]:
-    """Which are kept: those before which, by falling weight, less than `top_p` of all weight comes."""
-    total = float(weights.sum(dtype=np.float64))
-    mass = top_p * total
+def _nucleus_of_all(row: Floats, peak: np.float32, filters: Filters) -> tuple[Ids | None, Weights]:
+    """Top-p over the whole vocabulary: first by what is not far below the peak, then by all that can matter."""
+    near = math.log(row.size / _UNSEEN)
+    ids, values = _above(row, peak, near * filters.temperature)
+    if ids is not None and 8 * ids.size < row.size:
+        weights = _weights(values, peak, filters.temperature)
+        if _is_decided(weights, filters.top_p):
+            return _nucleus(ids, weights, filters.top_p)
+    ids, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
+    return _nucleus(ids, _weights(values, peak, filters.temperature), filters.top_p)
+
+
+def _is_decided(weights: Weights, top_p: float) -> bool:
+    """Whether the nucleus is the same, however much weight up to `_UNSEEN` there is beside these."""
+    sums = np.cumsum(np.sort(weights)[::-1], dtype=np.float64)
+    least, most = np.searchsorted(sums, [top_p * sums[-1], top_p * (sums[-1] + _UNSEEN)])
+    return bool(least == most)
+
+
+def _nucleus(ids: Ids | None, weights: Weights, top_p: float) -> tuple[Ids | None, Weights]:
+    """Keep those before which, by falling weight, less than `top_p` of all weight comes."""
+    if top_p >= 1:
+        return ids, weights
+    total = float(weights.sum())
     # So many weights below this cannot make up what may be cut off: all of them are cut off.
-    floor = (total - mass) / weights.size * (1 - 1e-6)
-    falling = np.sort(weights[weights >= floor])[::-1]
-    count = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), mass)) + 1, falling.size)
+    floor = total * (1 - top_p) / weights.size * (1 - 1e-5)
+    some = np.flatnonzero(weights >= floor)
+    candidates = weights[some]
+    falling = np.sort(candidates)[::-1]
+    count = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), top_p * total)) + 1, falling.size)
     last = falling[count - 1]
-    keep: NDArray[np.bool_] = weights >= last
-    surplus = np.count_nonzero(keep) - count
-    if surplus > 0:
-        keep[np.flatnonzero(weights == last)[-surplus:]] = False
-    return keep
+    chosen = np.flatnonzero(candidates >= last)
+    if chosen.size > count:  # of equal ones the first
+        equal = np.flatnonzero(candidates[chosen] == last)
+        chosen = np.delete(chosen, equal[count - chosen.size :])
+    return (some[chosen] if ids is None else ids[some[chosen]]), candidates[chosen]
 
 
-def _position(weights: Floats | Doubles, noise: float) -> int:
+def _position(weights: Weights, noise: float) -> int:
     """Where `noise` falls when the interval from 0 to 1 is divided in proportion to the weights."""
     if weights.size <= 4 * _BLOCK:
         return _first_above(np.cumsum(weights, dtype=np.float64), noise)

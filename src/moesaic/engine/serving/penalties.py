@@ -57,7 +57,8 @@ class Penalties:
     def accept(self, token: int) -> None:
         """Count a token of the answer."""
         if self._tracks:
-            self._counts[self._slot(token)] += 1
+            slot = self._slot(token)  # may replace the arrays
+            self._counts[slot] += 1
 
     def apply_(self, row: NDArray[np.float32]) -> None:
         """Change logits, float32 `[vocab_size]`, in place."""

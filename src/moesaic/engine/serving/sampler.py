@@ -171,7 +171,10 @@ def _sample_row(row: NDArray[np.float32], sampler: RequestSampler, index: int) -
             f"the model's logits are no numbers: {row[likeliest]} for token {likeliest}. Its weights may be damaged.",
             index,
         )
-    adjusted = sampler.adjusted(row)
+    try:
+        adjusted = sampler.adjusted(row)
+    except GenerationError as error:  # of the grammar
+        raise LogitsError(str(error), index) from error
     if adjusted is not row:
         likeliest = int(adjusted.argmax())
         if not np.isfinite(adjusted[likeliest]):

@@ -8,12 +8,12 @@ from typing import Any
 
 import llguidance.hf
 from llguidance import LLMatcher
+from tests.server.byte_tokenizer import byte_tokenizer
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import CallPiece, MarkerPiece, Parser, Piece, ReasoningPiece, ReasoningStyle, ToolStyle
 from moesaic.server.parsers.rules import marker_terminal
 from moesaic.server.parsers.scanner import Scanner
-from tests.server.byte_tokenizer import byte_tokenizer
 
 WEATHER = Tool(
     "get_weather",

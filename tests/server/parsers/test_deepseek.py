@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import TOOLS, accepted, check, forced, scanner
 
 from moesaic.server.parsers.deepseek import DeepSeek, DeepSeekFenced
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import TOOLS, accepted, check, forced, scanner
 
 BEGIN, END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 ROME = '<｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>'
@@ -21,7 +21,9 @@ def test_v31() -> None:
 
 def test_r1() -> None:
     text = f"Hm.\n</think>\n\nA moment.{BEGIN}{FENCED}\n{FENCED}{END}"
-    check(scanner(DeepSeekFenced(), THINK, opened=True), text, [("reasoning", "Hm."), ("text", "A moment."), CALL, CALL])
+    check(
+        scanner(DeepSeekFenced(), THINK, opened=True), text, [("reasoning", "Hm."), ("text", "A moment."), CALL, CALL]
+    )
 
 
 def test_calls_end_thoughts_that_were_not_ended() -> None:
@@ -31,7 +33,11 @@ def test_calls_end_thoughts_that_were_not_ended() -> None:
 
 
 def test_cut_off_calls() -> None:
-    check(scanner(DeepSeek()), f"{BEGIN}{ROME}<｜tool▁call▁begin｜>get_wea", [CALL, ("text", "<｜tool▁call▁begin｜>get_wea")])
+    check(
+        scanner(DeepSeek()),
+        f"{BEGIN}{ROME}<｜tool▁call▁begin｜>get_wea",
+        [CALL, ("text", "<｜tool▁call▁begin｜>get_wea")],
+    )
     check(scanner(DeepSeek()), f"{BEGIN}{ROME.removesuffix('<｜tool▁call▁end｜>')}", [CALL])
 
 

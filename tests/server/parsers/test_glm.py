@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.glm import Glm
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 ROME = (
     "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, parse, scanner
 
 from moesaic.server.parsers.hermes import Hermes
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import accepted, check, forced, parse, scanner
 
 ONE = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
 CALL = ("call", "get_weather", '{"city": "Rome", "days": 3}', "")
@@ -27,7 +27,9 @@ def test_a_call_without_the_closing_tag() -> None:
 
 
 def test_arguments_as_text_or_missing() -> None:
-    text = '<tool_call>{"name": "get_time"}</tool_call><tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>'
+    text = (
+        '<tool_call>{"name": "get_time"}</tool_call><tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>'
+    )
     check(scanner(Hermes()), text, [("call", "get_time", "{}", ""), ("call", "f", '{"a": 1}', "")])
 
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.dsml import Dsml, DsmlV4
 from moesaic.server.parsers.invoke import Invoke
 from moesaic.server.parsers.minimax import MiniMax
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 MINIMAX = (
     '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Rome</parameter>\n'
@@ -62,7 +62,9 @@ def test_schemas_say_what_is_text() -> None:
 
 
 @pytest.mark.parametrize(("style", "block"), CASES, ids=IDS)
-@pytest.mark.parametrize("special", [(), ("｜DSML｜", "<minimax:tool_call>", "</minimax:tool_call>")], ids=["text", "special"])
+@pytest.mark.parametrize(
+    "special", [(), ("｜DSML｜", "<minimax:tool_call>", "</minimax:tool_call>")], ids=["text", "special"]
+)
 def test_the_grammar_forces_calls(style: Invoke, block: str, special: tuple[str, ...]) -> None:
     grammar = forced(style, special=special)
     assert accepted(grammar, block, special) is None

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.kimi import Kimi
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 BEGIN, END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 ROME = '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Rome"}<|tool_call_end|>'
@@ -34,7 +34,9 @@ def test_ids_of_other_forms() -> None:
     assert Kimi().new_id("get_time", 4) == "functions.get_time:4"
 
 
-@pytest.mark.parametrize("body", ["functions.f:0", "a b<|tool_call_argument_begin|>{}", "f:0<|tool_call_argument_begin|>1"])
+@pytest.mark.parametrize(
+    "body", ["functions.f:0", "a b<|tool_call_argument_begin|>{}", "f:0<|tool_call_argument_begin|>1"]
+)
 def test_what_is_no_call_is_text(body: str) -> None:
     text = f"<|tool_call_begin|>{body}<|tool_call_end|>"
     check(scanner(Kimi()), text, [("text", text)])

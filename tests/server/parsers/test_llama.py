@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.llama import Llama
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 ROME = '{"name": "get_weather", "parameters": {"city": "Rome"}}'
 CALL = ("call", "get_weather", '{"city": "Rome"}', "")
 
 
-@pytest.mark.parametrize("text", [ROME, f"\n{ROME} ", f"<|python_tag|>{ROME}<|eom_id|>", ROME.replace("parameters", "arguments")])
+@pytest.mark.parametrize(
+    "text", [ROME, f"\n{ROME} ", f"<|python_tag|>{ROME}<|eom_id|>", ROME.replace("parameters", "arguments")]
+)
 def test_a_call(text: str) -> None:
     check(scanner(Llama(), drop=("<|eom_id|>",)), text, [CALL])
 

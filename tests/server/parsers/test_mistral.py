@@ -3,10 +3,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.mistral import Mistral, MistralList
 from moesaic.server.parsers.think import BRACKETS
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 LIST = '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Rome"}, "id": "a1B2c3D4e"}, {"name": "get_time"}]'
 ROME = '[TOOL_CALLS]get_weather[ARGS]{"city": "Rome"}'
@@ -31,13 +31,12 @@ def test_version_11() -> None:
 def test_thoughts_and_text() -> None:
     text = f"[THINK]I look.[/THINK]One moment.{ROME}</s>"
     call = ("call", "get_weather", '{"city": "Rome"}', "")
-    check(
-        scanner(Mistral(), BRACKETS, drop=("</s>",)), text, [("reasoning", "I look."), ("text", "One moment."), call]
-    )
+    check(scanner(Mistral(), BRACKETS, drop=("</s>",)), text, [("reasoning", "I look."), ("text", "One moment."), call])
 
 
 @pytest.mark.parametrize(
-    "text", ["[TOOL_CALLS]", "[TOOL_CALLS][1]", "[TOOL_CALLS]a b[ARGS]{}", "[TOOL_CALLS]f[ARGS]{", "[TOOL_CALLS]f[ARGS]{} x"]
+    "text",
+    ["[TOOL_CALLS]", "[TOOL_CALLS][1]", "[TOOL_CALLS]a b[ARGS]{}", "[TOOL_CALLS]f[ARGS]{", "[TOOL_CALLS]f[ARGS]{} x"],
 )
 def test_what_is_no_call_is_text(text: str) -> None:
     check(scanner(Mistral()), text, [("text", text)])

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import json
+
 import pytest
+from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 from moesaic.server.parsers.qwen_coder import QwenCoder
 from moesaic.server.parsers.think import THINK
-from tests.server.parsers.cutting import accepted, check, forced, scanner
 
 ROME = (
     "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
@@ -34,8 +36,6 @@ def test_values_follow_the_schema() -> None:
 def test_values_keep_lines_and_tags() -> None:
     code = 'if a < b:\n    print("</parameter>")\n\n<function=f></function>'
     text = f"<function=get_weather>\n<parameter=city>\n{code}\n</parameter>\n</function>"
-    import json
-
     check(scanner(QwenCoder()), text, [("call", "get_weather", json.dumps({"city": code}), "")])
 
 

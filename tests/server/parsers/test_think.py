@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from tests.server.parsers.cutting import check
 
 from moesaic.server.parsers.scanner import Scanner
 from moesaic.server.parsers.think import BRACKETS, THINK
-from tests.server.parsers.cutting import check
 
 BOTH = [("reasoning", "a\n\nb < c"), ("text", "Answer. \n")]
 
@@ -12,9 +12,9 @@ BOTH = [("reasoning", "a\n\nb < c"), ("text", "Answer. \n")]
 @pytest.mark.parametrize("style", [THINK, BRACKETS], ids=["think", "brackets"])
 @pytest.mark.parametrize("blanks", ["", "\n", "\n\n"])
 def test_the_model_opens(style: object, blanks: str) -> None:
-    opener, closer = style.opener, style.closer  # type: ignore[attr-defined]
+    opener, closer = style.opener, style.closer
     text = f"{blanks}{opener}{blanks}a\n\nb < c{blanks}{closer}{blanks}Answer. \n"
-    check(lambda: Scanner(style), text, BOTH)  # type: ignore[arg-type]
+    check(lambda: Scanner(style), text, BOTH)
 
 
 def test_the_prompt_opened() -> None:
@@ -47,10 +47,12 @@ def test_special_tokens_are_taken_out() -> None:
 def test_plain_text_is_given_out_at_once() -> None:
     parser = Scanner()
     for text in ("a ", "<think>", "\n", "<|"):
-        assert [piece.text for piece in parser.feed(text)] == [text]  # type: ignore[union-attr]
+        assert [piece.text for piece in parser.feed(text)] == [text]
 
 
 def test_text_waits_only_while_it_may_be_a_marker() -> None:
     parser = Scanner(THINK, opened=True)
-    given = ["".join(getattr(piece, "text", "") for piece in parser.feed(text)) for text in ("a", " ", "b<", "/x", "</")]
+    given = [
+        "".join(getattr(piece, "text", "") for piece in parser.feed(text)) for text in ("a", " ", "b<", "/x", "</")
+    ]
     assert given == ["a", "", " b", "</x", ""]

@@ -33,6 +33,13 @@ void convert(const float* from, std::int64_t n, CacheType type, void* to, std::i
     }
 }
 
+// Where the keys of token i of a call go in a tensor of its cache; negative: nowhere.
+std::int64_t append_offset(const AttentionBlockCall& c, std::int64_t i, const Strides3& s) {
+    if (c.paged == nullptr) return i / c.num_tokens * s.batch + (c.cache.num_past + i % c.num_tokens) * s.token;
+    const std::int64_t slot = c.paged->slots[i], size = c.paged->pages.block_size;
+    return slot < 0 ? -1 : slot / size * s.batch + slot % size * s.token;
+}
+
 }  // namespace
 
 LinearJob job_of(const PackedMatrix& m, float* out) {
@@ -74,9 +81,8 @@ void append(const AttentionBlockCall& c, const float* from, std::int64_t row_str
             std::int64_t dim, void* to, const Strides3& s) {
     for_rows(c.batch * c.num_tokens, heads * dim, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
-            const std::int64_t token = c.cache.num_past + i % c.num_tokens;
-            const std::int64_t offset = i / c.num_tokens * s.batch + token * s.token;
-            for (std::int64_t h = 0; h < heads; ++h) {
+            const std::int64_t offset = append_offset(c, i, s);
+            for (std::int64_t h = 0; h < heads && offset >= 0; ++h) {
                 convert(from + i * row_stride + h * dim, dim, c.cache.type, to, offset + h * s.head);
             }
         }
@@ -108,6 +114,11 @@ AttentionArgs attention_of(const AttentionBlockCall& c, float scale) {
     a.mask_type = c.mask_type;
     a.mask = c.mask;
     a.mask_stride = c.mask_stride;
+    if (c.paged != nullptr) {
+        a.pages = &c.paged->pages;
+        a.batch = c.paged->num_sequences;
+        a.sliding_window = c.cache.window;
+    }
     return a;
 }
 

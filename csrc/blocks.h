@@ -60,7 +60,8 @@ struct LatentAttentionBlock {
 };
 
 // Room for keys and values [batch, num_kv_heads, capacity, head_dim] by strides, of which the first num_past tokens are
-// there; the call appends its own behind them.
+// there; the call appends its own behind them. With pages [blocks, block_size, num_kv_heads, head_dim], where batch is
+// the stride of a block, and num_past is not used.
 struct KeyValueCache {
     void* keys;
     Strides3 key_stride;
@@ -68,6 +69,14 @@ struct KeyValueCache {
     Strides3 value_stride;
     CacheType type;
     std::int64_t num_past;
+    std::int64_t window;  // with pages: only so many of the last keys are seen; 0: all
+};
+
+// Where the tokens of several sequences are, and where they go, for all layers.
+struct PagedStep {
+    KeyPages pages;
+    std::int64_t num_sequences;
+    const std::int64_t* slots;  // [tokens] block * block_size + offset for new keys; negative: nowhere
 };
 
 struct AttentionBlockCall {
@@ -77,10 +86,11 @@ struct AttentionBlockCall {
     const float* sin;
     Strides3 angle_stride;  // batch, token, pair
     KeyValueCache cache;
-    MaskType mask_type;  // none: causal
-    const void* mask;    // [batch, heads, num_tokens, num_past + num_tokens] by strides
+    const PagedStep* paged;  // null: one cache row per batch row; otherwise batch is 1, and num_tokens that of all
+    MaskType mask_type;      // none: causal; with pages nothing else
+    const void* mask;        // [batch, heads, num_tokens, num_past + num_tokens] by strides
     Strides3 mask_stride;
-    float* out;  // [batch * num_tokens, hidden], contiguous; not x
+    float* out;  // [batch * num_tokens, hidden], contiguous; may be x
 };
 
 void attention_block(const AttentionBlock& block, const AttentionBlockCall& call);

@@ -121,6 +121,7 @@ void run_split(const AttentionArgs& a, const TaskGrid& grid) {
 }  // namespace
 
 void attention(const AttentionArgs& a) {
+    if (a.pages != nullptr) return paged_attention(a);
     if (a.batch == 0 || a.num_queries == 0 || a.num_kv_heads == 0 || a.group == 0) return;
     const TaskGrid grid(a, num_threads());
     if (grid.num_splits() == 1) {

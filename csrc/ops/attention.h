@@ -30,6 +30,15 @@ struct ScorePart {
     int64_t dim;
 };
 
+// Sequences of different lengths whose keys lie in blocks of a pool, and whose queries follow each other.
+struct KeyPages {
+    const int32_t* tables;  // [sequences] rows of block numbers: entry i holds keys i * block_size and after
+    int64_t table_stride;
+    int64_t block_size;       // divides kAttentionKeyBlock, or is a multiple of it
+    const int32_t* num_keys;  // [sequences], those of the queries included
+    const int32_t* starts;    // [sequences + 1]: queries starts[s] to starts[s + 1] are the last of sequence s
+};
+
 struct AttentionArgs {
     ScorePart parts[2];
     int32_t num_parts;
@@ -53,6 +62,10 @@ struct AttentionArgs {
     MaskType mask_type;
     const void* mask;      // uint8 (nonzero: visible) or float (added to the score)
     Strides3 mask_stride;  // token: stride of a query row
+
+    // Not null: batch counts sequences, their queries are causal, strides called batch are those between blocks for
+    // keys and values and unused for queries and out; num_queries, num_keys, causal_offset and mask are not used.
+    const KeyPages* pages;
 };
 
 // A piece of work: some rows of one (batch row, KV head) against a range of keys.
@@ -70,7 +83,7 @@ struct AttentionPartial {
 };
 
 constexpr int64_t kAttentionRows = 64;      // rows of a task, at most
-constexpr int64_t kAttentionKeyBlock = 64;  // keys between two updates of the running maximum
+constexpr int64_t kAttentionKeyBlock = 64;  // keys between two updates of the running maximum, at most
 
 // Vectors have 16 lanes; buffers of our own are padded to whole vectors so that no loop needs a tail.
 static constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -81,15 +94,41 @@ static inline int64_t score_depth(const AttentionArgs& a) {
     return depth;
 }
 
+static inline int64_t num_queries_of(const AttentionArgs& a, int64_t batch) {
+    return a.pages == nullptr ? a.num_queries : a.pages->starts[batch + 1] - a.pages->starts[batch];
+}
+
+// Where the query `token` of a batch row (a sequence, with pages) lies in a tensor of queries or results.
+static inline int64_t query_offset(const AttentionArgs& a, const Strides3& s, int64_t batch, int64_t token) {
+    if (a.pages == nullptr) return batch * s.batch + token * s.token;
+    return (a.pages->starts[batch] + token) * s.token;
+}
+
+// Where a key or value lies; those that follow it up to the end of its block (all, without pages) are s.token apart.
+static inline int64_t key_offset(const AttentionArgs& a, const Strides3& s, int64_t batch, int64_t key) {
+    if (a.pages == nullptr) return batch * s.batch + key * s.token;
+    const int64_t block = a.pages->tables[batch * a.pages->table_stride + key / a.pages->block_size];
+    return block * s.batch + key % a.pages->block_size * s.token;
+}
+
+// Keys between two updates of the running maximum; with pages, all of one block.
+static inline int64_t key_step(const AttentionArgs& a) {
+    const bool small = a.pages != nullptr && a.pages->block_size < kAttentionKeyBlock;
+    return small ? a.pages->block_size : kAttentionKeyBlock;
+}
+
 // Keys [begin, end) that the query `token` may see before the mask is looked at.
 struct KeyRange {
     int64_t begin, end;
 };
 
 static inline KeyRange visible_keys(const AttentionArgs& a, int64_t batch, int64_t token) {
-    if (a.causal_offset == nullptr) return {0, a.num_keys};
-    const int64_t last = a.causal_offset[batch * a.causal_offset_stride] + token;
-    const int64_t end = last < 0 ? 0 : (last >= a.num_keys ? a.num_keys : last + 1);
+    if (a.pages == nullptr && a.causal_offset == nullptr) return {0, a.num_keys};
+    const int64_t num_keys = a.pages == nullptr ? a.num_keys : a.pages->num_keys[batch];
+    const int64_t offset =
+        a.pages == nullptr ? a.causal_offset[batch * a.causal_offset_stride] : num_keys - num_queries_of(a, batch);
+    const int64_t last = offset + token;
+    const int64_t end = last < 0 ? 0 : (last >= num_keys ? num_keys : last + 1);
     int64_t begin = a.sliding_window > 0 ? last + 1 - a.sliding_window : 0;
     begin = begin < 0 ? 0 : (begin > end ? end : begin);
     return {begin, end};
@@ -100,6 +139,8 @@ struct AttentionKernels {
     int64_t (*scratch_floats)(const AttentionArgs& a);
     // Computes the partial result of a task. scratch is 64-byte aligned.
     void (*partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result);
+    // into = what `into` and `from` are together, of num_rows rows. A row of `from` that saw no key changes nothing.
+    void (*fold)(const AttentionArgs& a, int64_t num_rows, const AttentionPartial& into, const AttentionPartial& from);
     // Merges the partial results of a task's rows over all key ranges, adds the sinks, divides, writes a.out.
     void (*finish)(const AttentionArgs& a, const AttentionTask& task, const AttentionPartial* partials, int64_t count);
 };
@@ -107,5 +148,9 @@ MOESAIC_DECLARE_KERNELS(AttentionKernels, attention_kernels)
 
 // Computes a.out for all batch rows, heads and queries, on the thread pool.
 void attention(const AttentionArgs& a);
+
+// The same for a.pages != null, where attention() goes. What a query gets depends on its own sequence alone, to the
+// bit: neither on the other sequences, nor on how many of its tokens are computed at once, nor on threads.
+void paged_attention(const AttentionArgs& a);
 
 }  // namespace moesaic

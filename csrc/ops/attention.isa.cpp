@@ -61,7 +61,7 @@ void gather_queries(const AttentionArgs& a, const AttentionTask& task, const Wor
         for (int i = 0; i < a.num_parts; ++i) {
             const ScorePart& part = a.parts[i];
             const Strides3& s = part.q_stride;
-            copy_scaled_row(part.q + task.batch * s.batch + head * s.head + token * s.token, part.dim, scale, to);
+            copy_scaled_row(part.q + query_offset(a, s, task.batch, token) + head * s.head, part.dim, scale, to);
             to += padded(part.dim);
         }
     }
@@ -113,8 +113,8 @@ void pack_keys(const AttentionArgs& a, const AttentionTask& task, int64_t key, i
         for (int i = 0; i < a.num_parts; ++i) {
             const ScorePart& part = a.parts[i];
             const Strides3& s = part.k_stride;
-            const auto* from = static_cast<const typename Load::Element*>(part.k) + task.batch * s.batch +
-                               task.kv_head * s.head + (key + first) * s.token;
+            const auto* from = static_cast<const typename Load::Element*>(part.k) + key_offset(a, s, task.batch, key) +
+                               task.kv_head * s.head + first * s.token;
             transpose_keys<Load>(from, s.token, num_keys - first, part.dim, to);
             to += padded(part.dim) * 16;
         }
@@ -131,7 +131,7 @@ template <class Load>
 Values load_values(const AttentionArgs& a, const AttentionTask& task, int64_t key, int64_t num_keys,
                    const Workspace& w) {
     const Strides3& s = a.v_stride;
-    const int64_t offset = task.batch * s.batch + task.kv_head * s.head + key * s.token;
+    const int64_t offset = key_offset(a, s, task.batch, key) + task.kv_head * s.head;
     if (a.cache_type == CacheType::kF32 && a.value_dim % 16 == 0)
         return {static_cast<const float*>(a.v) + offset, s.token};
     const auto* from = static_cast<const typename Load::Element*>(a.v) + offset;
@@ -265,9 +265,10 @@ void partial_of(const AttentionArgs& a, const AttentionTask& task, float* scratc
         for (int64_t i = 0; i < w.value_width; i += 16) store(result.acc + r * w.value_width + i, set1(0.0f));
     }
     gather_queries(a, task, w);
-    for (int64_t key = task.key_begin; key < task.key_end; key += kAttentionKeyBlock) {
+    const int64_t step = key_step(a);
+    for (int64_t key = task.key_begin; key < task.key_end; key += step) {
         const int64_t left = task.key_end - key;
-        const int64_t num_keys = left < kAttentionKeyBlock ? left : kAttentionKeyBlock;
+        const int64_t num_keys = left < step ? left : step;
         if (!any_visible(a, task, key, num_keys)) continue;
         pack_keys<Load>(a, task, key, num_keys, w);
         compute_scores(task, num_keys, w);
@@ -284,6 +285,24 @@ void partial(const AttentionArgs& a, const AttentionTask& task, float* scratch, 
             return partial_of<LoadBF16>(a, task, scratch, result);
         case CacheType::kF16:
             return partial_of<LoadF16>(a, task, scratch, result);
+    }
+}
+
+void fold(const AttentionArgs& a, int64_t num_rows, const AttentionPartial& into, const AttentionPartial& from) {
+    const int64_t width = padded(a.value_dim);
+    for (int64_t r = 0; r < num_rows; ++r) {
+        if (from.max[r] == kNegativeInfinity) continue;
+        const float new_max = larger(into.max[r], from.max[r]);
+        // Exactly 1 and 0 where one of the two is all there is, so that segments without visible keys may be left out.
+        const float old_factor = into.max[r] == new_max ? 1.0f : exp_scalar(into.max[r] - new_max);
+        const float factor = from.max[r] == new_max ? 1.0f : exp_scalar(from.max[r] - new_max);
+        float* acc = into.acc + r * width;
+        const float* more = from.acc + r * width;
+        for (int64_t i = 0; i < width; i += 16) {
+            store(acc + i, fma(set1(factor), load(more + i), mul(set1(old_factor), load(acc + i))));
+        }
+        into.sum[r] = into.sum[r] * old_factor + from.sum[r] * factor;
+        into.max[r] = new_max;
     }
 }
 
@@ -317,7 +336,7 @@ void finish(const AttentionArgs& a, const AttentionTask& task, const AttentionPa
         const int64_t token = (task.row_begin + r) / a.group;
         const int64_t head = task.kv_head * a.group + (task.row_begin + r) % a.group;
         const Strides3& s = a.out_stride;
-        float* out = a.out + task.batch * s.batch + head * s.head + token * s.token;
+        float* out = a.out + query_offset(a, s, task.batch, token) + head * s.head;
         finish_row(a, r, a.sinks == nullptr ? kNegativeInfinity : a.sinks[head], partials, count, out);
     }
 }
@@ -325,7 +344,7 @@ void finish(const AttentionArgs& a, const AttentionTask& task, const AttentionPa
 }  // namespace
 
 const AttentionKernels& attention_kernels() {
-    static constexpr AttentionKernels kernels{scratch_floats, partial, finish};
+    static constexpr AttentionKernels kernels{scratch_floats, partial, fold, finish};
     return kernels;
 }
 

@@ -15,6 +15,7 @@ void bind_products(nanobind::module_& m);  // linear maps and experts
 void bind_quantize(nanobind::module_& m);  // float rows to blocks
 void bind_ops(nanobind::module_& m);       // norms, rope, attention, router, bandwidth
 void bind_blocks(nanobind::module_& m);    // halves of a decoder layer in one call each
+void bind_paged(nanobind::module_& m);     // attention and decoder layers on a cache in pages
 void bind_handoff(nanobind::module_& m);   // experts for a step on a GPU
 
 // Nanoseconds that calls have spent computing, of all threads of Python together.

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "blocks.h"
+#include "decoder_stack.h"
 #include "python/bindings.h"
 
 namespace nb = nanobind;
@@ -40,8 +41,13 @@ using CacheTuple = std::tuple<Address, nb::tuple, Address, nb::tuple>;
 
 KeyValueCache cache_of(const CacheTuple& t, int type, std::int64_t num_past) {
     const auto& [keys, key_strides, values, value_strides] = t;
-    return {as_pointer<void>(keys),    strides_of(key_strides),      as_pointer<void>(values),
-            strides_of(value_strides), static_cast<CacheType>(type), num_past};
+    return {as_pointer<void>(keys),
+            strides_of(key_strides),
+            as_pointer<void>(values),
+            strides_of(value_strides),
+            static_cast<CacheType>(type),
+            num_past,
+            0};
 }
 
 // A call but for its cache.
@@ -81,30 +87,6 @@ void bind_call(nb::class_<Block>& block) {
         "out = x + residual_scale * attention of x; appends to the cache (keys_ptr, key_strides, values_ptr, "
         "value_strides) behind its num_past tokens.");
 }
-
-// Decoder layers one after the other, each an attention block of either kind and a feed-forward block.
-struct DecoderStack {
-    struct Layer {
-        const AttentionBlock* attention;  // one of the two
-        const LatentAttentionBlock* latent_attention;
-        const FeedForwardBlock* feed_forward;
-    };
-    std::vector<Layer> layers;
-
-    void run(AttentionBlockCall call, const std::vector<KeyValueCache>& caches, float* (&outputs)[2]) const {
-        for (std::size_t i = 0; i < layers.size(); ++i) {
-            call.out = outputs[i % 2];
-            call.cache = caches[i];
-            if (layers[i].attention != nullptr) {
-                attention_block(*layers[i].attention, call);
-            } else {
-                latent_attention_block(*layers[i].latent_attention, call);
-            }
-            feed_forward_block(*layers[i].feed_forward, call.out, call.batch * call.num_tokens);
-            call.x = call.out;
-        }
-    }
-};
 
 // (format, weights_ptr, rows, cols, matrix_bytes, row_step, first_row, num_rows), one such matrix per head.
 using HeadsTuple =

@@ -9,5 +9,6 @@ NB_MODULE(_native, m) {
     moesaic::bind_quantize(m);
     moesaic::bind_ops(m);
     moesaic::bind_blocks(m);
+    moesaic::bind_paged(m);
     moesaic::bind_handoff(m);
 }

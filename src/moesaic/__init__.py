@@ -11,17 +11,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
+    from moesaic.engine.serving.llm import LLM
+    from moesaic.engine.serving.params import SamplingParams
     from moesaic.errors import MoesaicError
     from moesaic.placement import load_plan, make_plan
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "MoesaicError", "__version__", "load_plan", "make_plan"]
+__all__ = [
+    "LLM",
+    "AutoModelForCausalLM",
+    "AutoTokenizer",
+    "MoesaicError",
+    "SamplingParams",
+    "__version__",
+    "load_plan",
+    "make_plan",
+]
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "LLM": "moesaic.engine.serving.llm",
     "AutoModelForCausalLM": "moesaic.engine.auto",
     "AutoTokenizer": "moesaic.engine.auto",
     "MoesaicError": "moesaic.errors",
+    "SamplingParams": "moesaic.engine.serving.params",
     "load_plan": "moesaic.placement",
     "make_plan": "moesaic.placement",
 }

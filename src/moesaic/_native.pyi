@@ -574,6 +574,71 @@ class DecoderStack:
         All layers; x stays as it is. Layers with even numbers write to even_out, so the result is in even_out if their number is odd.
         """
 
+ATTENTION_KEY_BLOCK: int = 64
+
+def paged_attention(
+    first: tuple[int, tuple, int, tuple, int],
+    second: tuple[int, tuple, int, tuple, int],
+    v_ptr: int,
+    v_strides: tuple,
+    value_dim: int,
+    cache_type: int,
+    out_ptr: int,
+    out_strides: tuple,
+    num_tokens: int,
+    num_kv_heads: int,
+    group: int,
+    tables_ptr: int,
+    table_width: int,
+    lengths_ptr: int,
+    starts_ptr: int,
+    num_sequences: int,
+    block_size: int,
+    num_blocks: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    sinks_ptr: int,
+) -> None:
+    """
+    Causal attention of the last tokens of sequences over blocks of a pool. first, second: (q_ptr, q_strides, k_ptr, k_strides, dim) of the score's terms, dim 0: absent; strides of (unused or block, head, token).
+    """
+
+class PagedStack:
+    """Decoder layers on a cache in pages."""
+
+    def __init__(
+        self,
+        stack: DecoderStack,
+        caches: Sequence[tuple[int, tuple, int, tuple, int]],
+        cache_type: int,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
+        """
+        caches: (keys_ptr, strides, values_ptr, strides, window) of each layer, strides of block, head and position; window 0: none.
+        """
+
+    def __call__(
+        self,
+        x_ptr: int,
+        num_tokens: int,
+        first: int,
+        count: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        num_pairs: int,
+        slots_ptr: int,
+        tables_ptr: int,
+        table_width: int,
+        lengths_ptr: int,
+        starts_ptr: int,
+        num_sequences: int,
+    ) -> None:
+        """
+        Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, tables or slots do not go together, or lead out of the pool.
+        """
+
 GAVE_UP: int = 9223372036854775807
 
 class ExpertServer:

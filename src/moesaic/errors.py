@@ -14,6 +14,7 @@
     ├── KernelError                a native kernel was called wrongly or failed
     │   └── ExpertTimeoutError     the CPU and the GPU waited for each other too long
     └── GenerationError            a request cannot be answered
+        ├── LogitsError            no next token can be chosen for an answer (names its row of the step)
         ├── RequestError           what it asks for is wrong or too much (names the parameter)
         ├── OverloadedError        too many requests wait already; says when to come back
         └── EngineDeadError        the engine that would answer has ended
@@ -33,6 +34,7 @@ __all__ = [
     "ExpertTimeoutError",
     "GenerationError",
     "KernelError",
+    "LogitsError",
     "ModelNotFoundError",
     "MoesaicError",
     "OverloadedError",
@@ -124,6 +126,19 @@ class ExpertTimeoutError(KernelError):
 
 class GenerationError(MoesaicError):
     """A request cannot be answered, for example because the prompt is longer than the context."""
+
+
+class LogitsError(GenerationError):
+    """No next token can be chosen for one answer of a step; nothing has changed for the others.
+
+    Args:
+        message: what was found.
+        row: which answer of the step.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        self.row = row
+        super().__init__(message)
 
 
 class RequestError(GenerationError):

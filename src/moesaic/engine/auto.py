@@ -19,7 +19,7 @@ from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules
 from moesaic.placement.units import parse_size
 from moesaic.weights import open_checkpoint, resolve
 
-__all__ = ["AutoModelForCausalLM", "AutoTokenizer"]
+__all__ = ["AutoModelForCausalLM", "AutoTokenizer", "parse_vram"]
 
 
 class AutoModelForCausalLM:
@@ -55,11 +55,12 @@ class AutoModelForCausalLM:
         """
         if threads is not None:
             set_num_threads(threads)
-        prepared = prepare(model, gguf=gguf, plan=plan, vram=_bytes(vram), context=context, offline=offline)
+        prepared = prepare(model, gguf=gguf, plan=plan, vram=parse_vram(vram), context=context, offline=offline)
         return load(prepared, progress=progress)
 
 
-def _bytes(vram: int | str | None) -> int | None:
+def parse_vram(vram: int | str | None) -> int | None:
+    """Bytes of a size such as "24GiB"; ConfigError if it is none."""
     try:
         size = parse_size(vram) if isinstance(vram, str) else vram
     except ValueError as error:

@@ -27,7 +27,7 @@ class DecoderStack:
 
     def __init__(self, layers: Sequence[tuple[AttentionBlock | LatentAttentionBlock, FeedForwardBlock]]) -> None:
         self.layers = list(layers)  # the native stack holds addresses into these
-        self._stack: Any = _native.DecoderStack(
+        self.native: Any = _native.DecoderStack(
             [(attention.block, forward.block) for attention, forward in self.layers]
         )
 
@@ -56,7 +56,7 @@ class DecoderStack:
         for (attention, _), cache in zip(self.layers[1:], caches[1:], strict=True):
             attention.check_caches(cache, x.shape[0], capacity, dtype)
         outputs = torch.empty_like(x), torch.empty_like(x)
-        self._stack(
+        self.native(
             *inputs,
             [cache_arguments(cache) for cache in caches],
             kind,

@@ -8,7 +8,7 @@ This module does not know what computes attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,10 @@ class BlockPool:
         """Blocks that so many positions take."""
         return -(-length // self.block_size)
 
+    def holders(self, block: int) -> int:
+        """How often a block is held."""
+        return self._holders[block]
+
     def take(self, count: int) -> list[int]:
         """Numbers of `count` blocks, held once.
 
@@ -188,6 +192,18 @@ class PagedSequence:
     def is_recurrent(self) -> bool:
         """Whether it has a recurrent state, so that it can only be forgotten as a whole."""
         return self._states is not None
+
+    def adopt(self, blocks: Sequence[int]) -> None:
+        """Begin with whole blocks that are full already, and held for this sequence.
+
+        Raises:
+            KernelError: the sequence has positions, or a recurrent state, which no block holds.
+        """
+        if self.length or self.is_recurrent:
+            what = "a recurrent state" if self.is_recurrent else f"{self.length} positions"
+            raise KernelError(f"adopt() of {len(blocks)} blocks by a sequence with {what}: expected an empty one.")
+        self._extend(list(blocks))
+        self.length = len(blocks) * self.pool.block_size
 
     def append(self, num_tokens: int) -> torch.Tensor:
         """Make room for `num_tokens` more positions, which are then part of the sequence.

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-__all__ = ["Angles", "RotaryAngles"]
+from moesaic.errors import UnsupportedModelError
+
+__all__ = ["Angles", "RotaryAngles", "position_angles"]
+
+# What rescales frequencies when a sequence gets longer, so that no table of angles serves all lengths.
+_MOVING_ROPES = frozenset({"dynamic", "longrope"})
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, float32 `[batch or 1, num_tokens, num_pairs]`, any strides."""
@@ -36,3 +43,24 @@ class RotaryAngles:
                 angles = cos[..., : self.num_pairs], sin[..., : self.num_pairs]
             self._converted = position_embeddings, angles
         return self._converted[1]
+
+
+def position_angles(rotary_embedding: Any, max_positions: int) -> Angles:
+    """Cosines and sines of positions 0 to `max_positions` - 1, as a model's rotary embedding makes them.
+
+    Returns:
+        float32 `[max_positions, num_pairs]` each, contiguous.
+
+    Raises:
+        UnsupportedModelError: they depend on the length of the sequence.
+    """
+    kind = str(getattr(rotary_embedding, "rope_type", "default"))
+    if kind in _MOVING_ROPES:
+        raise UnsupportedModelError(
+            f"rotary embeddings of type '{kind}' change with the length of a sequence, which runs neither on a GPU nor "
+            "on a paged cache yet: use the plan 'cpu' for this model, one request at a time."
+        )
+    positions = torch.arange(max_positions).unsqueeze(0)
+    angles = RotaryAngles(rotary_embedding.inv_freq.shape[0])
+    cos, sin = angles(rotary_embedding(torch.zeros(1, 1), positions))
+    return cos[0].float().contiguous(), sin[0].float().contiguous()

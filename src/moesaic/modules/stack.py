@@ -16,6 +16,8 @@ from moesaic.kernels.stack import DecoderStack
 
 if TYPE_CHECKING:
     from moesaic.modules.decoder import DecoderLayerForward
+    from moesaic.modules.gqa import GqaAttention
+    from moesaic.modules.mla import MlaAttention
 
 __all__ = ["LayerStack"]
 
@@ -25,14 +27,23 @@ class LayerStack:
 
     Args:
         layers: their forwards, in order.
+
+    Attributes:
+        native: their blocks, of those whose attention is one native call.
+        is_whole: whether these are all.
     """
 
     def __init__(self, layers: list[DecoderLayerForward]) -> None:
         self._layers = layers
         blocks = [(layer.attention.block, layer.feed_forward) for layer in layers]
-        self._native = DecoderStack([(attention, forward) for attention, forward in blocks if attention is not None])
-        self._whole = all(attention is not None for attention, _ in blocks)
+        self.native = DecoderStack([(attention, forward) for attention, forward in blocks if attention is not None])
+        self.is_whole = all(attention is not None for attention, _ in blocks)
         self._result: torch.Tensor | None = None
+
+    @property
+    def attentions(self) -> list[GqaAttention | MlaAttention]:
+        """Of the layers, in order."""
+        return [layer.attention for layer in self._layers]
 
     def take(self, layer: DecoderLayerForward, x: torch.Tensor) -> bool:
         """Whether x has been through all layers already; asked by each after the first."""
@@ -45,11 +56,11 @@ class LayerStack:
     def run(self, x: torch.Tensor, positions: Any, mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor | None:
         """All layers on float32 `[batch, 1, hidden_size]`; None where they have to run one by one."""
         self._result = None
-        if x.shape[1] != 1 or not self._whole or len(self._layers) < 2 or torch_module._has_any_global_hook():
+        if x.shape[1] != 1 or not self.is_whole or len(self._layers) < 2 or torch_module._has_any_global_hook():
             return None
         if any(layer.is_observed() or _is_hooked(layer.layer) for layer in self._layers):
             return None
-        attentions = [layer.attention for layer in self._layers]
+        attentions = self.attentions
         of_layers = [attention.growing_layer(x, cache) for attention in attentions]
         growing = [layer for layer in of_layers if layer is not None]
         if len(growing) != len(of_layers):
@@ -58,7 +69,7 @@ class LayerStack:
         if len({(keys.shape[2], num_past) for keys, _, num_past in reserved}) != 1:
             return None
         caches = [(keys, values) for keys, values, _ in reserved]
-        out = self._native(x.contiguous(), *attentions[0].angles(positions), caches, reserved[0][2], mask)
+        out = self.native(x.contiguous(), *attentions[0].angles(positions), caches, reserved[0][2], mask)
         for layer in growing:
             layer.advance(1)
         self._result = out

@@ -23,28 +23,9 @@ from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
 from moesaic.modules.gqa import GqaParts
 from moesaic.modules.mla import MlaAttention, latent_heads_at_once
+from moesaic.modules.windows import sliding_window_of
 
-__all__ = ["GpuAttention", "GpuGqaAttention", "GpuMlaAttention", "gpu_attention", "sliding_window_of"]
-
-
-def sliding_window_of(config: Any, layer_idx: int) -> int | None:
-    """Positions that a layer's tokens see, or None for all; as the model library builds its masks.
-
-    Raises:
-        UnsupportedModelError: the layer attends in another way.
-    """
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    if kinds is None:
-        return None if window is None else int(window)
-    kind = kinds[layer_idx]
-    if kind == "full_attention":
-        return None
-    if kind == "sliding_attention" and window is not None:
-        return int(window)
-    raise UnsupportedModelError(
-        f"layer {layer_idx} has '{kind}', which does not run on a GPU yet: use the plan 'cpu' for this model."
-    )
+__all__ = ["GpuAttention", "GpuGqaAttention", "GpuMlaAttention", "gpu_attention"]
 
 
 class GpuGqaAttention:

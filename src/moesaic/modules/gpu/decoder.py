@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import Linear, Norm
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import RotaryTable
-from moesaic.modules.embedding import PackedEmbedding
+from moesaic.modules.ends import DecoderEnds
 from moesaic.modules.gpu.attention import GpuAttention, gpu_attention
 from moesaic.modules.gpu.feed_forward import GpuFeedForward
 from moesaic.modules.gpu.layer_parts import LayerParts, layer_parts
@@ -26,13 +25,9 @@ from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.tail import CpuTail
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
 from moesaic.modules.linear import PackedLinear
-from moesaic.modules.norm import RMSNorm
-from moesaic.modules.rotary import RotaryAngles
+from moesaic.modules.rotary import position_angles
 
 __all__ = ["GpuDecoder", "GpuLayer"]
-
-# What rescales rotary frequencies when a sequence gets longer, which a table made once cannot do.
-_MOVING_ROPES = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +74,7 @@ class GpuDecoder:
     ) -> None:
         self.device, self.config = device, model.config.get_text_config()
         decoder = model.get_decoder()
-        _check_parts(model, decoder)
+        self.ends = DecoderEnds.of(model)
         self.angles = rotary_table(decoder, max_positions, device)
         shared = getattr(model, "_shared_state", None)
         if shared is not None:
@@ -90,11 +85,8 @@ class GpuDecoder:
         for index, layer in enumerate(decoder.layers[:num_layers]):
             self.layers.append(self._take(layer_parts(layer, model.config, f"layer {index}"), dtype))
             _drop_weights(layer)
-        self.embedding: PackedEmbedding = model.get_input_embeddings()
-        self.hidden_size = self.embedding.embedding_dim
-        self.embedding_scale = float(getattr(self.config, "embedding_multiplier", 1.0))
-        self.logit_scale = 1.0 / float(getattr(self.config, "logits_scaling", 1.0))
-        self.vocab_size = int(model.get_output_embeddings().packed.rows)
+        self.embedding = self.ends.embedding
+        self.hidden_size, self.vocab_size = self.embedding.embedding_dim, self.ends.vocab_size
         self.tail: CpuTail | None = None
         if num_layers is not None and num_layers < len(decoder.layers):
             self.tail = CpuTail(model, num_layers)
@@ -129,18 +121,17 @@ class GpuDecoder:
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
-        hidden: torch.Tensor = self.embedding(token_ids)
-        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+        return self.ends.embed(token_ids)
 
-    def run(self, hidden: torch.Tensor, step: GpuStep) -> None:
-        """All layers on float32 `[tokens, hidden_size]`, contiguous, on the GPU, in place."""
-        for layer in self.layers:
+    def run(self, hidden: torch.Tensor, step: GpuStep, first: int = 0, count: int | None = None) -> None:
+        """All layers, or `count` from `first` on, on float32 `[tokens, hidden_size]`, contiguous, in place."""
+        for layer in self.layers[first : None if count is None else first + count]:
             layer(hidden, step)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last norm and head, without a tail: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
         logits = self.head(rms_norm(hidden, self.norm.weight, self.norm.eps))
-        return logits if self.logit_scale == 1.0 else logits * self.logit_scale
+        return logits if self.ends.logit_scale == 1.0 else logits * self.ends.logit_scale
 
 
 def rotary_table(decoder: Any, max_positions: int, device: torch.device) -> RotaryTable:
@@ -149,30 +140,8 @@ def rotary_table(decoder: Any, max_positions: int, device: torch.device) -> Rota
     Raises:
         UnsupportedModelError: they depend on the length of the sequence.
     """
-    kind = str(getattr(decoder.rotary_emb, "rope_type", "default"))
-    if kind in _MOVING_ROPES:
-        raise UnsupportedModelError(
-            f"rotary embeddings of type '{kind}' do not run on a GPU yet: use the plan 'cpu' for this model."
-        )
-    positions = torch.arange(max_positions).unsqueeze(0)
-    angles = RotaryAngles(decoder.rotary_emb.inv_freq.shape[0])
-    cos, sin = angles(decoder.rotary_emb(torch.zeros(1, 1), positions))
-    return RotaryTable(*(part[0].float().contiguous().to(device) for part in (cos, sin)))
-
-
-def _check_parts(model: Any, decoder: Any) -> None:
-    head = model.get_output_embeddings()
-    parts = (
-        (decoder.norm, RMSNorm, "last norm"),
-        (model.get_input_embeddings(), PackedEmbedding, "embedding"),
-        (head, PackedLinear, "head"),
-    )
-    for module, expected, name in parts:
-        if not isinstance(module, expected):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: its {name} is a {type(module).__name__}, expected {expected.__name__}: the "
-                "model does not run on a GPU; use the plan 'cpu'."
-            )
+    cos, sin = position_angles(decoder.rotary_emb, max_positions)
+    return RotaryTable(cos.to(device), sin.to(device))
 
 
 def _drop_weights(layer: nn.Module) -> None:

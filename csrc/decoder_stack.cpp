@@ -1,0 +1,71 @@
+#include "decoder_stack.h"
+
+#include <stdexcept>
+#include <string>
+
+namespace moesaic {
+
+namespace {
+
+[[noreturn]] void refuse(const char* what, std::int64_t index, std::int64_t found) {
+    throw std::invalid_argument(std::string(what) + " " + std::to_string(index) + " of the step is " +
+                                std::to_string(found) + ", which does not go with the rest");
+}
+
+void check_tables(const KeyPages& pages, std::int64_t sequence, std::int64_t num_blocks) {
+    const std::int64_t used = (pages.num_keys[sequence] + pages.block_size - 1) / pages.block_size;
+    for (std::int64_t i = 0; i < used; ++i) {
+        const std::int64_t block = pages.tables[sequence * pages.table_stride + i];
+        if (block < 0 || block >= num_blocks) refuse("a block of sequence", sequence, block);
+    }
+}
+
+}  // namespace
+
+void DecoderStack::run_layer(std::size_t layer, const AttentionBlockCall& call) const {
+    if (layers[layer].attention != nullptr) {
+        attention_block(*layers[layer].attention, call);
+    } else {
+        latent_attention_block(*layers[layer].latent_attention, call);
+    }
+    feed_forward_block(*layers[layer].feed_forward, call.out, call.batch * call.num_tokens);
+}
+
+void DecoderStack::run(AttentionBlockCall call, const std::vector<KeyValueCache>& caches, float* (&outputs)[2]) const {
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+        call.out = outputs[i % 2];
+        call.cache = caches[i];
+        run_layer(i, call);
+        call.x = call.out;
+    }
+}
+
+void PagedStack::run(AttentionBlockCall call, std::int64_t first, std::int64_t count) const {
+    for (std::int64_t i = first; i < first + count; ++i) {
+        call.cache = caches[static_cast<std::size_t>(i)];
+        stack->run_layer(static_cast<std::size_t>(i), call);
+    }
+}
+
+void check_paged_step(const PagedStep& step, std::int64_t num_tokens, std::int64_t table_width,
+                      std::int64_t num_blocks) {
+    const KeyPages& pages = step.pages;
+    if (pages.starts[0] != 0) refuse("start", 0, pages.starts[0]);
+    for (std::int64_t s = 0; s < step.num_sequences; ++s) {
+        const std::int64_t start = pages.starts[s], end = pages.starts[s + 1];
+        if (end < start || end > num_tokens) refuse("start", s + 1, end);
+        const std::int64_t length = pages.num_keys[s];
+        if (length < 0 || length > table_width * pages.block_size || (length > 0 && length < end - start)) {
+            refuse("length", s, length);
+        }
+        check_tables(pages, s, num_blocks);
+    }
+    if (pages.starts[step.num_sequences] != num_tokens) {
+        refuse("start", step.num_sequences, pages.starts[step.num_sequences]);
+    }
+    for (std::int64_t i = 0; i < num_tokens && step.slots != nullptr; ++i) {
+        if (step.slots[i] >= num_blocks * pages.block_size) refuse("slot", i, step.slots[i]);
+    }
+}
+
+}  // namespace moesaic

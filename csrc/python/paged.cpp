@@ -1,0 +1,150 @@
+// Bindings of what runs on a cache in pages: attention, and layers of a decoder. The Python side has checked shapes and
+// types; what a step's tables and numbers say is checked here.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+#include <vector>
+
+#include "decoder_stack.h"
+#include "ops/attention.h"
+#include "python/bindings.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace moesaic {
+
+namespace {
+
+using Address = std::uintptr_t;
+
+Strides3 strides_of(const nb::tuple& t) {
+    return {nb::cast<std::int64_t>(t[0]), nb::cast<std::int64_t>(t[1]), nb::cast<std::int64_t>(t[2])};
+}
+
+// (keys_ptr, key_strides, values_ptr, value_strides, window)
+using PoolTuple = std::tuple<Address, nb::tuple, Address, nb::tuple, std::int64_t>;
+
+KeyValueCache cache_of(const PoolTuple& t, int type) {
+    const auto& [keys, key_strides, values, value_strides, window] = t;
+    return {as_pointer<void>(keys),
+            strides_of(key_strides),
+            as_pointer<void>(values),
+            strides_of(value_strides),
+            static_cast<CacheType>(type),
+            0,
+            window};
+}
+
+// A step but for its slots and the size of blocks.
+PagedStep step_of(Address tables, std::int64_t table_width, Address lengths, Address starts,
+                  std::int64_t num_sequences) {
+    PagedStep step{};
+    step.pages.tables = as_pointer<const std::int32_t>(tables);
+    step.pages.table_stride = table_width;
+    step.pages.num_keys = as_pointer<const std::int32_t>(lengths);
+    step.pages.starts = as_pointer<const std::int32_t>(starts);
+    step.num_sequences = num_sequences;
+    return step;
+}
+
+// (q_ptr, q_strides, k_ptr, k_strides, dim) of a term of the score; dim 0: absent.
+using PartTuple = std::tuple<Address, nb::tuple, Address, nb::tuple, std::int64_t>;
+
+ScorePart part_of(const PartTuple& t) {
+    const auto& [q, q_strides, k, k_strides, dim] = t;
+    return {as_pointer<const float>(q), strides_of(q_strides), as_pointer<const void>(k), strides_of(k_strides), dim};
+}
+
+void bind_paged_attention(nb::module_& m) {
+    m.def(
+        "paged_attention",
+        [](const PartTuple& first, const PartTuple& second, Address v_ptr, const nb::tuple& v_strides,
+           std::int64_t value_dim, int cache_type, Address out_ptr, const nb::tuple& out_strides,
+           std::int64_t num_tokens, std::int64_t num_kv_heads, std::int64_t group, Address tables_ptr,
+           std::int64_t table_width, Address lengths_ptr, Address starts_ptr, std::int64_t num_sequences,
+           std::int64_t block_size, std::int64_t num_blocks, float scale, float softcap, std::int64_t sliding_window,
+           Address sinks_ptr) {
+            PagedStep step = step_of(tables_ptr, table_width, lengths_ptr, starts_ptr, num_sequences);
+            step.pages.block_size = block_size;
+            check_paged_step(step, num_tokens, table_width, num_blocks);
+            AttentionArgs a{};
+            a.parts[0] = part_of(first);
+            a.parts[1] = part_of(second);
+            a.num_parts = a.parts[1].dim > 0 ? 2 : 1;
+            a.cache_type = static_cast<CacheType>(cache_type);
+            a.v = as_pointer<const void>(v_ptr);
+            a.v_stride = strides_of(v_strides);
+            a.value_dim = value_dim;
+            a.out = as_pointer<float>(out_ptr);
+            a.out_stride = strides_of(out_strides);
+            a.batch = num_sequences;
+            a.num_kv_heads = num_kv_heads;
+            a.group = group;
+            a.scale = scale;
+            a.softcap = softcap;
+            a.sliding_window = sliding_window;
+            a.sinks = as_pointer<const float>(sinks_ptr);
+            a.pages = &step.pages;
+            ReleaseGil release;
+            attention(a);
+        },
+        "first"_a, "second"_a, "v_ptr"_a, "v_strides"_a, "value_dim"_a, "cache_type"_a, "out_ptr"_a, "out_strides"_a,
+        "num_tokens"_a, "num_kv_heads"_a, "group"_a, "tables_ptr"_a, "table_width"_a, "lengths_ptr"_a, "starts_ptr"_a,
+        "num_sequences"_a, "block_size"_a, "num_blocks"_a, "scale"_a, "softcap"_a, "sliding_window"_a, "sinks_ptr"_a,
+        "Causal attention of the last tokens of sequences over blocks of a pool. first, second: (q_ptr, q_strides, "
+        "k_ptr, k_strides, dim) of the score's terms, dim 0: absent; strides of (unused or block, head, token).");
+}
+
+void bind_paged_stack(nb::module_& m) {
+    nb::class_<PagedStack>(m, "PagedStack", "Decoder layers on a cache in pages.")
+        .def(
+            "__init__",
+            [](PagedStack* self, const DecoderStack& stack, const std::vector<PoolTuple>& caches, int cache_type,
+               std::int64_t block_size, std::int64_t num_blocks) {
+                if (caches.size() != stack.layers.size()) throw nb::value_error("a cache for each layer");
+                auto* paged = new (self) PagedStack{&stack, {}, block_size, num_blocks};
+                for (const PoolTuple& cache : caches) paged->caches.push_back(cache_of(cache, cache_type));
+            },
+            "stack"_a, "caches"_a, "cache_type"_a, "block_size"_a, "num_blocks"_a, nb::keep_alive<1, 2>(),
+            "caches: (keys_ptr, strides, values_ptr, strides, window) of each layer, strides of block, head and "
+            "position; window 0: none.")
+        .def(
+            "__call__",
+            [](const PagedStack& self, Address x_ptr, std::int64_t num_tokens, std::int64_t first, std::int64_t count,
+               Address cos_ptr, Address sin_ptr, std::int64_t num_pairs, Address slots_ptr, Address tables_ptr,
+               std::int64_t table_width, Address lengths_ptr, Address starts_ptr, std::int64_t num_sequences) {
+                const PagedStep step{
+                    {as_pointer<const std::int32_t>(tables_ptr), table_width, self.block_size,
+                     as_pointer<const std::int32_t>(lengths_ptr), as_pointer<const std::int32_t>(starts_ptr)},
+                    num_sequences,
+                    as_pointer<const std::int64_t>(slots_ptr)};
+                check_paged_step(step, num_tokens, table_width, self.num_blocks);
+                AttentionBlockCall call{};
+                call.x = call.out = as_pointer<float>(x_ptr);
+                call.batch = 1;
+                call.num_tokens = num_tokens;
+                call.cos = as_pointer<const float>(cos_ptr);
+                call.sin = as_pointer<const float>(sin_ptr);
+                call.angle_stride = {0, num_pairs, 1};
+                call.paged = &step;
+                ReleaseGil release;
+                self.run(call, first, count);
+            },
+            "x_ptr"_a, "num_tokens"_a, "first"_a, "count"_a, "cos_ptr"_a, "sin_ptr"_a, "num_pairs"_a, "slots_ptr"_a,
+            "tables_ptr"_a, "table_width"_a, "lengths_ptr"_a, "starts_ptr"_a, "num_sequences"_a,
+            "Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, "
+            "tables or slots do not go together, or lead out of the pool.");
+}
+
+}  // namespace
+
+void bind_paged(nb::module_& m) {
+    m.attr("ATTENTION_KEY_BLOCK") = kAttentionKeyBlock;
+    bind_paged_attention(m);
+    bind_paged_stack(m);
+}
+
+}  // namespace moesaic

@@ -1,0 +1,52 @@
+"""What a server tells people of the model that it serves."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+
+from moesaic.engine.loader import Prepared
+
+__all__ = ["ModelFacts"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Of a loaded model.
+
+    Attributes:
+        path: MODEL as it was given.
+        family: the model type.
+        format: the format that most bytes of its weights have.
+        parameters: number of weights.
+        nbytes: of the weights in memory.
+        digest: of the names and sizes of its files, hexadecimal.
+        notes: what people should know of how it is served, one sentence each.
+    """
+
+    path: str
+    family: str
+    format: str
+    parameters: int
+    nbytes: int
+    digest: str
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, path: str, prepared: Prepared) -> ModelFacts:
+        """Of a model that is about to be loaded."""
+        plan, sizes = prepared.plan, Counter[str]()
+        for entry in plan.entries:
+            for name in entry.formats.values():
+                sizes[name] += entry.nbytes // len(entry.formats)
+        files = {info.file for info in prepared.checkpoint.tensors.values()}
+        named = sorted((file.name, file.stat().st_size if file.is_file() else 0) for file in files)
+        return cls(
+            path=path,
+            family=str(prepared.config.model_type),
+            format=max(sizes, key=sizes.__getitem__, default=""),
+            parameters=sum(parameter.numel() for parameter in prepared.model.parameters()),
+            nbytes=plan.nbytes,
+            digest=hashlib.sha256(repr(named).encode()).hexdigest(),
+        )

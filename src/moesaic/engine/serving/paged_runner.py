@@ -1,0 +1,211 @@
+"""Runs steps of a model on the CPU whose layers are all fused: tokens of all sequences in one native call.
+
+An expert that several sequences choose is read once for all of them, which is what makes a step of many sequences
+cheaper than as many steps. It chooses neither tokens nor whose turn it is; see `runner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moesaic.errors import ConfigError, GenerationError, KernelError, UnsupportedModelError
+from moesaic.kernels.paged_stack import PagedStack
+from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
+from moesaic.kvcache.states import StatePool
+from moesaic.kvcache.step_input import StepInput
+from moesaic.modules.paged_decoder import PagedDecoder, paged_cache_shapes
+
+__all__ = ["PagedRunner", "blocks_in", "paged_runner_for"]
+
+BLOCK_SIZE = 64
+
+
+class PagedRunner:
+    """A decoder on the CPU with its cache: a `StepRunner`.
+
+    Args:
+        decoder: the model.
+        num_blocks: blocks of the cache.
+        block_size: positions of a block; a divisor or a multiple of 64.
+        kv_dtype: what the cache stores.
+        max_batch: most sequences of a decode step.
+        max_chunk: most tokens of a prefill.
+    """
+
+    def __init__(
+        self,
+        decoder: PagedDecoder,
+        num_blocks: int,
+        *,
+        block_size: int = BLOCK_SIZE,
+        kv_dtype: torch.dtype = torch.bfloat16,
+        max_batch: int = 64,
+        max_chunk: int = 2048,
+    ) -> None:
+        self.decoder = decoder
+        self.pool = BlockPool(num_blocks, block_size)
+        self.states: StatePool | None = None
+        self.max_batch, self.max_chunk = max_batch, max_chunk
+        self.num_layers, self.vocab_size = decoder.num_layers, decoder.ends.vocab_size
+        self.shares_prefixes = True
+        caches = [PoolLayer.empty(shape, num_blocks, block_size, kv_dtype) for shape in decoder.cache_shapes]
+        self._stack: PagedStack | None = decoder.with_caches(caches)
+
+    @property
+    def max_positions(self) -> int:
+        """Most positions that a sequence may have."""
+        return self.decoder.max_positions
+
+    def new_sequence(self) -> PagedSequence:
+        """An empty one."""
+        return PagedSequence(self.pool)
+
+    @torch.no_grad()
+    def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+        """Append one token to each sequence; see `StepRunner`."""
+        if not 1 <= len(sequences) <= self.max_batch or len(token_ids) != len(sequences):
+            raise KernelError(f"{len(sequences)} sequences, {len(token_ids)} tokens: expected 1 to {self.max_batch}.")
+        work = self._start([(sequence, 1) for sequence in sequences], torch.tensor(token_ids, dtype=torch.int64))
+        try:
+            work.advance(self.num_layers)
+            return work.logits()
+        except BaseException:
+            work.abandon()
+            raise
+
+    @torch.no_grad()
+    def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PagedPrefill:
+        """Append tokens to sequences; see `StepRunner`."""
+        count = sum(len(ids) for _, ids in parts)
+        if count > self.max_chunk:
+            raise KernelError(f"a prefill of {count} tokens: expected at most {self.max_chunk}.")
+        return self._start([(sequence, len(ids)) for sequence, ids in parts], torch.cat([ids for _, ids in parts]))
+
+    def _start(self, parts: list[tuple[PagedSequence, int]], token_ids: torch.Tensor) -> PagedPrefill:
+        if self._stack is None:
+            raise KernelError("the runner is closed.")
+        for sequence, count in parts:
+            if sequence.length + count > self.max_positions:
+                raise GenerationError(
+                    f"a sequence of {sequence.length} tokens cannot get {count} more: the model and its cache have "
+                    f"room for {self.max_positions} positions. Use a shorter prompt, or fewer new tokens."
+                )
+        hidden = self.decoder.ends.embed(token_ids)
+        return PagedPrefill(self.decoder, self._stack, parts, hidden)
+
+    def expert_uses(self) -> tuple[int, int]:
+        """There is no cache of experts."""
+        return 0, 0
+
+    def forget(self, sequence: PagedSequence) -> None:
+        """Give back what a sequence holds."""
+        sequence.free()
+
+    def close(self) -> None:
+        """Give the cache's memory back; no further call is allowed."""
+        self._stack = None
+
+
+class PagedPrefill:
+    """Tokens of sequences on their way through the layers: a `PrefillWork`; a decode step is one too.
+
+    Args:
+        decoder: the model.
+        stack: its layers with their caches.
+        parts: sequences, each with its number of new tokens, which it gets now.
+        hidden: their embeddings, float32 `[tokens, hidden_size]`, which the layers overwrite.
+
+    Raises:
+        GenerationError: the cache is full; nothing was appended.
+    """
+
+    def __init__(
+        self, decoder: PagedDecoder, stack: PagedStack, parts: list[tuple[PagedSequence, int]], hidden: torch.Tensor
+    ) -> None:
+        self._decoder, self._stack, self._hidden = decoder, stack, hidden
+        self._before = [(sequence, sequence.length) for sequence, _ in parts]
+        self._where = StepInput.build(parts)
+        self._angles = decoder.angles(self._where.positions)
+        self._done = 0
+
+    @property
+    def num_layers_left(self) -> int:
+        """Layers still to go."""
+        return self._decoder.num_layers - self._done
+
+    @torch.no_grad()
+    def advance(self, num_layers: int) -> None:
+        """Go through so many more layers, or those that are left."""
+        count = min(num_layers, self.num_layers_left)
+        self._decoder.run(self._stack, self._hidden, self._angles, self._where, self._done, count)
+        self._done += count
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        """float32 `[sequences, vocab_size]` of the last token of each; when no layer is left."""
+        if self.num_layers_left:
+            raise KernelError(f"{self.num_layers_left} layers are left: there are no logits yet.")
+        hidden = self._hidden
+        if len(hidden) != len(self._before):
+            hidden = hidden.index_select(0, self._where.query_start[1:].long() - 1)
+        return self._decoder.ends.logits(hidden)
+
+    def abandon(self) -> None:
+        """Take the new positions back; the work is over."""
+        for sequence, length in self._before:
+            sequence.truncate(min(length, sequence.length))
+        self._done = self._decoder.num_layers
+
+
+def paged_runner_for(
+    model: Any,
+    num_blocks: int,
+    *,
+    block_size: int = BLOCK_SIZE,
+    kv_dtype: torch.dtype = torch.bfloat16,
+    max_batch: int = 64,
+    max_chunk: int = 2048,
+) -> PagedRunner | None:
+    """A runner for a loaded model; None if the model cannot be paged, so that another runner has to serve it.
+
+    Args:
+        model: a causal language model on the CPU, as `engine.loader.load` gives it.
+        num_blocks: blocks of the cache; see `blocks_in`.
+        block_size: positions of a block; a divisor or a multiple of 64.
+        kv_dtype: what the cache stores: bfloat16, float16 or float32.
+        max_batch: most sequences of a decode step.
+        max_chunk: most tokens of a prefill.
+    """
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    capacity = num_blocks * block_size
+    try:
+        decoder = PagedDecoder(model, capacity if longest is None else min(capacity, int(longest)))
+    except UnsupportedModelError:
+        return None
+    return PagedRunner(
+        decoder, num_blocks, block_size=block_size, kv_dtype=kv_dtype, max_batch=max_batch, max_chunk=max_chunk
+    )
+
+
+def blocks_in(
+    model: Any, kv_cache_bytes: int, *, block_size: int = BLOCK_SIZE, kv_dtype: torch.dtype = torch.bfloat16
+) -> int | None:
+    """Blocks of all layers that fit into so many bytes; None if the model cannot be paged.
+
+    Raises:
+        ConfigError: not even one does.
+    """
+    try:
+        shapes: list[KvShape] = paged_cache_shapes(model)
+    except UnsupportedModelError:
+        return None
+    block = pool_bytes(shapes, 1, block_size, kv_dtype)
+    if kv_cache_bytes < block:
+        raise ConfigError(
+            f"{kv_cache_bytes} bytes for the cache: one block of {block_size} positions takes {block}. Give the cache "
+            "more memory."
+        )
+    return kv_cache_bytes // block

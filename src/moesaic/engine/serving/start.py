@@ -1,0 +1,167 @@
+"""From MODEL to an engine: loads it, chooses who computes its steps, and how much memory the cache gets.
+
+`moesaic serve` and `LLM` share it. It knows neither requests nor servers.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moesaic.engine.auto import AutoTokenizer, parse_vram
+from moesaic.engine.loader import Prepared, load, prepare
+from moesaic.engine.packing import Progress
+from moesaic.engine.serving.core import Engine, EngineOptions
+from moesaic.engine.serving.defaults import GenerationDefaults
+from moesaic.engine.serving.facts import ModelFacts
+from moesaic.engine.serving.paged_runner import BLOCK_SIZE, blocks_in, paged_runner_for
+from moesaic.engine.serving.runner import StepRunner
+from moesaic.engine.serving.solo_runner import SoloRunner
+from moesaic.errors import PlanDoesNotFitError
+from moesaic.kernels import set_num_threads
+from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
+
+__all__ = ["ServingOptions", "engine_of", "make_engine"]
+
+_LOG = logging.getLogger("moesaic.serving")
+_CACHE_SHARE = 4
+"""The cache on the CPU gets one in so many bytes of the DRAM that is free beside the weights, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServingOptions:
+    """How a model is loaded and served.
+
+    Attributes:
+        gguf, tokenizer, plan, vram, threads, offline: as for `AutoModelForCausalLM` and `AutoTokenizer`.
+        context: most tokens of prompt and answer; None: the model's, or what fits. On a GPU, of all requests together.
+        kv_cache: bytes of the cache on the CPU; None: a quarter of what is free, and at least one `context`.
+        max_batch: most answers at once.
+        prefix_cache: whether beginnings that were computed are kept.
+    """
+
+    gguf: str | Path | None = None
+    tokenizer: str | Path | None = None
+    plan: str | Path | Rules | Plan = "auto"
+    vram: int | str | None = None
+    context: int | None = None
+    threads: int | None = None
+    offline: bool = False
+    kv_cache: int | None = None
+    max_batch: int = 64
+    prefix_cache: bool = True
+
+
+def make_engine(model: str, options: ServingOptions | None = None, progress: Progress = True) -> Engine:
+    """Load a model and its tokenizer.
+
+    Args:
+        model: `demo`, a folder with safetensors, a `.gguf`, `org/name` or `org/name:QUANT` on the hub.
+        options: how it is loaded and served.
+        progress: of the load; see `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        An engine with `tokenizer` and `facts`.
+
+    Raises:
+        MoesaicError: the model cannot be found, read, placed or run; see `moesaic.errors`.
+    """
+    options = options or ServingOptions()
+    if options.threads is not None:
+        set_num_threads(options.threads)
+    tokenizer = AutoTokenizer.from_pretrained(
+        model, gguf=options.gguf, tokenizer=options.tokenizer, offline=options.offline
+    )
+    prepared = prepare(
+        model,
+        gguf=options.gguf,
+        plan=options.plan,
+        vram=parse_vram(options.vram),
+        context=options.context or DEFAULT_CONTEXT,
+        offline=options.offline,
+    )
+    facts = ModelFacts.of(model, prepared)
+    return engine_of(load(prepared, progress=progress), prepared, tokenizer, options, facts)
+
+
+def engine_of(
+    model: PreTrainedModel,
+    prepared: Prepared,
+    tokenizer: Any,
+    options: ServingOptions,
+    facts: ModelFacts | None = None,
+) -> Engine:
+    """An engine for a model that is loaded.
+
+    Args:
+        model: from `load`.
+        prepared: what it was loaded from.
+        tokenizer: the model's; None: tokens without text.
+        options: how it is served.
+        facts: what is known of it.
+    """
+    runner, note = _runner(model, prepared.plan, options)
+    if note:
+        _LOG.warning(note)
+        facts = None if facts is None else replace(facts, notes=(*facts.notes, note))
+    longest = _longest(model)
+    context = longest if options.context is None else min(options.context, longest or options.context)
+    return Engine(
+        runner,
+        tokenizer,
+        GenerationDefaults.of(model.generation_config, tokenizer),
+        context,
+        EngineOptions(max_running=options.max_batch, prefix_cache=options.prefix_cache),
+        facts=facts,
+        one_torch_thread=not isinstance(runner, SoloRunner),
+    )
+
+
+def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tuple[StepRunner, str]:
+    """Who computes the steps, and what to say of it."""
+    if hasattr(model, "runner"):
+        from moesaic.engine.serving.gpu_runner import GpuStepRunner  # needs Triton
+
+        return GpuStepRunner(model.runner, options.max_batch), ""
+    nbytes = _cache_bytes(model, plan, options)
+    num_blocks = blocks_in(model, nbytes)
+    if num_blocks is not None:
+        paged = paged_runner_for(model, num_blocks, max_batch=options.max_batch)
+        if paged is not None:
+            return paged, ""
+    position = max(1, plan.kv_bytes_per_position)
+    solo = SoloRunner(model, max(1, nbytes // (position * BLOCK_SIZE)), BLOCK_SIZE, options.max_batch)
+    return solo, (
+        f"{type(model).__name__} has no paged cache on the CPU: requests take turns at every token, and beginnings of "
+        "prompts are not kept."
+    )
+
+
+def _cache_bytes(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> int:
+    """Bytes of the cache on the CPU.
+
+    Raises:
+        PlanDoesNotFitError: the context that was asked for does not fit.
+    """
+    if options.kv_cache is not None:
+        return options.kv_cache
+    free = detect_hardware().dram_available
+    position = max(1, plan.kv_bytes_per_position)
+    least = (-(-(options.context or DEFAULT_CONTEXT) // BLOCK_SIZE) + 1) * BLOCK_SIZE * position
+    if least > free:
+        raise PlanDoesNotFitError(
+            f"a cache for {options.context or DEFAULT_CONTEXT} tokens takes {least / 2**30:.2f} GiB, but "
+            f"{free / 2**30:.2f} GiB of DRAM are free beside the weights: use a smaller --context."
+        )
+    longest = _longest(model)
+    most = free if longest is None else (longest + BLOCK_SIZE) * position * options.max_batch
+    return max(least, min(free // _CACHE_SHARE, most))
+
+
+def _longest(model: PreTrainedModel) -> int | None:
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None

@@ -1,0 +1,218 @@
+"""The engine for an event loop, on a fake runner in real time: streams, cancelling, overload, the end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from tests.engine.serving.fake_runner import GREEDY, FakeRunner, answer_to, prompt
+
+from moesaic.engine.serving.async_engine import AsyncEngine
+from moesaic.engine.serving.core import Engine, EngineOptions
+from moesaic.engine.serving.defaults import GenerationDefaults
+from moesaic.engine.serving.outputs import Completion
+from moesaic.engine.serving.params import SamplingParams
+from moesaic.errors import EngineDeadError, OverloadedError, RequestError
+
+FOREVER = SamplingParams(temperature=0, max_tokens=100000)
+
+
+class SlowRunner(FakeRunner):
+    """Steps take a millisecond."""
+
+    def decode(self, *args: Any) -> Any:
+        time.sleep(0.001)
+        return super().decode(*args)
+
+
+def factory(runner: FakeRunner, **options: Any) -> Callable[[], Engine]:
+    defaults = GenerationDefaults({"do_sample": False})
+    return lambda: Engine(runner, None, defaults, options=EngineOptions(**options))
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    async def limited() -> None:
+        await asyncio.wait_for(main, 60)
+
+    asyncio.run(limited())
+
+
+async def collect(engine: AsyncEngine, ids: list[int], params: SamplingParams = GREEDY) -> list[Completion]:
+    done = [Completion(index) for index in range(params.n)]
+    async for chunk in engine.generate(ids, params):
+        done[chunk.index].add(chunk)
+    return done
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_many_streams_get_their_own_answers() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(factory(FakeRunner(num_blocks=2000)))
+        engine.start()
+        await engine.wait_ready()
+        assert engine.status == "ready"
+        assert engine.context_length == 8000
+        params = SamplingParams(temperature=0, max_tokens=20, n=2)
+        answers = await asyncio.gather(*(collect(engine, prompt(number, 10 + number), params) for number in range(40)))
+        for number, pair in enumerate(answers):
+            for answer in pair:
+                assert answer.token_ids == answer_to(prompt(number, 10 + number), 20)
+                assert answer.finish_reason == "length"
+        await until(lambda: engine.stats().generated_tokens == 1600)
+        assert engine.stats().running == 0
+        await engine.close()
+
+    run(main())
+
+
+def test_closing_a_stream_cancels_its_request() -> None:
+    async def main() -> None:
+        runner = SlowRunner(num_blocks=3000)
+        engine = AsyncEngine(factory(runner, prefix_cache=False))
+        engine.start()
+        await engine.wait_ready()
+        stream = engine.generate(prompt(0, 20), FOREVER)
+        async for chunk in stream:
+            assert chunk.finish_reason is None
+            break
+        await stream.aclose()
+
+        async def give_up(ids: list[int]) -> None:
+            await asyncio.wait_for(collect(engine, ids, FOREVER), 0.05)
+
+        results = await asyncio.gather(*(give_up(prompt(n, 9)) for n in range(5)), return_exceptions=True)
+        assert all(isinstance(result, TimeoutError) for result in results)
+        await until(lambda: dict(engine.stats().finished) == {"cancelled": 6})
+        await until(lambda: engine.stats().blocks_free == 3000)
+        assert runner.pool.num_free == 3000
+        await engine.close()
+
+    run(main())
+
+
+def test_wrong_requests_are_refused_and_too_many_turned_away() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(factory(SlowRunner(num_blocks=4000), max_running=2), max_waiting=3)
+        with pytest.raises(OverloadedError, match="still being loaded"):
+            await collect(engine, [1])
+        engine.start()
+        await engine.wait_ready()
+        with pytest.raises(RequestError, match="empty"):
+            await collect(engine, [])
+        with pytest.raises(OverloadedError):
+            await collect(engine, [1], SamplingParams(n=4))
+        tasks = [asyncio.create_task(collect(engine, prompt(n, 5), FOREVER)) for n in range(2)]
+        await until(lambda: engine.stats().running == 2)
+        tasks += [asyncio.create_task(collect(engine, prompt(n, 5))) for n in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="3 answers wait already") as info:
+            await collect(engine, [1])
+        assert info.value.retry_after >= 1
+        for task in tasks[:2]:
+            task.cancel()
+        assert [answers[0].finish_reason for answers in await asyncio.gather(*tasks[2:])] == ["length"] * 3
+        await engine.close()
+
+    run(main())
+
+
+def test_an_engine_that_fails_tells_everybody() -> None:
+    async def main() -> None:
+        runner, ends = SlowRunner(num_blocks=4000), list[str]()
+        engine = AsyncEngine(factory(runner), on_end=ends.append)
+        engine.start()
+        await engine.wait_ready()
+        tasks = [asyncio.create_task(collect(engine, prompt(n, 5), FOREVER)) for n in range(3)]
+        await until(lambda: engine.stats().running == 3)
+        runner.failures = [RuntimeError("the computer is on fire")]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) for result in results)
+        assert all("fire" not in str(result) for result in results)
+        assert engine.status == "dead"
+        assert engine.error is not None
+        assert "RuntimeError: the computer is on fire" in engine.error
+        assert ends == [engine.error]
+        with pytest.raises(EngineDeadError):
+            await collect(engine, [1])
+        assert await engine.drain(1)
+        await engine.close()
+        assert runner.closed
+
+    run(main())
+
+
+def test_an_engine_that_cannot_be_loaded() -> None:
+    def broken() -> Engine:
+        raise ValueError("no such model")
+
+    async def main() -> None:
+        engine = AsyncEngine(broken)
+        engine.start()
+        with pytest.raises(EngineDeadError, match="no such model"):
+            await engine.wait_ready()
+        assert engine.status == "dead"
+        await engine.close()
+
+    run(main())
+
+
+def test_draining_finishes_what_runs_and_takes_no_more() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(factory(SlowRunner(num_blocks=40000)))
+        engine.start()
+        await engine.wait_ready()
+        short = asyncio.create_task(collect(engine, prompt(0, 5)))
+        long = asyncio.create_task(collect(engine, prompt(1, 5), FOREVER))
+        await until(lambda: engine.stats().running >= 1)
+        assert not await engine.drain(0.2)
+        assert engine.status == "draining"
+        assert (await short)[0].token_ids == answer_to(prompt(0, 5), 12)
+        with pytest.raises(EngineDeadError, match="draining"):
+            await collect(engine, [1])
+        drained = asyncio.create_task(engine.drain(10))
+        await asyncio.sleep(0)
+        long.cancel()
+        assert await drained
+        await engine.close()
+        assert engine.status == "dead"
+
+    run(main())
+
+
+def test_closing_ends_streams() -> None:
+    async def main() -> None:
+        runner = SlowRunner(num_blocks=40000)
+        engine = AsyncEngine(factory(runner))
+        engine.start()
+        await engine.wait_ready()
+        task = asyncio.create_task(collect(engine, prompt(0, 5), FOREVER))
+        await until(lambda: engine.stats().running == 1)
+        await engine.close()
+        with pytest.raises(EngineDeadError, match="closed"):
+            await task
+        assert runner.closed
+        assert runner.pool.num_free == 40000
+
+    run(main())
+
+
+def test_an_idle_engine_uses_no_processor() -> None:
+    async def main() -> None:
+        engine = AsyncEngine(factory(FakeRunner()))
+        engine.start()
+        await engine.wait_ready()
+        await collect(engine, prompt(0, 5))
+        await asyncio.sleep(0.05)
+        before = time.process_time()
+        await asyncio.sleep(0.5)
+        assert time.process_time() - before < 0.05
+        await engine.close()
+
+    run(main())

@@ -87,7 +87,8 @@ HARMLESS = {
     "strings": "{{ messages[2].content.split('</think>')[-1] ~ 1 ~ none }}{{ 'a%s' % 'b' }}{{ '%s' | format(2) }}",
     "macros": "{% macro m(a, context='c') %}<{{ a }}{{ context }}>{% endmacro %}{{ m('x') + m('y', context='z') }}",
     "namespaces": "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 2 * 3 %}{% endfor %}{{ n.a }}",
-    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% break %}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% break %}"
+    "{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "filters": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}",
     "tests": "{{ messages[0].extra is iterable and messages is not mapping }}{{ x is defined }}{{ tools is none }}",

@@ -137,8 +137,9 @@ class ModelRunner:
             GenerationError: the cache is full; nothing was appended.
         """
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
-        hidden = self.decoder.embed(torch.cat([ids for _, ids in parts])).to(self.decoder.device)
-        path = self._chunk_path()
+        token_ids = torch.cat([ids for _, ids in parts])
+        path = self._chunk_path(len(token_ids))
+        hidden = self.decoder.embed(token_ids).to(self.decoder.device)
         longest = max(len(ids) for _, ids in parts)
         with torch.no_grad():
             self.decoder.run(hidden, self._step(step_input, longest, path))
@@ -193,11 +194,11 @@ class ModelRunner:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def _chunk_path(self) -> ExpertPath:
+    def _chunk_path(self, num_tokens: int) -> ExpertPath:
         common = (self.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self._staging is None or self.shares is None:
             return ChunkPath(*common)
-        return StreamingPath(*common, self._staging, self.shares)
+        return StreamingPath(*common, self._staging, self.shares, num_tokens)
 
     def _tail_logits(
         self, hidden: torch.Tensor, parts: list[tuple[PagedSequence, int]], rows: torch.Tensor | None

@@ -6,7 +6,7 @@ This module knows neither who chooses experts nor what is computed from them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,17 +109,14 @@ class StagingBuffers:
             experts: int `[n]`, ascending.
             max_gap: experts that nobody asked for and that are copied rather than that a copy ends.
         """
-        groups = []
-        for runs in _groups_of(runs_of(experts, max_gap), self.group):
+        copied, groups = experts, []
+        if max_gap > 0 and len(experts):
+            copied = np.concatenate([np.arange(first, first + count) for first, count in runs_of(experts, max_gap)])
+        for begin in range(0, len(copied), self.group):
             place, self._next = self._next, (self._next + 1) % self.num_groups
-            slot = place * self.group
-            asked, slots = [], []
-            for first, count in runs:
-                own = experts[np.searchsorted(experts, first) : np.searchsorted(experts, first + count)]
-                asked.append(own)
-                slots.append(slot + own - first)
-                slot += count
-            groups.append(StagedGroup(place, tuple(runs), np.concatenate(asked), np.concatenate(slots)))
+            part = copied[begin : begin + self.group]
+            at = np.flatnonzero(np.isin(part, experts)) if max_gap > 0 else np.arange(len(part))
+            groups.append(StagedGroup(place, tuple(runs_of(part, 0)), part[at], place * self.group + at))
         return groups
 
     def fill(self, layer: int, group: StagedGroup, begun: Mark | None = None) -> None:
@@ -161,19 +158,3 @@ def runs_of(experts: np.ndarray, max_gap: int) -> list[Run]:
     firsts = experts[np.concatenate([[0], ends + 1])]
     lasts = experts[np.concatenate([ends, [len(experts) - 1]])]
     return [(int(first), int(last - first + 1)) for first, last in zip(firsts, lasts, strict=True)]
-
-
-def _groups_of(runs: list[Run], size: int) -> Iterator[list[Run]]:
-    """Runs, cut where a group of `size` experts is full."""
-    group: list[Run] = []
-    room = size
-    for first, count in runs:
-        while count:
-            part = min(count, room)
-            group.append((first, part))
-            first, count, room = first + part, count - part, room - part
-            if room == 0:
-                yield group
-                group, room = [], size
-    if group:
-        yield group

@@ -26,7 +26,6 @@ from moesaic.modules.gpu.step import Routed
 
 __all__ = ["StreamingPath"]
 
-_AHEAD = 0.7  # of as many experts as a layer's share was, those that set out for the next before it is known
 _LAUNCH_SECONDS = 8e-6  # what it takes to begin a copy
 
 
@@ -37,6 +36,7 @@ class StreamingPath(ChunkPath):
         exchange, routed, slots, buffers: as for `ChunkPath`.
         staging: where streamed experts go.
         shares: who computes what.
+        num_rows: tokens of the chunk.
     """
 
     def __init__(
@@ -47,12 +47,19 @@ class StreamingPath(ChunkPath):
         buffers: ChunkBuffers,
         staging: StagingBuffers,
         shares: ExpertShares,
+        num_rows: int,
     ) -> None:
         super().__init__(exchange, routed, slots, buffers)
         self._staging, self._shares = staging, shares
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
         self._chose: float | None = None  # when the router's choice of the layer before was known
+        if num_rows > MAX_DECODE_TOKENS:
+            self._set_out(0, num_rows)
+
+    def _asks_cpu(self, routed: Routed) -> bool:
+        """Otherwise hidden states need not be copied."""
+        return len(routed.hidden) <= MAX_DECODE_TOKENS or self._shares.asks_cpu(len(routed.hidden))
 
     def _compute(self, routed: Routed) -> torch.Tensor:
         """The cached, the streamed, the CPU's."""
@@ -75,6 +82,7 @@ class StreamingPath(ChunkPath):
         kept = tokens * ~streamed
         if not kept.any():
             return torch.zeros_like(routed.hidden) if total is None else total
+        self._buffers.fetch_rest(routed.hidden, routed.weights)
         self._buffers.wait_hidden()
         misses = self._buffers.misses
         if streamed.any():
@@ -102,8 +110,7 @@ class StreamingPath(ChunkPath):
         wanted = np.flatnonzero(streamed & ~present)
         groups = [*ahead, *staging.plan(wanted, self._max_gap(layer))]
         table = self._multiply(layer, groups, len(ahead), np.where(streamed, tokens, 0), pairs) if groups else None
-        if streamed.any():
-            self._set_out(layer + 1, int(np.count_nonzero(streamed)))
+        self._set_out(layer + 1, len(routed.hidden))
         return streamed, table
 
     def _multiply(
@@ -135,17 +142,15 @@ class StreamingPath(ChunkPath):
             self._pending = (sum(len(group.experts) for group in groups[num_ahead:]), begun, done)
         return on_device[-1]
 
-    def _set_out(self, layer: int, share: int) -> None:
-        """Begin to copy experts of the next layer, of which this one's share was so large."""
+    def _set_out(self, layer: int, num_rows: int) -> None:
+        """Begin to copy experts of the next layer, if there is one and most of them will be streamed anyway."""
         staging = self._staging
         if layer >= len(self._routed):
             return
-        likely = self._shares.likely(layer, self._experts(layer).num_experts)
         held = self._slots.held(layer)
-        if held is not None:
-            likely &= ~held
-        most = min(int(_AHEAD * share), staging.num_groups * staging.group)
-        self._ahead = staging.plan(np.flatnonzero(likely)[:most], 0)
+        outside = np.ones(self._experts(layer).num_experts, bool) if held is None else ~held
+        likely = self._shares.likely(layer, num_rows, outside, staging.num_slots)
+        self._ahead = staging.plan(likely, 0)
         for group in self._ahead:
             staging.fill(layer, group)
 

@@ -1,6 +1,7 @@
 """VRAM that experts pass through on their way from DRAM in prefill: a ring of groups of slots, filled by a copy stream.
 
-Matrices of a kind lie side by side there as they do in DRAM, so a run of neighbouring experts is one copy per matrix.
+Matrices of a kind lie side by side in a group as they do in DRAM, so neighbouring experts are one copy per matrix.
+Layers may differ in the sizes of their matrices: groups share no bytes, so the experts of two layers can be there.
 This module knows neither who chooses experts nor what is computed from them.
 """
 
@@ -32,7 +33,7 @@ class StagedGroup:
         place: which part of the ring.
         runs: what is copied there, one run after the other.
         experts: int `[n]`, those of them that were asked for.
-        slots: int `[n]`, where each is.
+        slots: int `[n]`, where each is in the group.
     """
 
     place: int
@@ -76,11 +77,11 @@ class StagingBuffers:
         device: the GPU.
 
     Attributes:
-        layouts: of each layer's experts in the slots.
-        slot_bytes: bytes of the largest expert.
+        layouts: of each layer's experts in a group.
         num_groups: groups that can be there at once.
         group: experts of a group, at most.
-        arena: uint8, the slots.
+        num_slots: experts of all groups.
+        arenas: uint8, the slots of each group.
         copies: the stream of the copies.
         tables: of the groups of a layer, on their way to the GPU.
     """
@@ -92,10 +93,10 @@ class StagingBuffers:
         # Products with a layer's first experts begin before its last are there.
         self.group = min(num_slots // self.num_groups, -(-most // STAGING_GROUPS))
         self.num_slots = self.num_groups * self.group
-        self.layouts = [slot_layout(experts, device, by_matrix=self.num_slots) for experts in routed]
-        self.slot_bytes = max(slot_bytes(experts) for experts in routed)
+        self.layouts = [slot_layout(experts, device, by_matrix=self.group) for experts in routed]
         self.device = device
-        self.arena = torch.empty(self.num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        size = self.group * max(slot_bytes(experts) for experts in routed)
+        self.arenas = torch.empty(self.num_groups * size, dtype=torch.uint8, device=device).split(size)
         self.copies = SideStream(device)
         self._filled = [Mark(device) for _ in range(self.num_groups)]
         self._free = [Mark(device) for _ in range(self.num_groups)]
@@ -116,7 +117,7 @@ class StagingBuffers:
             place, self._next = self._next, (self._next + 1) % self.num_groups
             part = copied[begin : begin + self.group]
             at = np.flatnonzero(np.isin(part, experts)) if max_gap > 0 else np.arange(len(part))
-            groups.append(StagedGroup(place, tuple(runs_of(part, 0)), part[at], place * self.group + at))
+            groups.append(StagedGroup(place, tuple(runs_of(part, 0)), part[at], at))
         return groups
 
     def fill(self, layer: int, group: StagedGroup, begun: Mark | None = None) -> None:
@@ -127,13 +128,13 @@ class StagingBuffers:
             group: planned.
             begun: set in the copy stream when the copies may begin.
         """
-        slot = group.place * self.group
+        slot, arena = 0, self.arenas[group.place]
         with self.copies.use():
             self._free[group.place].wait()
             if begun is not None:
                 begun.set()
             for first, count in group.runs:
-                copy_experts(self._routed[layer], first, count, self.layouts[layer], self.arena, slot)
+                copy_experts(self._routed[layer], first, count, self.layouts[layer], arena, slot)
                 slot += count
             self._filled[group.place].set()
 

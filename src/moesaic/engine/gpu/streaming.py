@@ -53,7 +53,7 @@ class StreamingPath(ChunkPath):
         self._staging, self._shares = staging, shares
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
-        self._chose: float | None = None  # when the router's choice of the layer before was known
+        self._chose: tuple[int, float] | None = None  # the layer before, and when its router's choice was known
         if num_rows > MAX_DECODE_TOKENS:
             self._set_out(0, num_rows)
 
@@ -69,7 +69,7 @@ class StreamingPath(ChunkPath):
         pairs = staging.layouts[layer].pairs(routed.hidden, routed.chosen, routed.weights)
         cached = self._slots.multiply(layer, pairs)
         self._buffers.wait_routing()
-        self._observe_last()
+        self._observe_last(layer)
         flat = self._buffers.misses.flatten().numpy()
         tokens = np.bincount(flat[flat >= 0], minlength=pairs.num_experts)
         streamed, table = self._stream(routed, tokens, pairs)
@@ -134,7 +134,7 @@ class StreamingPath(ChunkPath):
                 filled += 1
             staging.use(group)
             blocks = ExpertBlocks(on_device[index], first_on_device[index], int(first[index, -1]))
-            pairs.multiply(staging.arena, kernel, staging.num_slots, blocks)
+            pairs.multiply(staging.arenas[group.place], kernel, staging.group, blocks)
             staging.leave(group)
         if len(groups) > num_ahead:
             with staging.copies.use():
@@ -159,11 +159,11 @@ class StreamingPath(ChunkPath):
         kernel = self._staging.layouts[layer].kernel
         return int((2 if kernel.gate is None else 3) * _LAUNCH_SECONDS / max(self._shares.costs.per_upload, 1e-9))
 
-    def _observe_last(self) -> None:
+    def _observe_last(self, layer: int) -> None:
         """Take the times of the layer before, as far as they are known by now."""
-        last, self._chose = self._chose, time.perf_counter()
-        if last is not None:
-            self._shares.observe_layer(self._chose - last)
+        last, self._chose = self._chose, (layer, time.perf_counter())
+        if last is not None and last[0] + 1 == layer:
+            self._shares.observe_layer(self._chose[1] - last[1])
         if self._pending is not None and self._pending[2].is_passed():
             count, begun, done = self._pending
             self._shares.observe_uploads(count, done.seconds_since(begun))

@@ -70,8 +70,8 @@ class StreamingPath(ChunkPath):
         cached = self._slots.multiply(layer, pairs)
         self._buffers.wait_routing()
         self._observe_last(layer)
-        flat = self._buffers.misses.flatten().numpy()
-        tokens = np.bincount(flat[flat >= 0], minlength=pairs.num_experts)
+        misses = self._buffers.misses
+        tokens = np.bincount(misses.flatten().numpy() + 1, minlength=pairs.num_experts + 1)[1:]  # -1: none
         streamed, table = self._stream(routed, tokens, pairs)
         total: torch.Tensor | None = None
         if table is not None or cached is not None:
@@ -84,7 +84,6 @@ class StreamingPath(ChunkPath):
             return torch.zeros_like(routed.hidden) if total is None else total
         self._buffers.fetch_rest(routed.hidden, routed.weights)
         self._buffers.wait_hidden()
-        misses = self._buffers.misses
         if streamed.any():
             # Index -1 (no expert) is the last element.
             misses = misses.masked_fill(torch.from_numpy(np.append(streamed, False))[misses], -1)

@@ -100,6 +100,8 @@ class ScriptedChat:
         return [ord(each) for each in text]
 
     def decode(self, ids: Sequence[int]) -> str:
+        if not all(0 <= each < 0xD800 for each in ids):
+            raise RequestError("there is no such token.", "tokens")
         return "".join(map(chr, ids))
 
     def token_text(self, token_id: int) -> str:

@@ -26,8 +26,8 @@ from moesaic.server.parsers.base import (
     ToolStyle,
     Verdict,
 )
+from moesaic.server.parsers.markers import Markers
 from moesaic.server.parsers.rules import alternatives, arguments_schema, json_rule, quote
-from moesaic.server.parsers.scanner import Markers
 from moesaic.server.parsers.values import load_json
 
 __all__ = ["CHANNELS", "Harmony", "HarmonyParser"]

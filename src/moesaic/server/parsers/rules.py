@@ -12,6 +12,7 @@ from typing import Any
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Terminal
+from moesaic.server.parsers.markers import find_any
 from moesaic.server.parsers.values import kinds_of
 
 __all__ = [
@@ -33,10 +34,14 @@ def quote(text: str) -> str:
 
 def marker_terminal(special: Mapping[str, int]) -> Terminal:
     """Writes texts such that special tokens in them are named by number: text never matches these."""
-    pattern = re.compile("(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)") + ")")
+    pattern = find_any(special)
 
     def terminal(text: str) -> str:
-        parts = (part for part in pattern.split(text) if part)
+        parts, end = [], 0
+        for found in pattern.finditer(text):
+            parts += [text[end : found.start()], found[0]]
+            end = found.end()
+        parts = [part for part in (*parts, text[end:]) if part]
         return " ".join(f"<[{special[part]}]>" if part in special else quote(part) for part in parts)
 
     return terminal

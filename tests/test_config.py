@@ -31,3 +31,10 @@ def test_everything_that_can_be_asked_for() -> None:
 def test_what_is_not_of_its_form_is_refused(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is '{value}'"):
         read_settings({name: value})
+
+
+def test_the_key_is_not_shown() -> None:
+    settings = read_settings({"MOESAIC_API_KEY": " secret-key\n"})
+    assert settings.api_key == "secret-key"
+    assert "secret" not in repr(settings)
+    assert read_settings({"MOESAIC_API_KEY": " "}).api_key is None

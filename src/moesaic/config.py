@@ -4,6 +4,7 @@
     MOESAIC_THREADS    number of worker threads (default: the physical cores this process may use)
     MOESAIC_NUMA_NODES pretend so many memory nodes (default: those of the computer; 1: do not divide over nodes)
     MOESAIC_PIN        0: leave the threads to the system's scheduler instead of confining each to a core
+    MOESAIC_API_KEY    key that `moesaic serve` asks its clients for
     CUDA_VISIBLE_DEVICES  graphics cards that this process may use, as NVIDIA's driver understands it
     XDG_STATE_HOME     folder for what programs remember, such as the chat's line history (default: ~/.local/state)
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from moesaic.errors import ConfigError
@@ -33,6 +34,7 @@ class Settings:
         pin: whether threads are confined to cores.
         visible_gpus: numbers or UUIDs of the graphics cards to use; empty for none, None for all.
         state_dir: folder of what Moesaic remembers between runs; it need not exist.
+        api_key: that a server asks its clients for.
     """
 
     isa: str | None = None
@@ -41,6 +43,7 @@ class Settings:
     pin: bool = True
     visible_gpus: tuple[str, ...] | None = None
     state_dir: Path = Path()
+    api_key: str | None = field(default=None, repr=False)
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -64,6 +67,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         pin=pin == "1",
         visible_gpus=None if visible is None else tuple(word.strip() for word in visible.split(",") if word.strip()),
         state_dir=state / "moesaic",
+        api_key=env.get("MOESAIC_API_KEY", "").strip() or None,
     )
 
 

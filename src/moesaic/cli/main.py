@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from moesaic import __version__
-from moesaic.cli import bench, doctor, plan, quantize, run
+from moesaic.cli import bench, doctor, plan, quantize, run, serve
 from moesaic.cli.terminal import printable
 from moesaic.errors import ConfigError, MoesaicError
 
@@ -22,6 +22,7 @@ _EXAMPLES = """\
 examples:
   moesaic run demo                               talk to the built-in model
   moesaic run org/name:Q4_K_M "Why is the sky blue?"
+  moesaic serve org/name:Q4_K_M                  the same for programs, over HTTP
   moesaic plan ./model.gguf                      what it would take, before anything is loaded
   moesaic doctor                                 what this computer can do
 """
@@ -37,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"moesaic {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (run, plan, doctor, quantize, bench):
+    for module in (run, serve, plan, doctor, quantize, bench):
         name = module.__name__.rpartition(".")[2]
         command = commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION)
         module.add_arguments(command)

@@ -28,7 +28,7 @@ async def read_body(request: Request, kind: type[T]) -> T:
         return msgspec.json.decode(raw, type=kind)
     except msgspec.ValidationError as error:
         message, _, where = str(error).partition(" - at `")
-        param = where.rstrip("`").removeprefix("$").removeprefix(".") or None
+        param = where.rstrip("`").rpartition("$")[2].removeprefix(".") or None  # also of "`key` in `$.field`"
         raise ApiError(400, f"{param or 'the body'}: {message}.", param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise ApiError(400, "the body is not valid JSON.") from None

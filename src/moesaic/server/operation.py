@@ -32,6 +32,8 @@ class Operation:
         response: the msgspec type of its answer, if that is JSON.
         stream: the media type of the streamed form of its answer, if it has one.
         public: whether it needs no key.
+        needs_model: whether it is refused with 503 while no model is ready.
+        statuses: that its answer may have; errors come on top.
     """
 
     method: Literal["GET", "POST"]
@@ -43,3 +45,5 @@ class Operation:
     response: Any | None = None
     stream: Literal["text/event-stream", "application/x-ndjson"] | None = None
     public: bool = False
+    needs_model: bool = True
+    statuses: tuple[int, ...] = (200,)

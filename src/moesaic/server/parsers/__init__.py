@@ -1,0 +1,1 @@
+"""How models write thoughts and tool calls: one file per style, found from the chat template's text."""

@@ -1,0 +1,127 @@
+"""Parts of Lark grammars (llguidance's dialect) that several styles of calls share.
+
+Every grammar that these parts stand in has the terminals `TEXT` (anything) and `BLANKS` (a few blanks, or none).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from moesaic.server.conversation import Tool
+from moesaic.server.parsers.base import Terminal
+from moesaic.server.parsers.values import kinds_of
+
+__all__ = [
+    "alternatives",
+    "arguments_schema",
+    "call_object",
+    "json_rule",
+    "marker_terminal",
+    "parameters",
+    "quote",
+    "until",
+]
+
+
+def quote(text: str) -> str:
+    """A Lark string."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def marker_terminal(special: Mapping[str, int]) -> Terminal:
+    """Writes texts such that special tokens in them are named by number: text never matches these."""
+    pattern = re.compile("(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)") + ")")
+
+    def terminal(text: str) -> str:
+        parts = (part for part in pattern.split(text) if part)
+        return " ".join(f"<[{special[part]}]>" if part in special else quote(part) for part in parts)
+
+    return terminal
+
+
+def until(text: str, terminal: Terminal) -> str:
+    """What follows a rule's name: anything up to a text, and the text."""
+    written = terminal(text)
+    head, number, rest = written.partition("<[")
+    if not number:
+        return f"[lazy]: TEXT {quote(text)}"
+    before = re.escape(json.loads(head)).replace("/", "\\/") if head else ""
+    return f": /(.|\\n)*{before}/ {number}{rest}"
+
+
+def json_rule(schema: Any) -> str:
+    """What stands for JSON of a schema."""
+    return f"%json {json.dumps(schema)}"
+
+
+def arguments_schema(tool: Tool) -> dict[str, Any]:
+    """The schema of a tool's arguments: an object in any case.
+
+    What llguidance cannot enforce of it is left out, unless the tool is strict: then the engine refuses the request.
+    """
+    schema = {**tool.parameters}
+    schema.setdefault("type", "object")
+    return schema if tool.strict else lenient(schema)
+
+
+def lenient(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema of which llguidance leaves out what it cannot enforce."""
+    return {**schema, "x-guidance": {"lenient": True}}
+
+
+def call_object(tool: Tool, arguments_key: str = "arguments") -> str:
+    """An object with a tool's name and its arguments, spelt as templates do."""
+    head = '{"name": ' + json.dumps(tool.name) + f', "{arguments_key}": '
+    return f"{quote(head)} {json_rule(arguments_schema(tool))} {quote('}')}"
+
+
+def alternatives(name: str, count: int) -> str:
+    """One of the rules NAME_0, NAME_1, ..."""
+    return "(" + " | ".join(f"{name}_{index}" for index in range(count)) + ")"
+
+
+def parameters(
+    tool: Tool, index: int, before: Callable[[str, bool], str], after: str, terminal: Terminal, gap: str = ""
+) -> tuple[str, list[str]]:
+    """Arguments written one by one, as text where the schema says that they are texts, and as JSON otherwise.
+
+    Args:
+        tool: whose arguments.
+        index: of the tool, for the names of rules.
+        before: what stands before a value (Lark), for the argument's name and whether it is written as text.
+        after: what stands behind a value.
+        terminal: says how markers are written.
+        gap: what may follow (Lark).
+
+    Returns:
+        What stands for all arguments, in the order of the schema, optional ones left out or not; and the rules that
+        this needs.
+    """
+    properties = tool.parameters.get("properties")
+    properties = properties if isinstance(properties, Mapping) else {}
+    required = tool.parameters.get("required", ())
+    required = required if isinstance(required, Sequence) else ()
+    names, rules = [], [f"text_{index}{until(after, terminal)}"]
+    for number, (name, schema) in enumerate(properties.items()):
+        rule = f"argument_{index}_{number}"
+        value = _value(schema if isinstance(schema, Mapping) else {}, tool)
+        tail = f"text_{index}" if value is None else f"{value} {terminal(after)}"
+        rules.append(f"{rule}: {before(name, value is None or not value.startswith('%json'))} {tail} {gap}")
+        names.append(rule if name in required else f"{rule}?")
+    return " ".join(names), rules
+
+
+def _value(schema: Mapping[str, Any], tool: Tool) -> str | None:
+    """What stands for a value; None for any text."""
+    enum = schema.get("enum")
+    if isinstance(enum, Sequence) and enum and all(isinstance(each, str) and each for each in enum):
+        return "(" + " | ".join(map(quote, enum)) + ")"
+    kinds = kinds_of(schema)
+    if not kinds or "string" in kinds:
+        return None
+    shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
+    full = {**schema, **shared}
+    return json_rule(full if tool.strict else lenient(full))

@@ -1,0 +1,66 @@
+"""Server-sent events (WHATWG HTML, section 9.2): an answer as a stream, piece by piece.
+
+Errors before the first piece are errors of HTTP; later ones are events in the API's form. While nothing comes, comments
+keep the connection open. It does not know what the events mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+
+from moesaic.server.errors import ApiError
+from moesaic.server.streams import Answer, StreamedResponse, closing, error_in_stream
+
+__all__ = ["DONE", "MEDIA_TYPE", "event", "event_stream"]
+
+MEDIA_TYPE = "text/event-stream"
+DONE = b"data: [DONE]\n\n"
+"""Ends a stream of OpenAI's chat and completions."""
+GRACE = 5.0
+"""Seconds that an error has to come as an error of HTTP; then the stream begins, so that clients see that it lives."""
+KEEP_ALIVE = 10.0
+"""Seconds of silence after which a comment is sent; proxies give up after 30 to 60."""
+_COMMENT = b": keep-alive\n\n"
+_ENCODER = msgspec.json.Encoder()
+
+
+def event(data: Any, name: str | None = None) -> bytes:
+    """An event as it goes over the wire.
+
+    Args:
+        data: encoded as JSON, which has no line breaks.
+        name: the event's type, if the API names them.
+    """
+    body = _ENCODER.encode(data)
+    return b"data: %b\n\n" % body if name is None else b"event: %b\ndata: %b\n\n" % (name.encode(), body)
+
+
+async def event_stream(
+    request: Request, pieces: AsyncIterator[bytes], failed: Callable[[ApiError], bytes]
+) -> StreamedResponse:
+    """The response that sends `pieces`.
+
+    Args:
+        request: whose client is watched; its body must have been read.
+        pieces: events as of `event`; closed at the end and when the client goes away.
+        failed: makes the last event of a stream that ends with an error.
+
+    Raises:
+        Exception: what `pieces` raises before its first piece, if that comes within `GRACE`.
+        ApiError: 499 if the client goes before.
+    """
+    answer = await Answer.begin(request, pieces, GRACE)
+    return StreamedResponse(_guarded(answer, failed), MEDIA_TYPE, silence=_COMMENT, every=KEEP_ALIVE, answer=answer)
+
+
+async def _guarded(pieces: Answer[bytes], failed: Callable[[ApiError], bytes]) -> AsyncGenerator[bytes, None]:
+    async with closing(pieces):
+        try:
+            async for piece in pieces:
+                yield piece
+        except Exception as error:
+            yield failed(error_in_stream(error))

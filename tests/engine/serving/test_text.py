@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_stop_strings(text: str, stops: list[str], cuts: list[int]) -> None:
     detokenizer = Detokenizer(tokenizer, SamplingParams(stop=tuple(stops)))
     edges = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     pieces = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         pieces.append(detokenizer.push(encode(tokenizer, text[start:stop])))
         assert text.startswith("".join(pieces))
     pieces.append(detokenizer.finish())

@@ -33,7 +33,8 @@ def sentencepiece_like(decoder: str) -> PreTrainedTokenizerFast:
         decoder: "strip": as llama 2 in GGUF; "keep": as Gemma; "metaspace": the step of that name.
     """
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
-    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    ids = {name: i for i, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(ids, [], unk_token="<unk>", byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if decoder == "strip":
         steps.append(decoders.Strip(" ", 1, 0))

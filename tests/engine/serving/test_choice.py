@@ -87,6 +87,16 @@ def test_peaks_above_a_large_vocabulary(filters: Filters) -> None:
         np.testing.assert_allclose(probabilities(row, filters), expected(row, filters), atol=3e-7, rtol=1e-4)
 
 
+def test_what_is_far_below_the_peak_can_decide() -> None:
+    """The second token is kept only because 150,000 unlikely ones have 0.0007 of the first one's weight together."""
+    row = torch.full((150_000,), -19.2)
+    row[[5, 9]] = torch.tensor([0.0, math.log(0.0525263)])
+    filters = Filters(top_p=0.95)
+    assert np.flatnonzero(probabilities(row, filters)).tolist() == [5, 9]
+    assert np.flatnonzero(expected(row, filters)).tolist() == [5, 9]
+    assert {choose(row.numpy(), filters, constant(noise)) for noise in (0.1, 0.97)} == {5, 9}
+
+
 def test_of_equal_tokens_the_first_are_kept() -> None:
     row = torch.zeros(1000)
     ids, weights = kept(row.numpy(), Filters(top_p=0.25))

@@ -83,10 +83,11 @@ def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Weights]:
         ids, weights = _nucleus(top, _weights(row[top], peak, filters.temperature), filters.top_p)
     elif filters.top_p < 1:
         near = _near_nucleus(row, peak, filters)
-        if near is None:
+        if near is not None:
+            ids, weights = near
+        else:
             every, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
-            near = _nucleus(every, _weights(values, peak, filters.temperature), filters.top_p)
-        ids, weights = near
+            ids, weights = _nucleus(every, _weights(values, peak, filters.temperature), filters.top_p)
     else:
         # Of what min-p keeps a little more, as the exact comparison follows.
         reach = math.log(row.size / _REST) if filters.min_p == 0 else 1e-3 - math.log(filters.min_p)

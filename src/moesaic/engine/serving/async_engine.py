@@ -13,6 +13,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +149,10 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """As `EngineClient`."""
-        return self._stats
+        stats = self._stats
+        if not stats.running:
+            return stats
+        return replace(stats, last_step=stats.last_step + time.monotonic() - self._stats_at)
 
     async def drain(self, timeout: float) -> bool:
         """As `EngineClient`."""

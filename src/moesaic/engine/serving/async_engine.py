@@ -7,26 +7,33 @@ so; nothing is restarted here. It knows neither HTTP nor what the engine compute
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.interface import EngineStats, EngineStatus
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError
+from moesaic.errors import EngineDeadError, GenerationError, MoesaicError, OverloadedError, RequestError, TokenizerError
+
+if TYPE_CHECKING:
+    from moesaic.engine.serving.grammar_compiler import GrammarCompiler
 
 __all__ = ["AsyncEngine"]
 
 _LOG = logging.getLogger("moesaic.serving")
 _STATS_SECONDS = 0.25
 """How old a snapshot may be while steps are computed."""
+_RATE_SECONDS = 60.0
+"""How far back answers count for how fast they end."""
 
 
 class _Stream:
@@ -53,7 +60,7 @@ class AsyncEngine:
     Args:
         factory: makes the engine, in the engine's thread.
         max_waiting: most answers that wait for their first step; more are refused.
-        on_end: called in the event loop when the engine is dead, with the error's text.
+        on_end: called in the event loop if the engine ends by an error, with its text; not by `close`.
     """
 
     def __init__(
@@ -74,6 +81,7 @@ class AsyncEngine:
         self._stats = EngineStats()
         self._stats_at = self._computed_at = time.monotonic()
         self._ended: deque[float] = deque(maxlen=64)
+        self._compiler: asyncio.Task[GrammarCompiler] | None = None
 
     def start(self) -> None:
         """Begin to load; call it in the event loop that will ask."""
@@ -113,12 +121,17 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        matchers: Sequence[Any] = (),
     ) -> AsyncIterator[Chunk]:
         """As `EngineClient.generate`."""
         engine = self._accepting()
         engine.check(prompt_ids, params)
         self._check_load(engine, params.n)
+        matchers: list[Any] = []
+        if params.grammar is not None:
+            compiled = await (await self._grammar_compiler(engine)).compile(params.grammar)
+            matchers = [compiled.matcher() for _ in range(params.n)]
+            self._accepting()  # much may have happened
+            self._check_load(engine, params.n)
         key = f"{request_id or 'request'}-{next(self._numbers)}"  # callers' names need not be unique
         stream = self._streams[key] = _Stream(params.n)
         try:
@@ -139,7 +152,10 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """As `EngineClient`."""
-        return self._stats
+        stats = self._stats
+        if not stats.running:
+            return stats
+        return replace(stats, last_step=stats.last_step + time.monotonic() - self._stats_at)
 
     async def drain(self, timeout: float) -> bool:
         """As `EngineClient`."""
@@ -158,9 +174,21 @@ class AsyncEngine:
         """As `EngineClient`."""
         self._closing = True
         self._wake.set()
-        if self._thread is not None:
+        if self._compiler is not None:
+            with contextlib.suppress(TokenizerError):
+                (await self._compiler).close()
+        if self._thread is not None and self._engine is not None:  # who still loads ends when that is done
             await asyncio.to_thread(self._thread.join)
-        self._die("it was closed", EngineDeadError("the engine was closed."))
+        self._end("it was closed", EngineDeadError("the engine was closed."))
+
+    async def _grammar_compiler(self, engine: Engine) -> GrammarCompiler:
+        """Made when it is first needed."""
+        if self._compiler is None:
+            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
+        try:
+            return await asyncio.shield(self._compiler)
+        except TokenizerError as error:
+            raise RequestError(str(error), "grammar") from error
 
     def _accepting(self) -> Engine:
         if self._status == "loading":
@@ -179,10 +207,11 @@ class AsyncEngine:
 
     def _retry_after(self, waiting: int) -> float:
         """Seconds until those who wait have begun, as answers end at present."""
-        if len(self._ended) < 2:
-            return 10.0
-        each = (time.monotonic() - self._ended[0]) / len(self._ended)
-        return min(600.0, max(1.0, waiting * each))
+        now = time.monotonic()
+        recent = [ended for ended in self._ended if now - ended < _RATE_SECONDS]
+        if not recent:
+            return _RATE_SECONDS / 4
+        return min(600.0, max(1.0, waiting * (now - recent[0]) / len(recent)))
 
     def _send(self, command: Callable[[Engine], None]) -> None:
         self._inbox.append(command)
@@ -198,8 +227,7 @@ class AsyncEngine:
             with engine.running():
                 self._serve(engine)
         except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            self._call(self._die, text, EngineDeadError("the engine has ended by an error."))
+            self._call(self._die, "".join(traceback.format_exception(error)))
         finally:
             if engine is not None:
                 try:
@@ -226,6 +254,9 @@ class AsyncEngine:
             engine.add(key, prompt_ids, params, matchers)
         except MoesaicError as problem:
             error = problem
+        except Exception:  # one request is not worth the engine
+            _LOG.exception("request %s cannot be begun", key)
+            error = GenerationError("the request cannot be answered.")
         self._call(self._taken, key, params.n, error)
 
     def _deliver(self, engine: Engine, pieces: list[tuple[str, Chunk]]) -> None:
@@ -275,7 +306,14 @@ class AsyncEngine:
                 stream.pieces.append(chunk)
                 stream.wake()
 
-    def _die(self, text: str, error: EngineDeadError) -> None:
+    def _die(self, text: str) -> None:
+        if self._status == "dead":
+            return
+        self._end(text, EngineDeadError("the engine has ended by an error."))
+        if self._on_end is not None:
+            self._on_end(text)
+
+    def _end(self, text: str, error: EngineDeadError) -> None:
         if self._status == "dead":
             return
         self._status, self._error = "dead", text
@@ -283,5 +321,9 @@ class AsyncEngine:
             stream.error = error
             stream.wake()
         self._ready.set()
-        if self._on_end is not None:
-            self._on_end(text)
+
+
+def _compiler_for(engine: Engine) -> GrammarCompiler:
+    from moesaic.engine.serving.grammar_compiler import GrammarCompiler  # what it needs is needed for nothing else
+
+    return GrammarCompiler(engine.grammar_vocabulary())

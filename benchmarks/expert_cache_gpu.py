@@ -134,7 +134,7 @@ class Turns:
 @contextmanager
 def link(kind: str) -> Iterator[None]:
     """Copies of the cache over the link as it is, over one ten times as slow, or each made four times."""
-    real = expert_cache.copy_expert
+    real = expert_cache.copy_experts
 
     def slow(*arguments: Any) -> None:
         real(*arguments)
@@ -145,11 +145,11 @@ def link(kind: str) -> Iterator[None]:
             real(*arguments)
 
     slow_cycles = 9 * _COPY_CYCLES[0]
-    expert_cache.copy_expert = {"real": real, "slow": slow, "fourfold": fourfold}[kind]
+    expert_cache.copy_experts = {"real": real, "slow": slow, "fourfold": fourfold}[kind]
     try:
         yield
     finally:
-        expert_cache.copy_expert = real
+        expert_cache.copy_experts = real
 
 
 _COPY_CYCLES = [0]
@@ -161,7 +161,7 @@ def measure_copy(cache: ExpertCache) -> float:
     torch.cuda.synchronize()
     begin.record()
     for _ in range(8):
-        expert_cache.copy_expert(cache._routed[0], 0, cache._layouts[0], cache.arena)
+        expert_cache.copy_experts(cache._routed[0], 0, 1, cache._layouts[0], cache.arena, 0)
     end.record()
     end.synchronize()
     seconds = begin.elapsed_time(end) / 8e3

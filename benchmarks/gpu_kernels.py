@@ -24,8 +24,9 @@ import torch
 from moesaic.kernels.experts import Activation
 from moesaic.kernels.packed import PackedTensor
 from moesaic.kernels.triton.device_tensor import DeviceTensor
-from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode, experts_grouped
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode
 from moesaic.kernels.triton.formats import supported_formats
+from moesaic.kernels.triton.grouped_experts import ExpertPairs
 from moesaic.kernels.triton.linear import linear
 from moesaic.quant import get_format
 from moesaic.weights.random_blocks import random_blocks
@@ -136,14 +137,16 @@ class Experts:
     def __init__(self, name: str, hidden: int, intermediate: int) -> None:
         shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
         self.patterns = [pattern(name, cols) for _, cols in shapes]
-        parts, matrices, offset = [], [], 0
-        for packed, (rows, cols) in zip(self.patterns, shapes, strict=True):
-            parts.append(repeated(packed, rows))
-            matrices.append(MatrixLayout(packed.format, offset, rows, cols, None))
-            offset += parts[-1].numel()
+        parts = [repeated(packed, rows) for packed, (rows, _) in zip(self.patterns, shapes, strict=True)]
+        stride = sum(part.numel() for part in parts)
+        matrices, offset = [], 0
+        for packed, part, (rows, cols) in zip(self.patterns, parts, shapes, strict=True):
+            matrices.append(MatrixLayout(packed.format, offset, stride, rows, cols, None))
+            offset += part.numel()
         self.slot_bytes, self.hidden, self.intermediate = offset, hidden, intermediate
         self.num_slots = NUM_SLOTS * max(1, COLD_BYTES // (NUM_SLOTS * offset))
         self.arena = torch.cat(parts).repeat(self.num_slots)
+        self.table = torch.arange(self.num_slots, dtype=torch.int32, device="cuda")
         self.layout = ExpertLayout(*matrices, Activation("silu"))
 
     def arguments(self, tokens: int, seed: int = 0) -> tuple[object, ...]:
@@ -152,12 +155,15 @@ class Experts:
         order = torch.rand(tokens, self.num_slots, device="cuda", generator=generator).argsort(1)
         slots = order[:, :TOP_K].int().contiguous()
         weights = torch.rand(tokens, TOP_K, device="cuda", generator=generator)
-        return x, slots, slots, weights, self.arena, self.slot_bytes, self.layout
+        return x, slots, slots, weights, self.arena, self.layout
 
     def run(self, arguments: tuple[object, ...]) -> torch.Tensor:
         if len(arguments[0]) <= 8:
             return experts_decode(*arguments)
-        return experts_grouped(*arguments, self.num_slots)
+        x, slots, _, weights, arena, layout = arguments
+        pairs = ExpertPairs(x, slots, weights, self.num_slots, layout)
+        pairs.multiply(arena, layout, self.num_slots, pairs.blocks(self.table))
+        return pairs.sum(self.table)
 
     def check(self, tokens: int) -> str:
         """All slots have the same weights: experts of a token differ in their weights only."""

@@ -117,7 +117,7 @@ class Subject:
         slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))
         slots = min(slots, cache.policy.num_slots)
         num_layers, num_experts = cache.policy.slot_of.shape
-        cache.policy = PromotionPolicy(num_layers, num_experts, slots)
+        cache.restart(PromotionPolicy(num_layers, num_experts, slots))
         self._fill(runner, cache)
         self._on_gpu(runner, plan, "hybrid+cache", slots)
 

@@ -75,9 +75,13 @@ class ThreadPool {
         run_erased([](void* t, Team& team) { (*static_cast<std::remove_reference_t<Task>*>(t))(team); }, &task);
     }
 
-    // body(begin, end) over [0, size) in chunks.
+    // body(begin, end) over [0, size) in chunks; what is one chunk runs in the calling thread and wakes nobody.
     template <class Body>
     void parallel_for(std::int64_t size, std::int64_t chunk, Body&& body) {
+        if (size <= chunk) {
+            if (size > 0) body(std::int64_t{0}, size);
+            return;
+        }
         Counter counter(size, chunk);
         run([&](Team&) {
             for (std::int64_t begin, end; counter.next(begin, end);) body(begin, end);

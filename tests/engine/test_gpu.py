@@ -11,6 +11,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ from moesaic.engine.session import Session
 from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
 from moesaic.kernels import PackedTensor
 from moesaic.modules import RoutedExperts
+from moesaic.modules.gpu import attention as gpu_attention
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
 
@@ -149,6 +151,28 @@ def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel, num_steps: int =
     cache.reset()
     assert ours.runner.pool.num_free == OPTIONS.num_blocks
     assert ours.runner.states is None or ours.runner.states.num_free == OPTIONS.max_batch
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", CHOSEN if ON_GPU else ["qwen3_moe"])
+def test_eight_sequences_in_a_step(family: str, mode: str) -> None:
+    """Sequences of different lengths: each gets the logits that it has alone."""
+    ours = on_gpu(family, mode == "graph", replace(OPTIONS, max_batch=8))
+    stock, runner = checkpoint_of(family)[0], ours.runner
+    rows = [inputs(1, 3 + index, seed=index)[0] for index in range(8)]
+    sequences = [runner.new_sequence() for _ in rows]
+    runner.prefill([(sequence, row[:-1]) for sequence, row in zip(sequences, rows, strict=True)])
+    logits = runner.decode(sequences, [int(row[-1]) for row in rows]).cpu()
+    with torch.no_grad():
+        expected = torch.cat([stock(row[None]).logits[:, -1] for row in rows])
+    assert relative_error(logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_latent_attention_by_groups_of_heads(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What chunks of many tokens do, so that queries on latents need not all be there at once."""
+    monkeypatch.setattr(gpu_attention, "latent_heads_at_once", lambda *sizes: 3)
+    check_pieces(checkpoint_of("deepseek_v3")[0], on_gpu("deepseek_v3", mode == "graph"))
 
 
 @pytest.mark.parametrize("mode", MODES)

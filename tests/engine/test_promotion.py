@@ -102,3 +102,23 @@ def test_slots_of_copies_under_way_are_left_alone() -> None:
     (move,) = policy.moves()
     use(policy, 1, times=100)
     assert policy.moves(busy={move.slot}) == []
+
+
+def test_free_slots_are_filled_evenly_and_given_up_to_whoever_is_used() -> None:
+    policy = PromotionPolicy(3, 4, num_slots=6, share=1.0)
+    use(policy, 2, times=3)
+    carry_out(policy)
+    moves = policy.fill([4, 4, 2])
+    assert [(move.layer, move.expert) for move in moves] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
+    assert len({move.slot for move in moves} | {int(policy.slot_of[0, 2])}) == 6
+    for move in moves:
+        policy.complete(move)
+    assert (policy.slot_of >= 0).sum(axis=1).tolist() == [3, 2, 1]
+    assert policy.fill([4, 4, 2]) == []
+    use(policy, 3)  # once is enough, as for a free slot
+    (move,) = policy.moves()
+    assert move.expert == 3 and move.evicted is not None and policy.score[move.evicted] == 0.0
+
+
+def test_there_may_be_more_slots_than_experts() -> None:
+    assert len(PromotionPolicy(2, 4, num_slots=9).fill([4, 3])) == 7

@@ -1,82 +1,185 @@
-"""Which experts of a chunk are streamed to the GPU."""
+"""Which experts of a chunk are streamed to the GPU: on computers whose parts take times that the tests make up."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 
-
-def finish(costs: Costs, tokens: np.ndarray, on_gpu: np.ndarray) -> float:
-    """When both are done."""
-    kept = tokens * ~on_gpu
-    cpu = max(costs.per_read * np.count_nonzero(kept), costs.per_token * float(kept.sum()))
-    return max(costs.per_upload * int(on_gpu.sum()), cpu)
+# Like an expert of 2.65 MB, in milliseconds.
+USUAL = Costs(per_upload=0.05, fixed=0.1, per_row=0.00015, per_read=0.027, per_token=0.0056)
+NUM_EXPERTS, NUM_LAYERS = 128, 48
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_no_other_number_of_experts_ends_earlier(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    tokens = random.poisson(random.uniform(20, 300, 64))
-    costs = Costs(per_upload=1.0, per_read=0.4, per_token=random.uniform(0.01, 0.1))
-    chosen = ExpertShares(replace(costs)).choose(tokens)
+@dataclass
+class Computer:
+    """What things really take.
+
+    Attributes:
+        costs: of each alone.
+        contention: what the CPU takes more while experts are on the link.
+        attention: of the GPU, between a layer's experts and the next's.
+        noise: of all times.
+    """
+
+    costs: Costs
+    contention: float = 1.0
+    attention: float = 0.5
+    noise: float = 0.05
+    seed: int = 0
+
+    def layer(
+        self, shares: ExpertShares | None, layer: int, tokens: np.ndarray, rows: int, chosen: np.ndarray
+    ) -> float:
+        """Compute a layer, tell the shares, and say what it took."""
+        up, cpu, whole = 1 + self.noise * noise(self.seed, layer)
+        uploads = up * self.costs.per_upload * int(chosen.sum())
+        kept = tokens * ~chosen
+        experts = int(np.count_nonzero(kept))
+        on_cpu = cpu * float(self.costs.on_cpu(experts, int(kept.sum()))) * (self.contention if chosen.any() else 1.0)
+        if shares is not None:
+            shares.observe_uploads(int(chosen.sum()), uploads)
+            if experts:
+                shares.observe_cpu(experts, int(kept.sum()), on_cpu)
+        back = self.costs.per_row * rows if experts else 0.0
+        return whole * (self.attention + max(uploads, on_cpu + back))
+
+    def prompt(self, shares: ExpertShares, rows: int, seed: int = 0) -> float:
+        """All layers on one chunk."""
+        total, last = 0.0, None
+        for layer in range(NUM_LAYERS):
+            tokens = routed(rows, layer, seed)
+            if last is not None:
+                shares.observe_layer(last)
+            last = self.layer(shares, layer, tokens, rows, shares.choose(layer, tokens, rows))
+            total += last
+        return total
+
+    def simple(self, rows: int, on_gpu: bool, seed: int = 0) -> float:
+        """The same with all experts on one side."""
+        total = 0.0
+        for layer in range(NUM_LAYERS):
+            tokens = routed(rows, layer, seed)
+            total += self.layer(None, layer, tokens, rows, (tokens > 0) & on_gpu)
+        return total
+
+
+@functools.cache
+def routed(rows: int, layer: int, seed: int) -> np.ndarray:
+    """Tokens of each expert, some of which are liked more than others."""
+    random = np.random.default_rng((seed, layer, 7))
+    return random.multinomial(8 * rows, random.dirichlet(np.full(NUM_EXPERTS, 4.0)))
+
+
+@functools.cache
+def noise(seed: int, layer: int) -> np.ndarray:
+    return np.random.default_rng((seed, layer)).random(3)
+
+
+def times(costs: Costs, **factors: float) -> Costs:
+    return replace(costs, **{name: factor * getattr(costs, name) for name, factor in factors.items()})
+
+
+COMPUTERS = {
+    "usual": Computer(USUAL),
+    "slow link": Computer(times(USUAL, per_upload=10)),
+    "slow CPU": Computer(times(USUAL, cpu_factor=10)),
+    "quick CPU": Computer(times(USUAL, per_token=0.2, per_read=0.5)),
+    "contention": Computer(USUAL, contention=2.5),
+    "slow to begin": Computer(times(USUAL, fixed=20)),
+    "noise": Computer(USUAL, noise=0.6),
+}
+
+
+@pytest.mark.parametrize("rows", [64, 512, 2048, 4096])
+@pytest.mark.parametrize("name", COMPUTERS)
+def test_never_slower_than_one_side_alone(name: str, rows: int) -> None:
+    """By more than 3%, on computers that are what was measured at the start or not; the first prompt may learn."""
+    computer = COMPUTERS[name]
+    alone = [min(computer.simple(rows, side, seed) for side in (False, True)) for seed in range(3)]
+    for start in (USUAL, computer.costs, times(USUAL, cpu_factor=2), times(USUAL, per_upload=2)):
+        shares = ExpertShares(replace(start))
+        taken = [computer.prompt(shares, rows, seed) for seed in range(3)]
+        assert sum(taken[1:]) <= 1.03 * sum(alone[1:])
+        assert taken[0] <= (1.1 if start is computer.costs else 2.0) * alone[0]
+
+
+def test_both_are_quicker_than_one() -> None:
+    shares = ExpertShares(replace(USUAL))
+    computer = COMPUTERS["usual"]
+    assert computer.prompt(shares, 512) <= 0.85 * min(computer.simple(512, side) for side in (False, True))
+
+
+@pytest.mark.parametrize("rows", [256, 1000, 16000])
+def test_no_other_number_of_experts_ends_earlier(rows: int) -> None:
+    tokens = routed(rows, 0, 0)
+    shares = ExpertShares(replace(USUAL))
+    shares.observe_cpu(64, 2000, float(USUAL.on_cpu(64, 2000)))
+    shares.observe_cpu(64, 2000, float(USUAL.on_cpu(64, 2000)))
+    chosen = shares.choose(0, tokens, rows)
     order = np.argsort(-tokens, kind="stable")
-    best = min(finish(costs, tokens, np.isin(np.arange(64), order[:n])) for n in range(65))
-    assert finish(costs, tokens, chosen) == pytest.approx(best)
-    assert tokens[chosen].min() >= tokens[~chosen].max()
+    quiet = Computer(USUAL, noise=0.0, attention=0.0)
+
+    def ends(on_gpu: np.ndarray) -> float:
+        return quiet.layer(None, 0, tokens, rows, on_gpu)
+
+    best = min(ends(np.isin(np.arange(NUM_EXPERTS), order[:n])) for n in range(NUM_EXPERTS + 1))
+    assert ends(chosen) == pytest.approx(best) or (ends(chosen) < best / 0.9 and chosen.all())  # or hardly
+    assert tokens[chosen].min() >= tokens[~chosen].max(initial=0)
 
 
-def test_short_prompts_stay_on_the_cpu() -> None:
-    """Reading bounds the CPU: uploads would read the same memory."""
-    assert not ExpertShares(Costs(1.0, 0.5, 0.01)).choose(np.full(64, 8)).any()
+def test_a_cpu_that_is_bound_by_reading_keeps_all() -> None:
+    """Uploads read the same memory."""
+    costs = replace(USUAL, per_token=1e-5)
+    assert not ExpertShares(costs).choose(0, np.full(64, 8), 64).any()
 
 
 def test_experts_that_nobody_chose_are_not_copied() -> None:
     tokens = np.zeros(8, np.int64)
     tokens[3] = 10_000
-    assert np.flatnonzero(ExpertShares(Costs(1.0, 0.5, 0.01)).choose(tokens)).tolist() == [3]
+    assert np.flatnonzero(ExpertShares(replace(USUAL)).choose(0, tokens, 10_000)).tolist() == [3]
 
 
-def test_a_slow_link_gets_less() -> None:
-    tokens = np.full(64, 1000)
-    shares = ExpertShares(Costs(1.0, 0.5, 0.01))
-    before = int(shares.choose(tokens).sum())
-    for _ in range(30):
-        shares.observe_uploads(10, seconds=200.0)
-    assert 0 < int(shares.choose(tokens).sum()) < before / 2
+def test_those_that_are_there_are_taken_and_those_under_way_waited_for() -> None:
+    tokens = np.full(NUM_EXPERTS, 32)
+    tokens[5] = 0
+    present = np.arange(NUM_EXPERTS) < 40
+    alone = int(ExpertShares(replace(USUAL)).choose(0, tokens, 512).sum())
+    there = ExpertShares(replace(USUAL)).choose(0, tokens, 512, present, under_way=0)
+    coming = ExpertShares(replace(USUAL)).choose(0, tokens, 512, present, under_way=40)
+    for chosen in (there, coming):
+        assert chosen[present & (tokens > 0)].all() and not chosen[5]
+    assert alone - 3 <= int(coming.sum()) < int(there.sum())
 
 
-def test_a_slow_cpu_gets_less() -> None:
-    tokens = np.full(64, 1000)
-    shares = ExpertShares(Costs(1.0, 0.5, 0.001))
-    before = int(shares.choose(tokens).sum())
-    for _ in range(30):
-        shares.observe_cpu(32, 32_000, seconds=3200.0)
-    shares.observe_cpu(32, 4000, seconds=10.0)  # bound by reading: says nothing about tokens
-    shares.observe_cpu(1, 8, seconds=10.0)  # nor does starting to compute
-    assert shares.costs.per_token == pytest.approx(0.1, rel=0.01)
-    assert int(shares.choose(tokens).sum()) > 1.5 * before
+def test_fixed_times_do_not_make_tokens_dear() -> None:
+    """A CPU with few tokens takes longer for each; that must not take from it what it can do."""
+    shares = ExpertShares(replace(USUAL))
+    for _ in range(200):
+        shares.observe_cpu(1, 8, 1.05 * float(USUAL.on_cpu(1, 8)))
+    assert shares.costs.cpu_factor == pytest.approx(1.05, rel=0.05)
+    slow = ExpertShares(replace(USUAL))
+    slow.observe_cpu(1, 1, 1000.0)  # mostly beginning: hardly believed, and no more than twice
+    assert slow.costs.cpu_factor < 1.2
 
 
-def test_a_layer_that_waited_for_a_compiler_is_forgotten() -> None:
-    tokens = np.full(64, 1000)
-    shares = ExpertShares(Costs(1.0, 0.5, 0.01))
-    before = int(shares.choose(tokens).sum())
-    shares.observe_uploads(10, seconds=1e6)
-    assert int(shares.choose(tokens).sum()) > before / 2
-    shares.costs.per_upload = 1e6  # however it came to that
-    for _ in range(600):
-        shares.choose(tokens)
-    assert shares.choose(tokens).any()
+def test_what_was_slow_once_gets_another_chance() -> None:
+    shares = ExpertShares(replace(USUAL))
+    shares.costs.cpu_factor = 50.0
+    tokens = np.full(NUM_EXPERTS, 32)
+    assert shares.choose(0, tokens, 512).all()
+    for layer in range(1200):
+        chosen = shares.choose(layer % 48, tokens, 512)
+        shares.observe_layer(10.0 if chosen.all() else 5.0)
+    assert 0 < int(chosen.sum()) < NUM_EXPERTS
 
 
-def test_a_cpu_that_was_slow_once_gets_another_chance() -> None:
-    tokens = np.full(64, 1000)
-    shares = ExpertShares(Costs(1.0, 0.5, 1e6))
-    assert shares.choose(tokens).all()
-    for _ in range(600):
-        shares.choose(tokens)
-    assert not shares.choose(tokens).all()
+def test_busy_experts_are_likely() -> None:
+    shares = ExpertShares(replace(USUAL))
+    assert shares.likely(3, 4).all()
+    shares.choose(3, np.array([0, 40, 1, 30]), 40)
+    assert shares.likely(3, 4).tolist() == [False, True, False, True]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moesaic.errors import GenerationError, KernelError
@@ -161,7 +162,7 @@ class PagedSequence:
         self._state_slot: int | None = None
         self.length = 0
         self._blocks: list[int] = []
-        self._table = torch.empty(16, dtype=torch.int32)  # the same numbers, with room; copied into steps
+        self._table = np.empty(16, np.int32)  # the same numbers, with room; copied into steps
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -171,6 +172,11 @@ class PagedSequence:
     @property
     def table(self) -> torch.Tensor:
         """The same as int32 `[blocks]`, a view that the next `append` may make stale."""
+        return torch.from_numpy(self.table_array)
+
+    @property
+    def table_array(self) -> np.ndarray:
+        """The same as an array."""
         return self._table[: len(self._blocks)]
 
     @property
@@ -195,8 +201,20 @@ class PagedSequence:
         if num_tokens < 0:
             raise KernelError(f"append({num_tokens}): expected a number of tokens.")
         size, start, end = self.pool.block_size, self.length, self.length + num_tokens
+        self._make_room(end)
+        positions = np.arange(start, end)
+        return torch.from_numpy(self._table[positions // size].astype(np.int64) * size + positions % size)
+
+    def append_one(self) -> int:
+        """As `append(1)`: where the position lies."""
+        position = self.length
+        self._make_room(position + 1)
+        return self._blocks[position // self.pool.block_size] * self.pool.block_size + position % self.pool.block_size
+
+    def _make_room(self, end: int) -> None:
+        """Take blocks, and a state, for positions up to `end`, or nothing of them."""
         blocks = self.pool.take(max(0, self.pool.blocks_for(end) - len(self._blocks)))
-        if self._states is not None and self._state_slot is None and num_tokens:
+        if self._states is not None and self._state_slot is None and end > self.length:
             try:
                 self._state_slot = self._states.take()
             except GenerationError:
@@ -204,18 +222,16 @@ class PagedSequence:
                 raise
         self._extend(blocks)
         self.length = end
-        positions = torch.arange(start, end)
-        return self._table[positions // size].long() * size + positions % size
 
     def _extend(self, blocks: list[int]) -> None:
         if not blocks:
             return
         first, self._blocks = len(self._blocks), self._blocks + blocks
-        if len(self._blocks) > self._table.numel():
-            table = torch.empty(2 * len(self._blocks), dtype=torch.int32)
+        if len(self._blocks) > len(self._table):
+            table = np.empty(2 * len(self._blocks), np.int32)
             table[:first] = self._table[:first]
             self._table = table
-        self._table[first : len(self._blocks)] = torch.tensor(blocks, dtype=torch.int32)
+        self._table[first : len(self._blocks)] = blocks
 
     def truncate(self, length: int) -> None:
         """Forget all positions from `length` on; blocks without positions go back to the pool, and so does the state.

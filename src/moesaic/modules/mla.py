@@ -21,7 +21,9 @@ from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
 from moesaic.modules.rotary import RotaryAngles
 
-__all__ = ["SPLIT_KV_B", "MlaAttention"]
+__all__ = ["SPLIT_KV_B", "MlaAttention", "latent_heads_at_once"]
+
+_LATENT_FLOATS = 1 << 26  # of queries multiplied by the key half of kv_b
 
 SPLIT_KV_B = "moesaic_kv_b"
 """Attribute of an attention module that holds (k_b, v_b), packed per head, where the file stores them apart."""
@@ -243,3 +245,8 @@ def _linear(projection: PackedLinear) -> Linear:
 
 def _norm(norm: RMSNorm) -> Norm:
     return Norm(norm.weight, norm.eps)
+
+
+def latent_heads_at_once(num_tokens: int, num_heads: int, latent_dim: int) -> int:
+    """How many heads a GPU attends with at once, so that queries on latents of many tokens stay within 256 MiB."""
+    return max(1, min(num_heads, _LATENT_FLOATS // (num_tokens * latent_dim)))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from moesaic import _native
 from moesaic.kvcache.states import StateShape
 from moesaic.modules.delta_net import is_delta_net
-from moesaic.placement.vram import StepSizes
+from moesaic.modules.mla import latent_heads_at_once
+from moesaic.placement.vram import PREFILL_CHUNK, StepSizes
 from moesaic.quant import WeightFormat
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def _attention_width(attention: Any) -> int:
     width = _outputs(attention) + (int(last.weight.shape[1]) if last is not None else 0)
     if hasattr(attention, "kv_lora_rank"):
         heads, latent = int(attention.num_heads), int(attention.kv_lora_rank)
+        at_once = latent_heads_at_once(PREFILL_CHUNK, heads, latent)
         # Queries and sums, a copy of one in bfloat16. kv_b_proj is absorbed: its outputs never exist.
-        width += heads * (5 * latent // 2 + int(attention.qk_rope_head_dim)) - int(attention.kv_b_proj.weight.shape[0])
+        width += at_once * (5 * latent // 2) + heads * int(attention.qk_rope_head_dim)
+        width -= int(attention.kv_b_proj.weight.shape[0])
     return width

@@ -63,7 +63,7 @@ def render_budget(budget: VramBudget) -> str:
         ("recurrent states", budget.states, f"{MAX_BATCH} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
-        ("prefill staging", budget.staging, f"2 x {budget.staging_experts // 2} experts of {expert}"),
+        ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
         ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
     ]
     lines = [f"VRAM: {format_bytes(budget.total)} to use"]

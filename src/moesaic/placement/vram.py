@@ -23,7 +23,8 @@ __all__ = [
     "MAX_BATCH",
     "NO_STEP",
     "PREFILL_CHUNK",
-    "STAGING_GROUP",
+    "STAGING_BYTES",
+    "STAGING_GROUPS",
     "StepSizes",
     "VramBudget",
     "cache_blocks",
@@ -41,8 +42,10 @@ PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the layers at once, at most."""
 MAX_BATCH = 8
 """Sequences of a decode step, at most."""
-STAGING_GROUP = 8
-"""Experts that are streamed to the GPU together in prefill; two groups are there at a time."""
+STAGING_BYTES = 384 * 1024**2
+"""What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
+STAGING_GROUPS = 4
+"""Groups of such experts that are there at a time: while some are multiplied, others are on their way."""
 DRIVER_BYTES = 600 * 1024**2
 """What the driver takes for a process: its context, modules of kernels, their stacks."""
 
@@ -145,10 +148,12 @@ class VramBudget:
 
     @property
     def staging_experts(self) -> int:
-        """Of those, buffers for experts streamed in prefill: two equal groups, none where there is no room for two."""
-        if not self.num_experts:
+        """Of those, slots for experts streamed in prefill: some equal groups, none where there is no room for two."""
+        if not self.num_experts or self.num_slots < 2:
             return 0
-        return 2 * min(STAGING_GROUP, self.num_slots // 2)
+        most = min(self.num_experts, max(2, self.num_slots // 2))  # the cache gets as many at least
+        count = min(max(STAGING_GROUPS, STAGING_BYTES // self.expert_bytes), most)
+        return count // STAGING_GROUPS * STAGING_GROUPS or count
 
     @property
     def cache_experts(self) -> int:

@@ -13,7 +13,8 @@ from tests.kernels.triton.conftest import DEVICE
 from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels.experts import Activation
 from moesaic.kernels.triton import experts as subject
-from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode, experts_grouped
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode
+from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs, bring
 from moesaic.quant import FORMATS
 
 NUM_SLOTS, TOP_K = 3, 3
@@ -24,23 +25,35 @@ BFLOAT16_TOLERANCE = 2e-2  # on a GPU many tokens are multiplied as bfloat16
 class Case:
     """NUM_SLOTS experts whose numbers are 10 times their slots', random tokens, and what comes out."""
 
-    def __init__(self, formats, hidden, intermediate, kind="silu", num_tokens=3, gated=True, biased=False, seed=0):
+    def __init__(
+        self,
+        formats,
+        hidden,
+        intermediate,
+        kind="silu",
+        num_tokens=3,
+        gated=True,
+        biased=False,
+        by_matrix=False,
+        seed=0,
+    ):
         rng = np.random.default_rng(seed)
         shapes = ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
         stacks = [
             packed(fmt, *shape, NUM_SLOTS, seed + i) for i, (fmt, shape) in enumerate(zip(formats, shapes, strict=True))
         ]
         biases = [rng.standard_normal((10 * NUM_SLOTS, shape[0])).astype(np.float32) for shape in shapes]
+        sizes = [stack.matrix_bytes + 16 for stack, _ in stacks]
         matrices, end = [], 64
-        for (stack, _), shape, bias in zip(stacks, shapes, biases, strict=True):
+        for (stack, _), shape, bias, size in zip(stacks, shapes, biases, sizes, strict=True):
             on_device = torch.from_numpy(bias).to(DEVICE) if biased else None
-            matrices.append(MatrixLayout(stack.format, end, *shape, on_device))
-            end += stack.matrix_bytes + 16
-        self.slot_bytes = end
-        arena = torch.zeros(64 + NUM_SLOTS * end, dtype=torch.uint8)[64:]
+            stride = size if by_matrix else sum(sizes)
+            matrices.append(MatrixLayout(stack.format, end, stride, *shape, on_device))
+            end += size * (NUM_SLOTS if by_matrix else 1)
+        arena = torch.zeros(64 + NUM_SLOTS * sum(sizes), dtype=torch.uint8)
         for slot in range(NUM_SLOTS):
             for (stack, _), matrix in zip(stacks, matrices, strict=True):
-                first = slot * end + matrix.offset
+                first = slot * matrix.stride + matrix.offset
                 piece = stack.data[slot * stack.matrix_bytes : (slot + 1) * stack.matrix_bytes]
                 arena[first : first + stack.matrix_bytes] = piece
         self.arena = arena.to(DEVICE)
@@ -67,7 +80,22 @@ class Case:
                 self.expected[t] += weights[t, k] * (values[2][slot] @ inner + bias[2])
 
     def arguments(self):
-        return self.x, self.slots, self.experts, self.weights, self.arena, self.slot_bytes, self.layout
+        return self.x, self.slots, self.experts, self.weights, self.arena, self.layout
+
+    @property
+    def table(self):
+        """Expert 10 * n is in slot n."""
+        table = torch.full((10 * NUM_SLOTS,), -1, dtype=torch.int32)
+        table[::10] = torch.arange(NUM_SLOTS, dtype=torch.int32)
+        return table.to(DEVICE)
+
+    def pairs(self):
+        return ExpertPairs(self.x, self.experts, self.weights, 10 * NUM_SLOTS, self.layout)
+
+    def grouped(self, **options):
+        pairs, table = self.pairs(), self.table
+        pairs.multiply(self.arena, self.layout, NUM_SLOTS, pairs.blocks(table))
+        return pairs.sum(table, **options)
 
     def error(self, result):
         return np.abs(result.cpu().double().numpy() - self.expected).max() / np.abs(self.expected).max()
@@ -97,13 +125,13 @@ def test_experts_of_formats_that_read_rows_in_different_orders(fmt):
     size = 40 if FORMATS[fmt].block_size == 1 else 64
     case = Case((fmt, fmt, fmt), size, size, num_tokens=2)
     assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
-    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+    assert case.error(case.grouped()) < grouped_tolerance()
 
 
 def test_every_projection_may_have_a_format_of_its_own():
     case = Case(("Q5_1", "F32", "BF16"), 64, 48, num_tokens=2)
     assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
-    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+    assert case.error(case.grouped()) < grouped_tolerance()
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])
@@ -113,13 +141,13 @@ def test_activations_and_biases(kind, gated):
         return
     case = Case(("F32", "F32", "F32"), 16, 24, kind=kind, num_tokens=2, gated=gated, biased=True)
     assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
-    assert case.error(experts_grouped(*case.arguments(), NUM_SLOTS)) < grouped_tolerance()
+    assert case.error(case.grouped()) < grouped_tolerance()
 
 
 def test_blocks_of_many_pairs_and_sums_into_an_output():
     case = Case(("F32", "F32", "F32"), 16, 24, num_tokens=40)
     out = torch.ones(40, 16, device=DEVICE)
-    result = experts_grouped(*case.arguments(), NUM_SLOTS, out=out, accumulate=True)
+    result = case.grouped(out=out, accumulate=True)
     assert result is out
     assert case.error(out - 1) < grouped_tolerance()
 
@@ -129,45 +157,85 @@ def test_tokens_without_an_expert_in_a_slot_are_zero():
     case.slots.fill_(-1)
     nan = torch.full((2, 32), float("nan"), device=DEVICE)
     assert not experts_decode(*case.arguments(), out=nan).any()
-    assert not experts_grouped(*case.arguments(), NUM_SLOTS).any()
+    case.experts.fill_(-1)
+    assert not case.grouped().any()
+    case.experts.fill_(10 * NUM_SLOTS)
+    assert not case.grouped(out=nan).any()
 
 
 def test_slots_far_from_the_beginning_are_reached():
     """Units of 16 bytes times slots would not fit into 32 bits if slots were far apart: addresses are 64 bits wide."""
     case = Case(("F32", "F32", "F32"), 32, 48)
-    x, slots, experts, weights, arena, slot_bytes, layout = case.arguments()
     apart = (5 << 30) // (NUM_SLOTS - 1)
     far = torch.empty(NUM_SLOTS * apart, dtype=torch.uint8, device=DEVICE)  # pages that nobody touches are not there
+    near = case.layout.up.stride
     for slot in range(NUM_SLOTS):
-        far[slot * apart : slot * apart + slot_bytes] = arena[slot * slot_bytes : (slot + 1) * slot_bytes]
-    assert case.error(experts_decode(x, slots, experts, weights, far, apart, layout)) < FLOAT_TOLERANCE
-    assert case.error(experts_grouped(x, slots, experts, weights, far, apart, layout, NUM_SLOTS)) < grouped_tolerance()
+        far[slot * apart : slot * apart + near] = case.arena[slot * near : (slot + 1) * near]
+    gate, up, down = (replace(part, stride=apart) for part in (case.layout.gate, case.layout.up, case.layout.down))
+    case.arena, case.layout = far, replace(case.layout, gate=gate, up=up, down=down)
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+    assert case.error(case.grouped()) < grouped_tolerance()
+
+
+def test_matrices_of_a_kind_may_lie_side_by_side():
+    case = Case(("Q8_0", "F32", "Q4_1"), 32, 64, num_tokens=2, by_matrix=True)
+    assert case.layout.gate.stride < case.layout.up.stride
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+    assert case.error(case.grouped()) < grouped_tolerance()
+
+
+def test_experts_may_come_one_after_the_other():
+    """The last slot is used for one expert after the other, in calls whose blocks were counted on the CPU."""
+    case = Case(("F32", "F32", "F32"), 16, 24, num_tokens=40, biased=True)
+    pairs, everyone = case.pairs(), case.table
+    num_pairs = np.bincount(case.experts.cpu().numpy().clip(min=0).ravel(), minlength=10 * NUM_SLOTS)
+    num_pairs[0] -= int((case.experts < 0).sum())
+    matrices, all_slots = (case.layout.gate, case.layout.up, case.layout.down), case.arena.clone()
+    for slot in range(NUM_SLOTS):
+        for part in matrices:
+            to, of = (part.offset + s * part.stride for s in (NUM_SLOTS - 1, slot))
+            case.arena[to : to + part.nbytes] = all_slots[of : of + part.nbytes]
+        table = torch.full_like(everyone, -1)
+        table[10 * slot] = NUM_SLOTS - 1
+        own = np.where(np.arange(len(num_pairs)) == 10 * slot, num_pairs, 0)
+        first = ExpertBlocks.counts(own, pairs.block_size)
+        assert first.tolist() == pairs.blocks(table).first.tolist()
+        on_device = torch.zeros(len(first), dtype=torch.int32, device=DEVICE)
+        source = torch.from_numpy(first)
+        bring(source.pin_memory() if DEVICE == "cuda" else source, on_device)
+        pairs.multiply(case.arena, case.layout, NUM_SLOTS, ExpertBlocks(table, on_device, int(first[-1])))
+    assert case.error(pairs.sum(everyone)) < grouped_tolerance()
 
 
 def test_wrong_calls_are_refused(monkeypatch):
     case = Case(("F32", "F32", "F32"), 32, 48)
-    x, slots, experts, weights, arena, slot_bytes, layout = case.arguments()
+    x, slots, experts, weights, arena, layout = case.arguments()
     with pytest.raises(KernelError, match=r"x is .* expected float32 \[tokens, 32\]"):
-        experts_decode(x[:, :31], slots, experts, weights, arena, slot_bytes, layout)
+        experts_decode(x[:, :31], slots, experts, weights, arena, layout)
     with pytest.raises(KernelError, match=r"slots is .* expected int32"):
-        experts_decode(x, slots.long(), experts, weights, arena, slot_bytes, layout)
+        experts_decode(x, slots.long(), experts, weights, arena, layout)
     with pytest.raises(KernelError, match="room for"):
-        experts_decode(x, slots, experts, weights, arena, slot_bytes - 64, layout)
+        replace(layout.up, stride=layout.up.nbytes - 16)
+    with pytest.raises(KernelError, match=r"experts is .* expected int32 or int64"):
+        ExpertPairs(x, weights, weights, 30, layout)
+    pairs = case.pairs()
     with pytest.raises(KernelError, match="the arena has"):
-        experts_grouped(x, slots, experts, weights, arena, slot_bytes, layout, NUM_SLOTS + 1)
-    with pytest.raises(KernelError, match="use experts_grouped"):
+        pairs.multiply(arena, layout, NUM_SLOTS + 1, pairs.blocks(case.table))
+    with pytest.raises(KernelError, match=r"table is .* expected int32 \[30\]"):
+        pairs.blocks(case.table[1:])
+    with pytest.raises(KernelError, match="use ExpertPairs"):
         monkeypatch.setattr(subject, "MAX_DECODE_TOKENS", 2)
-        experts_decode(x, slots, experts, weights, arena, slot_bytes, layout)
+        experts_decode(x, slots, experts, weights, arena, layout)
     with pytest.raises(KernelError, match="down is 48 x 32: expected 32 x 48"):
         ExpertLayout(None, layout.up, replace(layout.up), layout.activation)
     with pytest.raises(KernelError, match="swiglu_oai needs a gate"):
         ExpertLayout(None, layout.up, layout.down, Activation("swiglu_oai"))
     with pytest.raises(KernelError, match="multiple of 16"):
-        MatrixLayout(FORMATS["F32"], 8, 16, 16, None)
+        MatrixLayout(FORMATS["F32"], 8, 1024, 16, 16, None)
 
 
 def test_formats_without_kernels_are_refused(monkeypatch):
     monkeypatch.setattr("moesaic.kernels.triton.formats._FORMATS", {"F32": None})
     with pytest.raises(UnsupportedFormatError, match="Q4_K has no kernels on a GPU: expected one of F32"):
-        part = MatrixLayout(FORMATS["Q4_K"], 0, 256, 256, None)
+        part = MatrixLayout(FORMATS["Q4_K"], 0, 1 << 20, 256, 256, None)
         ExpertLayout(None, part, part, Activation("silu"))

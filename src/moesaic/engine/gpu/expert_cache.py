@@ -8,6 +8,7 @@ being filled. Which expert deserves a slot is `promotion`'s business.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import torch
 
 from moesaic.engine.gpu.promotion import Move, PromotionPolicy
 from moesaic.kernels.experts import PackedExperts
-from moesaic.modules.gpu.experts import SlotLayout, copy_expert, slot_layout
+from moesaic.kernels.triton.grouped_experts import ExpertPairs
+from moesaic.modules.gpu.experts import SlotLayout, copy_experts, slot_bytes, slot_layout
 from moesaic.modules.gpu.step import Routed
 
 __all__ = ["CacheStatistics", "ExpertCache"]
@@ -62,11 +64,11 @@ class ExpertCache:
     ) -> None:
         self._routed = list(routed)
         self._device = device
-        self._layouts: list[SlotLayout] = [slot_layout(experts, device) for experts in routed]
-        self.slot_bytes = max(layout.nbytes for layout in self._layouts)
+        size = max(slot_bytes(experts) for experts in routed)
+        self._layouts: list[SlotLayout] = [slot_layout(experts, device, stride=size) for experts in routed]
         most = max(experts.num_experts for experts in routed)
         self.policy = policy or PromotionPolicy(len(self._routed), most, num_slots)
-        self.arena = torch.empty(num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        self.arena = torch.empty(num_slots * size, dtype=torch.uint8, device=device)
         self._tables = torch.full((len(self._routed), most), -1, dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         self._staged = torch.full((len(self._routed), most), -1, dtype=torch.int32, pin_memory=pinned)
@@ -78,6 +80,24 @@ class ExpertCache:
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
+    def fill(self) -> None:
+        """Give free slots to experts, as many of each layer, and wait until they are there."""
+        moves = self.policy.fill([experts.num_experts for experts in self._routed])
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            for move in moves:
+                self._copy(move)
+        self.wait()
+        for move in moves:
+            self.policy.complete(move)
+        self._enter()
+
+    def restart(self, policy: PromotionPolicy) -> None:
+        """Begin anew, with no experts, by another policy, which may have fewer slots."""
+        self.wait()
+        self._leaving, self.policy = [], policy
+        self._steps = self._tokens = self._copied = 0
+        self._enter()
+
     def table(self, layer: int) -> torch.Tensor:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1."""
         return self._tables[layer, : self._routed[layer].num_experts]
@@ -85,16 +105,19 @@ class ExpertCache:
     def compute(self, routed: Routed) -> torch.Tensor:
         """Weighted sum of the chosen experts that are in slots: float32 `[tokens, hidden_size]`."""
         assert routed.slots is not None
-        layout = self._layouts[routed.layer]
-        return layout.compute(
-            routed.hidden,
-            routed.slots,
-            routed.chosen,
-            routed.weights,
-            self.arena,
-            self.slot_bytes,
-            self.policy.num_slots,
+        table, num_slots = self.table(routed.layer), self.policy.num_slots
+        return self._layouts[routed.layer].compute(
+            routed.hidden, routed.slots, routed.chosen, routed.weights, self.arena, table, num_slots
         )
+
+    def held(self, layer: int) -> np.ndarray:
+        """Bool `[num_experts]`: experts that have slots; those that leave at the next step have none any more."""
+        return np.asarray(self.policy.slot_of[layer, : self._routed[layer].num_experts] >= 0)
+
+    def multiply(self, layer: int, pairs: ExpertPairs) -> None:
+        """Products of a chunk's pairs with the experts that are in slots."""
+        blocks = pairs.blocks(self.table(layer))
+        pairs.multiply(self.arena, self._layouts[layer].kernel, self.policy.num_slots, blocks)
 
     def before_step(self) -> None:
         """Enter experts whose copies are complete and take out those that leave; on the stream of the step."""
@@ -106,8 +129,7 @@ class ExpertCache:
         if finished:
             self._under_way = [item for item in self._under_way if item not in finished]
         if finished or self._leaving:
-            self._staged.copy_(torch.from_numpy(self.policy.slot_of))
-            self._tables.copy_(self._staged, non_blocking=True)
+            self._enter()
 
     def during_step(self) -> None:
         """Begin the copies into slots that the step, which has been launched, does not read any more."""
@@ -161,6 +183,11 @@ class ExpertCache:
             self._copied,
         )
 
+    def _enter(self) -> None:
+        """What the policy says is what steps see from now on."""
+        self._staged.copy_(torch.from_numpy(self.policy.slot_of))
+        self._tables.copy_(self._staged, non_blocking=True)
+
     def _copy(self, move: Move) -> None:
-        first = move.slot * self.slot_bytes
-        copy_expert(self._routed[move.layer], move.expert, self._layouts[move.layer], self.arena[first:])
+        experts, layout = self._routed[move.layer], self._layouts[move.layer]
+        copy_experts(experts, move.expert, 1, layout, self.arena, move.slot)

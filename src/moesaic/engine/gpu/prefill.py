@@ -5,12 +5,69 @@ from __future__ import annotations
 import torch
 
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.streams import Mark, SideStream
 from moesaic.kernels import moe_forward
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.modules.gpu.step import Routed
 
-__all__ = ["ChunkPath"]
+__all__ = ["ChunkBuffers", "ChunkPath"]
+
+
+class ChunkBuffers:
+    """Page-locked memory through which a layer's inputs come to the CPU and its answer goes back.
+
+    One layer of a chunk has it at a time; it grows to the largest chunk that there was.
+
+    Args:
+        device: the GPU.
+
+    Attributes:
+        hidden: float32 `[tokens, hidden_size]`, valid after `wait_hidden`.
+        misses: int64 `[tokens, top_k]`, valid after `wait_routing`.
+        weights: float32 `[tokens, top_k]`, valid after `wait_hidden`.
+        answer: float32 `[tokens, hidden_size]`, for the CPU to write to.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._down = SideStream(device)
+        self._has_routing, self._has_hidden = Mark(device), Mark(device)
+        self.hidden = self.answer = self.weights = torch.empty(0, 0)
+        self.misses = torch.empty(0, 0, dtype=torch.int64)
+        self._room: dict[str, torch.Tensor] = {}
+
+    def fetch(self, hidden: torch.Tensor, misses: torch.Tensor, weights: torch.Tensor) -> None:
+        """Begin to copy inputs from the GPU; what comes next there does not wait for it."""
+        self.misses, self.weights = self._at("misses", misses), self._at("weights", weights)
+        self.hidden, self.answer = self._at("hidden", hidden), self._at("answer", hidden)
+        self._down.follow()
+        with self._down.use():
+            self.misses.copy_(misses, non_blocking=True)
+            self._has_routing.set()
+            self.weights.copy_(weights, non_blocking=True)
+            self.hidden.copy_(hidden, non_blocking=True)
+            self._has_hidden.set()
+
+    def wait_routing(self) -> None:
+        """Let the calling thread wait for misses."""
+        self._has_routing.synchronize()
+
+    def wait_hidden(self) -> None:
+        """Let the calling thread wait for the rest."""
+        self._has_hidden.synchronize()
+
+    def release(self) -> None:
+        """Let the GPU not overwrite the inputs before they are copied."""
+        self._has_hidden.wait()
+
+    def _at(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        room = self._room.get(name)
+        if room is None or room.numel() < like.numel():
+            self._room.pop(name, None)
+            room = torch.empty(like.numel(), dtype=like.dtype, pin_memory=self._device.type == "cuda")
+            self._room[name] = room
+        return room[: like.numel()].view(like.shape)
 
 
 class ChunkPath:
@@ -20,12 +77,13 @@ class ChunkPath:
         exchange: adds up.
         routed: the routed experts of each layer, on the CPU.
         slots: experts on the GPU.
+        buffers: for inputs and answers.
     """
 
-    def __init__(self, exchange: Exchange, routed: list[PackedExperts | None], slots: ExpertSlots) -> None:
-        self._exchange, self._routed, self._slots = exchange, routed, slots
-        self._inputs: tuple[torch.Tensor, ...] = ()
-        self._ready: torch.cuda.Event | None = None
+    def __init__(
+        self, exchange: Exchange, routed: list[PackedExperts | None], slots: ExpertSlots, buffers: ChunkBuffers
+    ) -> None:
+        self._exchange, self._routed, self._slots, self._buffers = exchange, routed, slots, buffers
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
@@ -33,12 +91,8 @@ class ChunkPath:
 
     def start(self, routed: Routed) -> None:
         """Begin to copy the inputs."""
-        if self._slots.is_complete(routed.layer):
-            return
-        self._inputs = tuple(_to_host(x) for x in (routed.hidden, routed.misses, routed.weights))
-        if routed.hidden.is_cuda:
-            self._ready = torch.cuda.Event()
-            self._ready.record()
+        if not self._slots.has_all(routed.layer):
+            self._buffers.fetch(routed.hidden, routed.misses, routed.weights)
 
     def finish(
         self,
@@ -49,11 +103,11 @@ class ChunkPath:
         scale: float,
     ) -> None:
         """Compute and add."""
-        total = self._slots.compute(routed)
-        if not self._slots.is_complete(routed.layer):
-            if self._ready is not None:
-                self._ready.synchronize()
-            total = self._on_cpu(routed, total)
+        if self._slots.has_all(routed.layer):
+            total = self._slots.compute(routed)
+        else:
+            total = self._compute(routed)
+            self._buffers.release()
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
 
     def _experts(self, layer: int) -> PackedExperts:
@@ -61,15 +115,15 @@ class ChunkPath:
         assert experts is not None, "experts that are all on the GPU are not asked for"
         return experts
 
-    def _on_cpu(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
-        """What does not lie on the GPU, added to what does."""
-        hidden, misses, weights = self._inputs
-        answer = moe_forward(hidden, misses, weights, self._experts(routed.layer))
-        back = answer.to(routed.hidden.device, non_blocking=True)
+    def _compute(self, routed: Routed) -> torch.Tensor:
+        """What lies on the GPU and what does not."""
+        total = self._slots.compute(routed)
+        self._buffers.wait_hidden()
+        back = self._on_cpu(routed, self._buffers.misses)
         return back if total is None else total.add_(back)
 
-
-def _to_host(x: torch.Tensor) -> torch.Tensor:
-    if not x.is_cuda:
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    def _on_cpu(self, routed: Routed, misses: torch.Tensor) -> torch.Tensor:
+        """These experts, computed by the CPU; the inputs have arrived."""
+        buffers = self._buffers
+        moe_forward(buffers.hidden, misses, buffers.weights, self._experts(routed.layer), out=buffers.answer)
+        return buffers.answer.to(routed.hidden.device, non_blocking=True, copy=True)

@@ -8,6 +8,7 @@ a step reads. This module knows neither memory nor devices.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -107,7 +108,8 @@ class PromotionPolicy:
         moves: list[Move] = []
         for flat, slot in zip(wanted, self._worst_slots(len(wanted), busy), strict=False):
             held = int(self._holder[slot])
-            if self.score.flat[flat] <= (0.0 if held < 0 else self.score.flat[held] + self._advantage):
+            theirs = 0.0 if held < 0 else float(self.score.flat[held])
+            if self.score.flat[flat] <= theirs + (self._advantage if theirs > 0.0 else 0.0):
                 break
             layer, expert = divmod(int(flat), self._num_experts)
             evicted = None if held < 0 else divmod(held, self._num_experts)
@@ -116,6 +118,23 @@ class PromotionPolicy:
             self._holder[slot] = flat
             moves.append(Move(int(slot), layer, expert, evicted))
         self._allowance -= len(moves)
+        return moves
+
+    def fill(self, num_experts: Sequence[int]) -> list[Move]:
+        """Experts for the slots that are free: as many of each layer, whose use is not known yet.
+
+        Whoever is chosen more than never may take their places.
+
+        Args:
+            num_experts: of each layer.
+        """
+        order = [(layer, e) for e in range(max(num_experts)) for layer, count in enumerate(num_experts) if e < count]
+        held = set(self._holder[self._holder >= 0].tolist())
+        outside = (pair for pair in order if pair[0] * self._num_experts + pair[1] not in held)
+        moves = []
+        for slot, (layer, expert) in zip(np.flatnonzero(self._holder < 0).tolist(), outside, strict=False):
+            self._holder[slot] = layer * self._num_experts + expert
+            moves.append(Move(slot, layer, expert, None))
         return moves
 
     def complete(self, move: Move) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
-from moesaic.engine.gpu.prefill import ChunkPath
+from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.step_buffers import StepBuffers
-from moesaic.engine.gpu.streaming import StagingBuffers, StreamingPath
+from moesaic.engine.gpu.streaming import StreamingPath
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.handoff import Exchange
@@ -92,6 +93,7 @@ class ModelRunner:
     ) -> None:
         self.decoder, self.options, self.slots = decoder, options, slots or ExpertSlots()
         self._staging, self.shares = staging, shares
+        self._chunk_buffers = ChunkBuffers(decoder.device)
         self.pool = BlockPool(options.num_blocks, options.block_size)
         device = decoder.device
         shapes = [layer.attention.cache_shape for layer in decoder.layers]
@@ -192,9 +194,10 @@ class ModelRunner:
         return statistics.median(times[1:])
 
     def _chunk_path(self) -> ExpertPath:
+        common = (self.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self._staging is None or self.shares is None:
-            return ChunkPath(self.exchange, self.decoder.routed, self.slots)
-        return StreamingPath(self.exchange, self.decoder.routed, self.slots, self._staging, self.shares)
+            return ChunkPath(*common)
+        return StreamingPath(*common, self._staging, self.shares)
 
     def _tail_logits(
         self, hidden: torch.Tensor, parts: list[tuple[PagedSequence, int]], rows: torch.Tensor | None
@@ -242,6 +245,8 @@ class ModelRunner:
                 cache.during_step()
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
+        if cache is not None and self.server is not None:  # while the GPU computes what follows the last layer
+            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):
@@ -249,8 +254,6 @@ class ModelRunner:
                 f"the CPU did not answer the GPU within {self.options.timeout:g} s: the computer is overloaded or the "
                 "process was stopped. The request failed; the next one may be tried."
             )
-        if cache is not None and self.server is not None:
-            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
 
     def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
         """What a graph holds."""

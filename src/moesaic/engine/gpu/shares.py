@@ -1,38 +1,104 @@
 """Which experts of a chunk the GPU computes and which the CPU does: from the times of what was done.
 
-An expert costs the GPU what its bytes take on the way, however many tokens chose it; it costs the CPU so much for each
-token, or a read of its bytes if that takes longer. So the experts with the most tokens are the GPU's, as many as let
-both end together. Costs are running averages over layers and chunks of the run itself. This module knows neither memory
-nor devices.
+An expert costs the GPU what its bytes take on the way, however many tokens chose it. It costs the CPU a read of its
+bytes and so much for each token; beginning at all and bringing the answer costs it something too. So the experts with
+the most tokens are the GPU's, as many as let both end together. Costs are measured at the start; two follow the run:
+how fast the link is, and how fast the CPU. No model knows everything, though: what a layer took in all is measured too,
+where the GPU got all experts, or none, or its share, and what was quickest is what is done. This module knows neither
+memory nor devices.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
-__all__ = ["Costs", "ExpertShares"]
+__all__ = ["Costs", "ExpertShares", "Split"]
 
-_NEW = 0.3  # weight of the newest observation
-_MOST = 2.0  # an observation counts at most so many times the average: it may have waited for a compiler
-_FORGET = 0.97  # of a cost, per layer of a chunk in which nothing was seen of it: or a wrong one would stay for ever
-_ENOUGH_PAIRS = 1024  # fewer say more about what starting to compute costs than about tokens
+Split = Literal["cpu", "gpu", "both"]
+"""Who gets a layer's experts, but for those that are on the GPU already."""
+
+_NEW = 0.4  # weight of the newest observation
+_MOST = 2.0  # an observation counts at most so many times what was expected: it may have waited for a compiler
+_FORGET = 0.004  # of what a cost exceeds its start by, per layer in which nothing was seen of it
+_SLACK = 1.3  # what is expected to take so many times the best is not tried
+_GAIN = 0.9  # of what one of them takes alone, what both may take for it to be worth while
+_CAUTION = 0.25  # of what the CPU is expected to be able to do, what it gets until it has shown it
+_TRIAL = 4  # layers of a trial; the first of them shares its time with what was done before
+_TRIAL_EVERY = 96  # layers
+_BUSY = 0.5  # of the mean number of tokens, what a busy expert has
 
 
 @dataclass(slots=True)
 class Costs:
-    """Seconds that things take; a start that the first layers correct.
+    """Seconds that things take.
 
     Attributes:
         per_upload: to bring one expert to the GPU.
+        fixed: for the CPU to begin.
+        per_row: for each token of the chunk, to bring what the CPU gives.
         per_read: to read one expert on the CPU.
         per_token: for one token and one expert on the CPU.
+        cpu_factor: that the CPU takes of what these say.
     """
 
     per_upload: float
+    fixed: float
+    per_row: float
     per_read: float
     per_token: float
+    cpu_factor: float = 1.0
+
+    def on_cpu(self, experts: np.ndarray | int, tokens: np.ndarray | int) -> np.ndarray:
+        """Seconds that the CPU is expected to compute; nothing for no experts."""
+        busy = self.fixed + self.per_read * np.asarray(experts) + self.per_token * np.asarray(tokens)
+        return np.asarray(np.where(np.asarray(experts) > 0, self.cpu_factor * busy, 0.0))
+
+
+@dataclass(slots=True)
+class _Record:
+    """What layers took, with about as many tokens, by who got their experts."""
+
+    seconds: dict[Split, float] = field(default_factory=dict)
+    times: dict[Split, int] = field(default_factory=dict)
+    current: Split | None = None
+    left: int = 0  # layers of the trial that is going on
+    since: int = 0  # layers since the last one
+
+    def pick(self, expected: dict[Split, float]) -> Split:
+        """One of these, given what each is expected to take."""
+        if self.left > 0 and self.current in expected:
+            self.left -= 1
+            return self.current
+        least = min(expected.values())
+        likely = [split for split, seconds in expected.items() if seconds <= _SLACK * least]
+        unknown = [split for split in likely if split not in self.seconds]
+        self.since += 1
+        if unknown:
+            return self._try(min(unknown, key=lambda split: expected[split]))
+        best = min(likely, key=lambda split: self.seconds[split])
+        if self.since >= _TRIAL_EVERY:
+            others = [s for s in likely if s != best and self.seconds[s] <= _SLACK * self.seconds[best]]
+            if others:
+                return self._try(others[0])
+            self.since = 0
+        self.current = best
+        return best
+
+    def _try(self, split: Split) -> Split:
+        self.current, self.left, self.since = split, _TRIAL - 1, 0
+        return split
+
+    def observe(self, split: Split, seconds: float) -> None:
+        """Take note of a layer; of the first few the quickest counts, or one that waited for a compiler would."""
+        known, count = self.seconds.get(split, seconds), self.times.get(split, 0)
+        self.times[split] = count + 1
+        if count < _TRIAL:
+            self.seconds[split] = min(known, seconds)
+        else:
+            self.seconds[split] = known + _NEW * (min(seconds, _MOST * known) - known)
 
 
 class ExpertShares:
@@ -43,34 +109,59 @@ class ExpertShares:
     """
 
     def __init__(self, costs: Costs) -> None:
-        self.costs = costs
+        self.costs, self._start = costs, replace(costs)
+        self._seen: dict[int, np.ndarray] = {}
+        self._records: dict[int, _Record] = {}
+        self._last: tuple[int, Split, bool] | None = None  # record, what was chosen, and whether it was before too
+        self._trust = _CAUTION  # in what the CPU is expected to take: so much of it does it get at first
 
-    def choose(self, tokens: np.ndarray) -> np.ndarray:
+    def choose(
+        self, layer: int, tokens: np.ndarray, num_rows: int, present: np.ndarray | None = None, under_way: int = 0
+    ) -> np.ndarray:
         """The experts that the GPU gets.
 
         Args:
+            layer: whose they are.
             tokens: `[num_experts]`, how many tokens chose each.
+            num_rows: tokens of the chunk.
+            present: bool `[num_experts]`, some of these that are on the GPU or on their way.
+            under_way: how many are on their way.
 
         Returns:
-            bool `[num_experts]`. None of them if the CPU is bound by reading anyway: uploads read the same memory.
+            bool `[num_experts]`; of experts that tokens chose, those present are among them.
         """
-        chosen = np.zeros(len(tokens), bool)
-        active = np.flatnonzero(tokens)
-        computing = self.costs.per_token * float(tokens.sum())
-        if len(active) == 0 or computing <= self.costs.per_read * len(active):
+        self._seen[layer] = tokens
+        chosen = np.zeros(len(tokens), bool) if present is None else present & (tokens > 0)
+        left = np.where(chosen, 0, tokens)
+        active = np.flatnonzero(left)
+        if len(active) == 0:
+            self._last = None
             return chosen
-        order = active[np.argsort(-tokens[active], kind="stable")]
-        uploads = np.arange(len(order) + 1) * self.costs.per_upload
-        left = np.concatenate([[0], np.cumsum(tokens[order])])
-        rest = np.arange(len(order), -1, -1)
-        on_cpu = np.maximum(self.costs.per_read * rest, self.costs.per_token * (left[-1] - left))
-        count = int(np.argmin(np.maximum(uploads, on_cpu)))
-        if count == 0:
-            self.costs.per_upload *= _FORGET
-        elif left[-1] - left[count] < _ENOUGH_PAIRS:
-            self.costs.per_token *= _FORGET
+        order = active[np.argsort(-left[active], kind="stable")]
+        expected = self._expected(left[order], num_rows, under_way)
+        splits: dict[Split, int] = {"cpu": 0, "gpu": len(order)}
+        if expected.min() <= _GAIN * min(expected[0], expected[-1]):
+            careful = self._expected(left[order], num_rows, under_way, self._trust)
+            splits["both"] = int(np.argmin(careful[1:-1])) + 1
+        key = int(tokens.sum()).bit_length()
+        record = self._records.setdefault(key, _Record())
+        before = record.current
+        split = record.pick({name: float(expected[count]) for name, count in splits.items()})
+        count = splits[split]
         chosen[order[:count]] = True
+        self._last = (key, split, split == before)
+        costs, start = self.costs, self._start
+        if count == 0 and under_way == 0:
+            costs.per_upload -= _FORGET * max(0.0, costs.per_upload - start.per_upload)
+        elif count == len(order):
+            costs.cpu_factor -= _FORGET * max(0.0, costs.cpu_factor - start.cpu_factor)
+            self._trust = max(_CAUTION, self._trust * (1 - _FORGET))
         return chosen
+
+    def likely(self, layer: int, num_experts: int) -> np.ndarray:
+        """Bool `[num_experts]`: experts of a layer that were busy when it was last seen; all if it never was."""
+        seen = self._seen.get(layer)
+        return np.ones(num_experts, bool) if seen is None else seen >= max(1.0, _BUSY * float(seen.mean()))
 
     def observe_uploads(self, count: int, seconds: float) -> None:
         """`count` experts were brought to the GPU in this time."""
@@ -80,6 +171,25 @@ class ExpertShares:
 
     def observe_cpu(self, num_experts: int, num_pairs: int, seconds: float) -> None:
         """The CPU computed `num_pairs` tokens of `num_experts` experts, all in all, in this time."""
-        if num_pairs >= _ENOUGH_PAIRS and seconds > self.costs.per_read * num_experts:
-            found = min(seconds / num_pairs, _MOST * self.costs.per_token)
-            self.costs.per_token += _NEW * (found - self.costs.per_token)
+        expected = float(self.costs.on_cpu(num_experts, num_pairs))
+        self._trust = min(1.0, 2 * self._trust) if seconds <= _MOST * expected else _CAUTION
+        # Where most of it is beginning, the time says little of the rest.
+        weight = _NEW * max(0.0, 1.0 - self.costs.cpu_factor * self.costs.fixed / expected) if expected > 0 else 0.0
+        self.costs.cpu_factor *= 1.0 + weight * (min(seconds / expected, _MOST) - 1.0) if weight else 1.0
+
+    def observe_layer(self, seconds: float) -> None:
+        """From the last choice to the next it took so long, attention of the next layer included."""
+        if self._last is not None and self._last[2]:
+            self._records[self._last[0]].observe(self._last[1], seconds)
+        self._last = None
+
+    def _expected(self, tokens: np.ndarray, num_rows: int, under_way: int, trust: float = 1.0) -> np.ndarray:
+        """Seconds with none of the experts on the GPU, with the first, the first two, ...: float64 `[n + 1]`."""
+        costs = self.costs
+        count = np.arange(len(tokens) + 1)
+        rest = len(tokens) - count
+        kept = int(tokens.sum()) - np.concatenate([[0], np.cumsum(tokens)])
+        on_cpu = costs.on_cpu(rest, kept) / trust + np.where(rest > 0, costs.per_row * num_rows, 0.0)
+        # Uploads read the same memory as the CPU does.
+        reading = costs.per_read * (len(tokens) + under_way)
+        return np.asarray(np.maximum(np.maximum((under_way + count) * costs.per_upload, on_cpu), reading))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 
 from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.kernels.triton.grouped_experts import ExpertPairs
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.modules.gpu.step import Routed
 
@@ -28,11 +30,20 @@ class ExpertSlots:
         """Whether all experts of a layer are there, now and for ever."""
         return layer in self._resident
 
+    def has_all(self, layer: int) -> bool:
+        """Whether all experts of a layer are there now, in the cache or for ever."""
+        held = None if self.is_complete(layer) else self.held(layer)
+        return self.is_complete(layer) or (held is not None and bool(held.all()))
+
     def table(self, layer: int) -> torch.Tensor | None:
         """int32 `[num_experts]` on the GPU, the slot of each expert or -1; None if none can be there."""
         if layer in self._resident:
             return self._resident[layer].table
         return None if self.cache is None else self.cache.table(layer)
+
+    def held(self, layer: int) -> np.ndarray | None:
+        """Bool `[num_experts]`, experts of a layer that are in the cache, or nearly; None if there is no cache."""
+        return None if self.cache is None else self.cache.held(layer)
 
     def compute(self, routed: Routed) -> torch.Tensor | None:
         """Weighted sum of the chosen experts that are there: float32 `[tokens, hidden_size]`; None if none can be."""
@@ -41,3 +52,10 @@ class ExpertSlots:
         if routed.layer in self._resident:
             return self._resident[routed.layer].compute(routed.hidden, routed.slots, routed.chosen, routed.weights)
         return None if self.cache is None else self.cache.compute(routed)
+
+    def multiply(self, layer: int, pairs: ExpertPairs) -> torch.Tensor | None:
+        """Products with the experts of a layer that are in the cache; their table, or None if there is no cache."""
+        if self.cache is None:
+            return None
+        self.cache.multiply(layer, pairs)
+        return self.cache.table(layer)

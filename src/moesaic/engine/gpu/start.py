@@ -6,8 +6,6 @@ for cannot be taken by mistake: the allocator of the process is limited to the b
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -15,22 +13,19 @@ from transformers import PreTrainedModel
 
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.engine.gpu.measured_costs import measure_costs
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
-from moesaic.engine.gpu.shares import Costs, ExpertShares
+from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
-from moesaic.engine.gpu.streaming import StagingBuffers
+from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
-from moesaic.modules.gpu.experts import ResidentExperts, copy_expert, page_lock
+from moesaic.modules.gpu.experts import ResidentExperts, page_lock
 from moesaic.placement import Plan
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, VramBudget
 
 __all__ = ["start_on_gpu"]
-
-# Where the first chunk begins; the times of its layers correct what the CPU takes (see `shares`).
-_READ_RATE, _CPU_RATE = 50e9, 1e12
-_TRIALS = 5
 
 
 def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreTrainedModel:
@@ -85,9 +80,10 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
     if in_dram and not resident:
         if budget.cache_experts:
             cache = ExpertCache(in_dram, budget.cache_experts, device)
+            cache.fill()
         if budget.staging_experts:
-            staging = StagingBuffers(in_dram, budget.staging_experts // 2, device)
-            shares = ExpertShares(_first_costs(in_dram[0], staging, 0))
+            staging = StagingBuffers(in_dram, budget.staging_experts, device)
+            shares = ExpertShares(measure_costs(in_dram[0], staging))
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
     return attach_runner(model, runner)
@@ -101,17 +97,3 @@ def _owner(model: PreTrainedModel, experts: PackedExperts) -> tuple[str, Any]:
 def _limit_memory(budget: VramBudget, device: torch.device) -> None:
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, budget.total - DRIVER_BYTES) / total), device)
-
-
-def _first_costs(experts: PackedExperts, staging: StagingBuffers, layer: int) -> Costs:
-    """What to begin with: an upload is measured."""
-    layout, slot = staging.layouts[layer], staging.buffers[0]
-    times = []
-    for expert in range(min(_TRIALS, experts.num_experts)):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        copy_expert(experts, expert, layout, slot)
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    products = experts.hidden * experts.intermediate * (2 if experts.gate is None else 3)
-    return Costs(statistics.median(times), layout.nbytes / _READ_RATE, products / _CPU_RATE)

@@ -62,16 +62,16 @@ class StepBuffers:
         """
         for index, sequence in enumerate(sequences):
             try:
-                slot = int(sequence.append(1))
+                slot = sequence.append_one()
             except GenerationError:
                 for done in sequences[:index]:
                     done.undo(done.length - 1)
                 raise
-            table = sequence.table.numpy()
             self._positions[index] = sequence.length - 1
             self._slots[index] = slot
             self._states[index] = sequence.state_slot
-            self._tables[index, : len(table)] = table
+            blocks = sequence.table_array
+            self._tables[index, : len(blocks)] = blocks
             self._lengths[index] = sequence.length
         self._slots[len(sequences) :] = -1
         self._states[len(sequences) :] = -1

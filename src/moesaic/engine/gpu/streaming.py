@@ -1,52 +1,40 @@
 """Routed experts of long chunks: the GPU computes some that are streamed to it while the CPU computes the others.
 
-A layer's experts come in groups into two buffers: while one is multiplied, the other is filled by a copy stream. All
-of the GPU's share is queued before the CPU begins with its own, so both work at the same time.
+A layer's experts come in groups: while some are multiplied, others are on their way. All of the GPU's share is queued
+before the CPU begins with its own, so both work at the same time. Then the first experts of the next layer set out, so
+that the link does not wait for attention and the router: a guess, which costs time if it is wrong and nothing else,
+because an expert that comes for nothing is not multiplied, and one that does not come is the CPU's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from moesaic.engine.gpu.prefill import ChunkPath
+from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
-from moesaic.kernels import moe_forward
+from moesaic.engine.gpu.staging import StagedGroup, StagingBuffers
+from moesaic.engine.gpu.streams import Mark
 from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.modules.gpu.experts import copy_expert, slot_layout
 from moesaic.modules.gpu.step import Routed
 
-__all__ = ["StagingBuffers", "StreamingPath"]
+__all__ = ["StreamingPath"]
 
-
-class StagingBuffers:
-    """Two buffers of equal slots in VRAM.
-
-    Args:
-        routed: the routed experts of every layer.
-        group: experts in a buffer.
-        device: the GPU.
-    """
-
-    def __init__(self, routed: Sequence[PackedExperts], group: int, device: torch.device) -> None:
-        self.layouts = [slot_layout(experts, device) for experts in routed]
-        self.slot_bytes = max(layout.nbytes for layout in self.layouts)
-        self.group, self.device = group, device
-        self.buffers = [torch.empty(group * self.slot_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.stream = torch.cuda.Stream(device)
-        self.free = [torch.cuda.Event() for _ in range(2)]
+_AHEAD = 0.7  # of as many experts as a layer's share was, those that set out for the next before it is known
+_LAUNCH_SECONDS = 8e-6  # what it takes to begin a copy
 
 
 class StreamingPath(ChunkPath):
     """As `ChunkPath`, with a share of the experts computed by the GPU.
 
     Args:
-        exchange, routed, slots: as for `ChunkPath`.
+        exchange, routed, slots, buffers: as for `ChunkPath`.
         staging: where streamed experts go.
         shares: who computes what.
     """
@@ -56,71 +44,122 @@ class StreamingPath(ChunkPath):
         exchange: Exchange,
         routed: list[PackedExperts | None],
         slots: ExpertSlots,
+        buffers: ChunkBuffers,
         staging: StagingBuffers,
         shares: ExpertShares,
     ) -> None:
-        super().__init__(exchange, routed, slots)
+        super().__init__(exchange, routed, slots, buffers)
         self._staging, self._shares = staging, shares
-        self._pending: tuple[int, torch.cuda.Event, torch.cuda.Event] | None = None
+        self._ahead: list[StagedGroup] = []  # of the next layer
+        self._pending: tuple[int, Mark, Mark] | None = None
+        self._chose: float | None = None  # when the router's choice of the layer before was known
 
-    def _on_cpu(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
-        """What does not lie on the GPU, added to what does."""
-        self._observe_uploads()
-        hidden, misses, weights = self._inputs
-        experts = self._experts(routed.layer)
-        flat = misses.flatten().numpy()
-        tokens = np.bincount(flat[flat >= 0], minlength=experts.num_experts)
-        streamed = self._shares.choose(tokens)
-        if streamed.any():
-            total = self._stream(routed, np.flatnonzero(streamed), total)
-            # Index -1 (no expert) is the last element.
-            is_streamed = torch.from_numpy(np.append(streamed, False))
-            misses = misses.masked_fill(is_streamed[misses], -1)
+    def _compute(self, routed: Routed) -> torch.Tensor:
+        """The cached, the streamed, the CPU's."""
+        if len(routed.hidden) <= MAX_DECODE_TOKENS:
+            return super()._compute(routed)
+        staging, layer = self._staging, routed.layer
+        pairs = staging.layouts[layer].pairs(routed.hidden, routed.chosen, routed.weights)
+        cached = self._slots.multiply(layer, pairs)
+        self._buffers.wait_routing()
+        self._observe_last()
+        flat = self._buffers.misses.flatten().numpy()
+        tokens = np.bincount(flat[flat >= 0], minlength=pairs.num_experts)
+        streamed, table = self._stream(routed, tokens, pairs)
+        total: torch.Tensor | None = None
+        if table is not None or cached is not None:
+            all_there = cached if table is None else table if cached is None else torch.maximum(cached, table)
+            assert all_there is not None
+            total = pairs.sum(all_there)
+        del pairs
         kept = tokens * ~streamed
         if not kept.any():
-            assert total is not None or not tokens.any()
             return torch.zeros_like(routed.hidden) if total is None else total
+        self._buffers.wait_hidden()
+        misses = self._buffers.misses
+        if streamed.any():
+            # Index -1 (no expert) is the last element.
+            misses = misses.masked_fill(torch.from_numpy(np.append(streamed, False))[misses], -1)
         started = time.perf_counter()
-        answer = moe_forward(hidden, misses, weights, experts)
+        back = self._on_cpu(routed, misses)
         self._shares.observe_cpu(int(np.count_nonzero(kept)), int(kept.sum()), time.perf_counter() - started)
-        back = answer.pin_memory().to(routed.hidden.device, non_blocking=True)
         return back if total is None else total.add_(back)
 
-    def _stream(self, routed: Routed, chosen: np.ndarray, total: torch.Tensor | None) -> torch.Tensor:
-        """Queue copies of these experts and products with them; returns the sum with `total`."""
-        staging, experts = self._staging, self._experts(routed.layer)
-        layout = staging.layouts[routed.layer]
-        main = torch.cuda.current_stream(staging.device)
-        total = torch.zeros_like(routed.hidden) if total is None else total
-        tables = np.full((-(-len(chosen) // staging.group), experts.num_experts + 1), -1, np.int32)
-        for position, expert in enumerate(chosen):
-            tables[position // staging.group, expert] = position % staging.group
-        on_device = torch.from_numpy(tables).pin_memory().to(staging.device, non_blocking=True)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        staging.stream.wait_stream(main)
-        for index, table in enumerate(on_device):
-            which = index % 2
-            buffer = staging.buffers[which]
-            with torch.cuda.stream(staging.stream):
-                staging.stream.wait_event(staging.free[which])
-                if index == 0:
-                    begin.record()
-                for slot, expert in enumerate(chosen[index * staging.group : (index + 1) * staging.group]):
-                    copy_expert(experts, int(expert), layout, buffer[slot * staging.slot_bytes :])
-                filled = torch.cuda.Event()
-                filled.record()
-            main.wait_event(filled)
-            slots = table[routed.misses]
-            layout.accumulate(
-                routed.hidden, slots, routed.misses, routed.weights, buffer, staging.slot_bytes, staging.group, total
-            )
-            staging.free[which].record(main)
-        end.record(main)  # behind the last product: copies alone would hide a GPU that is slower than its link
-        self._pending = (len(chosen), begin, end)
-        return total
+    def _stream(self, routed: Routed, tokens: np.ndarray, pairs: ExpertPairs) -> tuple[np.ndarray, torch.Tensor | None]:
+        """Queue copies and products.
 
-    def _observe_uploads(self) -> None:
-        """Take the time of the layer before: by now it is complete."""
-        if self._pending is not None and self._pending[2].query():
-            count, begin, end = self._pending
-            self._shares.observe_uploads(count, begin.elapsed_time(end) / 1e3)
+        Returns:
+            Which experts the GPU gets, and their table on it, or None.
+        """
+        staging, layer = self._staging, routed.layer
+        ahead, self._ahead = self._ahead, []
+        present = np.zeros(len(tokens), bool)
+        for group in ahead:
+            present[group.experts] = True
+        under_way = sum(len(group.experts) for group in ahead if not staging.is_there(group))
+        present &= tokens > 0
+        streamed = self._shares.choose(layer, tokens, len(routed.hidden), present, under_way)
+        wanted = np.flatnonzero(streamed & ~present)
+        groups = [*ahead, *staging.plan(wanted, self._max_gap(layer))]
+        table = self._multiply(layer, groups, len(ahead), np.where(streamed, tokens, 0), pairs) if groups else None
+        if streamed.any():
+            self._set_out(layer + 1, int(np.count_nonzero(streamed)))
+        return streamed, table
+
+    def _multiply(
+        self, layer: int, groups: list[StagedGroup], num_ahead: int, num_pairs: np.ndarray, pairs: ExpertPairs
+    ) -> torch.Tensor:
+        """Products with groups as they come, the first `num_ahead` of which set out before; the table of all."""
+        staging, kernel = self._staging, self._staging.layouts[layer].kernel
+        tables = np.full((len(groups) + 1, len(num_pairs)), -1, np.int32)
+        counts = np.zeros((len(groups), len(num_pairs)), np.int64)
+        for index, group in enumerate(groups):
+            counts[index, group.experts] = num_pairs[group.experts]
+            tables[index, group.experts] = np.where(num_pairs[group.experts] > 0, group.slots, -1)
+        tables[-1] = tables[:-1].max(axis=0)
+        first = ExpertBlocks.counts(counts, pairs.block_size)
+        on_device, first_on_device = staging.tables.upload(tables, first)
+        begun, done = Mark(staging.device, timed=True), Mark(staging.device, timed=True)
+        filled = num_ahead
+        for index, group in enumerate(groups):
+            while filled < min(len(groups), index + staging.num_groups):
+                staging.fill(layer, groups[filled], begun if filled == num_ahead else None)
+                filled += 1
+            staging.use(group)
+            blocks = ExpertBlocks(on_device[index], first_on_device[index], int(first[index, -1]))
+            pairs.multiply(staging.arena, kernel, staging.num_slots, blocks)
+            staging.leave(group)
+        if len(groups) > num_ahead:
+            with staging.copies.use():
+                done.set()
+            self._pending = (sum(len(group.experts) for group in groups[num_ahead:]), begun, done)
+        return on_device[-1]
+
+    def _set_out(self, layer: int, share: int) -> None:
+        """Begin to copy experts of the next layer, of which this one's share was so large."""
+        staging = self._staging
+        if layer >= len(self._routed):
+            return
+        likely = self._shares.likely(layer, self._experts(layer).num_experts)
+        held = self._slots.held(layer)
+        if held is not None:
+            likely &= ~held
+        most = min(int(_AHEAD * share), staging.num_groups * staging.group)
+        self._ahead = staging.plan(np.flatnonzero(likely)[:most], 0)
+        for group in self._ahead:
+            staging.fill(layer, group)
+
+    def _max_gap(self, layer: int) -> int:
+        """Experts that are copied in less time than another copy takes to begin."""
+        kernel = self._staging.layouts[layer].kernel
+        return int((2 if kernel.gate is None else 3) * _LAUNCH_SECONDS / max(self._shares.costs.per_upload, 1e-9))
+
+    def _observe_last(self) -> None:
+        """Take the times of the layer before, as far as they are known by now."""
+        last, self._chose = self._chose, time.perf_counter()
+        if last is not None:
+            self._shares.observe_layer(self._chose - last)
+        if self._pending is not None and self._pending[2].is_passed():
+            count, begun, done = self._pending
+            self._shares.observe_uploads(count, done.seconds_since(begun))
+            self._pending = None

@@ -2,7 +2,8 @@
 
 `lanes`: `[tokens][blocks of 8 items][item + sums][8]`, for kernels whose lanes have an item each: what lanes want at
 the same time lies side by side. Behind the activations of 8 items are their sums, one for each offset of the item.
-`operands`: `[blocks of 16 items][planes * steps][tokens][16 * width]`, tiles of matrix products.
+`operands`: `[blocks of 16 items][chunks][tokens][16 items][8]`, tiles of matrix products: a chunk is 8 activations of
+an item, of a few steps and planes.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import triton.language as tl
 
 from moesaic.kernels.triton.formats import DeviceFormat
 
-__all__ = ["LANE_ITEMS", "OPERAND_ITEMS", "lanes_size", "to_lanes", "to_operands"]
+__all__ = ["lanes_size", "operands_shape", "to_lanes", "to_operands"]
 
-LANE_ITEMS = 8
-OPERAND_ITEMS = 16
+_LANE_ITEMS = 8
+_OPERAND_ITEMS = 16
 _PADDED_ITEMS = 64  # the most items that a program of eight warps has at a time
 
 
@@ -49,15 +50,24 @@ def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
 
 @triton.jit
 def _operands_kernel(x, out, num_tokens, cols, x_stride, F: tl.constexpr, TOKENS: tl.constexpr) -> None:
-    parts: tl.constexpr = F.planes * F.steps
-    width: tl.constexpr = F.width
-    block, part = tl.program_id(0) // parts, tl.program_id(0) % parts
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    j = tl.arange(0, 16 * width)[None, :]
-    k = column(block * 16 + j // width, part * width + j % width, F)
-    values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=(token < num_tokens) & (k < cols), other=0.0)
-    at = out + (tl.program_id(0).to(tl.int64) * num_tokens + token) * (16 * width) + j
-    tl.store(at, values.to(out.dtype.element_ty), mask=token < num_tokens)
+    """A program has 16 items of TOKENS tokens, reads them as they lie and changes the order of what it has."""
+    planes: tl.constexpr = F.planes // F.chunk_planes
+    steps: tl.constexpr = F.steps // F.chunk_steps
+    chunks: tl.constexpr = F.item // 8
+    size: tl.constexpr = 16 * F.item
+    block = tl.program_id(0)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    k = block * size + tl.arange(0, size)[None, :]
+    rows = x + token.to(tl.int64)[:, None] * x_stride
+    values = tl.load(rows + k, mask=(token < num_tokens)[:, None] & (k < cols), other=0.0).to(out.dtype.element_ty)
+    shape: tl.constexpr = (
+        TOKENS, 16 // F.interleave, planes, F.chunk_planes, F.interleave, steps, F.chunk_steps, F.width
+    )  # fmt: skip
+    values = tl.permute(tl.reshape(values, shape), (5, 2, 0, 1, 4, 6, 3, 7))
+    values = tl.reshape(values, (chunks, TOKENS, 128))
+    chunk = block * chunks + tl.arange(0, chunks)[:, None, None]
+    at = out + (chunk.to(tl.int64) * num_tokens + token[None, :, None]) * 128 + tl.arange(0, 128)[None, None, :]
+    tl.store(at, values, mask=(token < num_tokens)[None, :, None])
 
 
 def lanes_size(form: DeviceFormat, cols: int) -> int:
@@ -74,19 +84,22 @@ def to_lanes(x: torch.Tensor, form: DeviceFormat) -> torch.Tensor:
     num_tokens, cols = x.shape
     size = lanes_size(form, cols)
     out = torch.empty(triton.next_power_of_2(num_tokens), size, dtype=torch.float32, device=x.device)
-    num_blocks = size // ((form.item + form.num_sums) * LANE_ITEMS)
+    num_blocks = size // ((form.item + form.num_sums) * _LANE_ITEMS)
     _lanes_kernel[(num_blocks, num_tokens)](x, out, cols, num_blocks, x.stride(0), form)
     return out
 
 
+def operands_shape(form: DeviceFormat, num_tokens: int, cols: int) -> tuple[int, int, int, int]:
+    """Blocks of items, chunks, tokens, activations of a chunk."""
+    return -(-form.num_items(cols) // _OPERAND_ITEMS), form.item // 8, num_tokens, _OPERAND_ITEMS * 8
+
+
 def to_operands(x: torch.Tensor, form: DeviceFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Activations `[tokens, cols]` as `dtype` [blocks, planes * steps, tokens, 16 * width]."""
+    """Activations `[tokens, cols]` as `dtype` [blocks, chunks, tokens, 128]."""
     num_tokens, cols = x.shape
-    num_blocks = -(-form.num_items(cols) // OPERAND_ITEMS)
-    parts = form.planes * form.steps
-    shape = (num_blocks, parts, num_tokens, OPERAND_ITEMS * form.width)
+    shape = operands_shape(form, num_tokens, cols)
     out = torch.empty(shape, dtype=dtype, device=x.device)
-    rows = 64 if num_tokens > 32 else 16
-    grid = (num_blocks * parts, triton.cdiv(num_tokens, rows))
-    _operands_kernel[grid](x, out, num_tokens, cols, x.stride(0), form, rows)
+    tokens = max(1, min(16, 8192 // (_OPERAND_ITEMS * form.item)))
+    grid = (shape[0], triton.cdiv(num_tokens, tokens))
+    _operands_kernel[grid](x, out, num_tokens, cols, x.stride(0), form, tokens)
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 from moesaic.kernels.triton.activations import column
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import side_by_side, tile_of
+from moesaic.kernels.triton.products import at_panel, side_by_side, tile_of
 from moesaic.kernels.triton.views import WeightViews, grid_of
 
 __all__ = ["expand"]
@@ -55,9 +55,8 @@ def _expand_kernel(
     row = tl.arange(0, 16)[None, :]
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)[:, None]
     index = tl.program_id(1).to(tl.int64)
-    tile_words, tile_halves, tile_bytes, n = tile_of(
-        words + row, halves + row, bytes + row, index * panel_units, item, num_items, F
-    )
+    words, halves, bytes = at_panel(words, halves, bytes, index * panel_units, row)
+    tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
     scales = ()
     if F.scales is not None:
         scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)

@@ -1,4 +1,7 @@
-"""Kernels of routed experts in slots of an arena. They know shapes and the formats' functions, no model."""
+"""Kernels of routed experts in slots of an arena, for few tokens, and what those for many (`grouped_kernels`) share.
+
+They know shapes and the formats' functions, no model.
+"""
 
 # mypy: disable-error-code="assignment,misc,var-annotated"
 
@@ -9,9 +12,9 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.products import lane_products, panel_products, tile_of, tile_products, zeros
+from moesaic.kernels.triton.products import at_panel, lane_products, panel_products, tile_of, zeros
 
-__all__ = ["decode_down_kernel", "decode_up_kernel", "grouped_down_kernel", "grouped_sum_kernel", "grouped_up_kernel"]
+__all__ = ["activate", "decode_down_kernel", "decode_up_kernel", "operand_place"]
 
 
 @triton.jit
@@ -58,9 +61,11 @@ def operand_place(k, place, num_places, F: tl.constexpr) -> Any:
     apart: tl.constexpr = F.interleave * piece
     whole: tl.constexpr = F.interleave * F.item
     n = k // whole * F.interleave + k % apart // piece
-    part = k % whole // apart * F.steps + k % piece // F.width
-    row = (n // 16 * (F.planes * F.steps) + part).to(tl.int64) * num_places + place
-    return row * (16 * F.width) + n % 16 * F.width + k % F.width
+    p, s = k % whole // apart, k % piece // F.width
+    chunk = s // F.chunk_steps * (F.planes // F.chunk_planes) + p // F.chunk_planes
+    in_chunk = (s % F.chunk_steps * F.chunk_planes + p % F.chunk_planes) * F.width + k % F.width
+    row = (n // 16 * (F.item // 8) + chunk).to(tl.int64) * num_places + place
+    return row * 128 + (n % 16 * 8 + in_chunk)
 
 
 @triton.jit
@@ -81,9 +86,10 @@ def decode_up_kernel(
     up_bias,
     inner,
     inner_stride,
-    slot_units,
     gate_units,
     up_units,
+    gate_stride_units,
+    up_stride_units,
     gate_panel_units,
     up_panel_units,
     gate_items,
@@ -103,12 +109,12 @@ def decode_up_kernel(
 ) -> None:
     """Gate, up and activation of 16 rows for one pair of a token and an expert, as `lanes` of down's format."""
     index, pair = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + pair)
-    if slot >= 0:
+    here = tl.load(slots + pair)
+    if here >= 0:
         token = pair // TOP_K
         r = index * 16 + tl.arange(0, 16)
-        base = slot.to(tl.int64) * slot_units
-        panel = base + up_units + index.to(tl.int64) * up_panel_units
+        slot = here.to(tl.int64)
+        panel = slot * up_stride_units + up_units + index.to(tl.int64) * up_panel_units
         last = tl.cdiv(up_items, ITEMS)
         x = up_x + token * up_stride
         totals = panel_products(
@@ -120,7 +126,7 @@ def decode_up_kernel(
         if GATE is None:
             result = activate(up, 1.0, alpha, limit, KIND)
         else:
-            panel = base + gate_units + index.to(tl.int64) * gate_panel_units
+            panel = slot * gate_stride_units + gate_units + index.to(tl.int64) * gate_panel_units
             last = tl.cdiv(gate_items, ITEMS)
             x = gate_x + token * gate_stride
             totals = panel_products(
@@ -149,8 +155,8 @@ def decode_down_kernel(
     bias,
     out,
     out_stride,
-    slot_units,
     down_units,
+    stride_units,
     panel_units,
     num_items,
     rows,
@@ -173,7 +179,6 @@ def decode_down_kernel(
     rank = tl.cumsum(is_there.to(tl.int32), 0) - 1
     count = tl.sum(is_there.to(tl.int32), 0)
     w_all = tl.load(weights + token * TOP_K + k, mask=is_there, other=0.0)
-    words, halves, bytes = words + row, halves + row, bytes + row
     totals = zeros(1, ITEMS, 16)
     for iteration in range(0, tl.cdiv(count * num_items, ITEMS)):
         at = iteration * ITEMS + lane
@@ -183,8 +188,9 @@ def decode_down_kernel(
         slot = tl.sum(tl.where(is_own, own[None, :], 0), 1)[:, None]
         w = tl.sum(tl.where(is_own, w_all[None, :], 0.0), 1)[:, None]
         x = inner + (token * TOP_K + position).to(tl.int64) * inner_stride + (item // 8 * stride + item % 8)
-        panel = slot.to(tl.int64) * slot_units + down_units + index.to(tl.int64) * panel_units
-        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
+        panel = slot.to(tl.int64) * stride_units + down_units + index.to(tl.int64) * panel_units
+        at_words, at_halves, at_bytes = at_panel(words, halves, bytes, panel, row)
+        tile_words, tile_halves, tile_bytes, n = tile_of(at_words, at_halves, at_bytes, item, num_items, F)
         added = lane_products(
             zeros(1, ITEMS, 16), x, 0, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, 1, False
         )
@@ -198,162 +204,3 @@ def decode_down_kernel(
                 scaled = tl.load(bias + e * rows + r, mask=r < rows, other=0.0)
                 result += tl.load(weights + token * TOP_K + j) * scaled
     tl.store(out + token.to(tl.int64) * out_stride + r, result, mask=r < rows)
-
-
-@triton.jit
-def _group(order, starts, first_blocks, num_slots, PAIRS: tl.constexpr) -> Any:
-    """The slot of a program's block of pairs, num_slots if it has none, and the places of the pairs in the order."""
-    block = tl.program_id(1)
-    low, high = 0, num_slots
-    while low < high:  # the last slot whose blocks begin at or before this one
-        middle = (low + high + 1) // 2
-        if tl.load(first_blocks + middle) <= block:
-            low = middle
-        else:
-            high = middle - 1
-    slot = low
-    place = tl.full((PAIRS,), 0, tl.int32)
-    inside = place > 0
-    if slot < num_slots:
-        place = tl.load(starts + slot) + (block - tl.load(first_blocks + slot)) * PAIRS + tl.arange(0, PAIRS)
-        inside = place < tl.load(starts + slot + 1)
-    return slot, place, inside
-
-
-@triton.jit
-def grouped_up_kernel(
-    gate_x,
-    up_x,
-    order,
-    starts,
-    first_blocks,
-    experts,
-    words,
-    halves,
-    bytes,
-    gate_grid,
-    up_grid,
-    magic,
-    gate_bias,
-    up_bias,
-    inner,
-    num_tokens,
-    num_pairs,
-    num_slots,
-    slot_units,
-    gate_units,
-    up_units,
-    gate_panel_units,
-    up_panel_units,
-    gate_items,
-    up_items,
-    rows,
-    cols,
-    alpha,
-    limit,
-    TOP_K: tl.constexpr,
-    GATE: tl.constexpr,
-    UP: tl.constexpr,
-    DOWN: tl.constexpr,
-    KIND: tl.constexpr,
-    GATE_BIAS: tl.constexpr,
-    UP_BIAS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GATE_PRECISION: tl.constexpr,
-    UP_PRECISION: tl.constexpr,
-) -> None:
-    """Gate, up and activation of ROWS rows for up to PAIRS pairs of one slot, as `operands` of down's format."""
-    slot, place, inside = _group(order, starts, first_blocks, num_slots, PAIRS)
-    if slot < num_slots:
-        pair = tl.load(order + place, mask=inside, other=0).to(tl.int32)
-        token = (pair // TOP_K)[:, None]
-        r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-        near = tl.minimum(r, rows - 1)
-        base = slot.to(tl.int64) * slot_units
-        has = inside[:, None]
-        panel = base + up_units + (near // 16).to(tl.int64) * up_panel_units
-        up = tile_products(
-            up_x, token, has, num_tokens, words, halves, bytes, up_grid, magic, panel, near % 16, cols, up_items, UP,
-            UP_PRECISION,
-        )  # fmt: skip
-        if UP_BIAS:
-            e = tl.load(experts + pair, mask=inside, other=0).to(tl.int64)[:, None]
-            up += tl.load(up_bias + e * rows + r, mask=has & (r < rows), other=0.0)
-        if GATE is None:
-            result = activate(up, 1.0, alpha, limit, KIND)
-        else:
-            panel = base + gate_units + (near // 16).to(tl.int64) * gate_panel_units
-            gate = tile_products(
-                gate_x, token, has, num_tokens, words, halves, bytes, gate_grid, magic, panel, near % 16, cols,
-                gate_items, GATE, GATE_PRECISION,
-            )  # fmt: skip
-            if GATE_BIAS:
-                e = tl.load(experts + pair, mask=inside, other=0).to(tl.int64)[:, None]
-                gate += tl.load(gate_bias + e * rows + r, mask=has & (r < rows), other=0.0)
-            result = activate(gate, up, alpha, limit, KIND)
-        at = inner + operand_place(r, place[:, None], num_pairs, DOWN)
-        tl.store(at, result.to(inner.dtype.element_ty), mask=has & (r < rows))
-
-
-@triton.jit
-def grouped_down_kernel(
-    inner,
-    order,
-    starts,
-    first_blocks,
-    experts,
-    weights,
-    words,
-    halves,
-    bytes,
-    grid,
-    magic,
-    bias,
-    out,
-    num_pairs,
-    num_slots,
-    slot_units,
-    down_units,
-    panel_units,
-    num_items,
-    rows,
-    cols,
-    F: tl.constexpr,
-    BIAS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-) -> None:
-    """Down of ROWS rows for up to PAIRS pairs of one slot, each times its weight, to the pair's row of `out`."""
-    slot, place, inside = _group(order, starts, first_blocks, num_slots, PAIRS)
-    if slot < num_slots:
-        pair = tl.load(order + place, mask=inside, other=0).to(tl.int32)
-        r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[None, :]
-        near = tl.minimum(r, rows - 1)
-        has = inside[:, None]
-        panel = slot.to(tl.int64) * slot_units + down_units + (near // 16).to(tl.int64) * panel_units
-        total = tile_products(
-            inner, place[:, None], has, num_pairs, words, halves, bytes, grid, magic, panel, near % 16, cols, num_items,
-            F, PRECISION,
-        )  # fmt: skip
-        if BIAS:
-            e = tl.load(experts + pair, mask=inside, other=0).to(tl.int64)[:, None]
-            total += tl.load(bias + e * rows + r, mask=has & (r < rows), other=0.0)
-        total *= tl.load(weights + pair, mask=inside, other=0.0)[:, None]
-        tl.store(out + pair.to(tl.int64)[:, None] * rows + r, total, mask=has & (r < rows))
-
-
-@triton.jit
-def grouped_sum_kernel(pairs, slots, out, out_stride, rows, TOP_K: tl.constexpr, ADD: tl.constexpr) -> None:
-    """Adds up the rows of a token's pairs that have slots, in their order."""
-    token = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * 512 + tl.arange(0, 512)
-    inside = r < rows
-    total = tl.zeros((512,), tl.float32)
-    if ADD:
-        total += tl.load(out + token * out_stride + r, mask=inside, other=0.0)
-    for k in range(0, TOP_K):
-        if tl.load(slots + token * TOP_K + k) >= 0:
-            total += tl.load(pairs + (token * TOP_K + k) * rows + r, mask=inside, other=0.0)
-    tl.store(out + token * out_stride + r, total, mask=inside)

@@ -1,13 +1,13 @@
-"""Routed experts that lie in slots of an arena on a GPU: a few tokens of a decode step, or many of a chunk.
+"""Routed experts that lie in slots of an arena on a GPU: where their matrices are, and products with a few tokens.
 
-A slot is a number of bytes that has an expert's gate, up and down somewhere in it, each as a packed matrix. This module
-knows neither which experts have slots nor where their bytes come from.
+Each projection has its own place and its own distance from slot to slot: a slot may be a piece of memory with an
+expert's packed matrices, or all gates may lie one after the other, then all ups and all downs. This module knows
+neither which experts have slots nor where their bytes come from; `grouped_experts` is for many tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -15,21 +15,25 @@ import triton
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.experts import Activation
-from moesaic.kernels.triton.activations import OPERAND_ITEMS, lanes_size, to_lanes, to_operands
-from moesaic.kernels.triton.expert_kernels import (
-    decode_down_kernel,
-    decode_up_kernel,
-    grouped_down_kernel,
-    grouped_sum_kernel,
-    grouped_up_kernel,
-)
+from moesaic.kernels.triton.activations import lanes_size, to_lanes
+from moesaic.kernels.triton.expert_kernels import decode_down_kernel, decode_up_kernel
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows, operand_dtype, precision_of
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows
 from moesaic.kernels.triton.views import WeightViews, grid_of, views_of
 from moesaic.quant import WeightFormat
 
-__all__ = ["MAX_DECODE_TOKENS", "ExpertLayout", "MatrixLayout", "experts_decode", "experts_grouped"]
+__all__ = [
+    "MAX_DECODE_TOKENS",
+    "ExpertLayout",
+    "MatrixLayout",
+    "bias_of",
+    "check_arena",
+    "check_choices",
+    "experts_decode",
+    "same_order",
+    "units_of",
+]
 
 _ENOUGH_WARPS = 4096
 _ALIGNMENT = 16
@@ -37,17 +41,22 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MatrixLayout:
-    """One projection of an expert in its slot.
+    """One projection of the experts in an arena.
 
     Attributes:
         format: of the packed matrix.
-        offset: bytes from the beginning of the slot, a multiple of 16.
+        offset: bytes from the beginning of the arena to the matrix of slot 0, a multiple of 16.
+        stride: bytes from slot to slot, a multiple of 16.
         rows, cols: of the matrix.
         bias: float32 `[num_experts, rows]` on the device, or None.
+
+    Raises:
+        KernelError: it cannot lie so.
     """
 
     format: WeightFormat
     offset: int
+    stride: int
     rows: int
     cols: int
     bias: torch.Tensor | None = None
@@ -55,7 +64,11 @@ class MatrixLayout:
     def __post_init__(self) -> None:
         self.format.row_bytes(self.cols)
         if self.offset < 0 or self.offset % _ALIGNMENT:
-            raise KernelError(f"A matrix at byte {self.offset} of a slot: expected a multiple of {_ALIGNMENT}.")
+            raise KernelError(f"A matrix at byte {self.offset} of an arena: expected a multiple of {_ALIGNMENT}.")
+        if self.stride < self.nbytes or self.stride % _ALIGNMENT:
+            raise KernelError(
+                f"Matrices {self.stride} bytes apart: expected a multiple of {_ALIGNMENT} and room for {self.nbytes}."
+            )
         bias = self.bias
         if bias is not None and (
             bias.dtype != torch.float32 or bias.ndim != 2 or bias.shape[1] != self.rows or not bias.is_contiguous()
@@ -68,14 +81,14 @@ class MatrixLayout:
         return device_format(self.format, self.cols)
 
     @property
-    def end(self) -> int:
-        """Bytes from the beginning of the slot to behind the matrix."""
-        return self.offset + -(-self.rows // 16) * 16 * self.format.row_bytes(self.cols)
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return -(-self.rows // 16) * 16 * self.format.row_bytes(self.cols)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertLayout:
-    """What the experts of a layer look like in their slots.
+    """Where the matrices of a layer's experts are in an arena.
 
     Attributes:
         gate: `[intermediate, hidden]`, or None for ungated experts.
@@ -118,54 +131,68 @@ class ExpertLayout:
         """Width between up and down."""
         return self.up.rows
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of a slot that are used."""
-        return max(part.end for part in (self.gate, self.up, self.down) if part is not None)
+    def arena_bytes(self, num_slots: int) -> int:
+        """Bytes of an arena that has so many slots."""
+        parts = [part for part in (self.gate, self.up, self.down) if part is not None]
+        return max(part.offset + (num_slots - 1) * part.stride + part.nbytes for part in parts)
 
 
-def _check_call(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    arena: torch.Tensor,
-    slot_bytes: int,
-    layout: ExpertLayout,
+def check_choices(
+    x: torch.Tensor, device: torch.device, width: int, choices: dict[str, tuple[torch.Tensor, tuple[torch.dtype, ...]]]
 ) -> None:
-    check_rows("x", x, layout.hidden, arena.device)
-    integers = (torch.int32, torch.int64)
-    for name, tensor, types in (
-        ("slots", slots, (torch.int32,)),
-        ("experts", experts, integers),
-        ("weights", weights, (torch.float32,)),
-    ):
+    """Check activations and what was chosen for them.
+
+    Args:
+        x: expected to be float32 `[tokens, width]`.
+        device: where all of it should be.
+        width: of x.
+        choices: tensors by name, expected to be `[tokens, top_k]`, with the types that they may have.
+
+    Raises:
+        KernelError: something is not as expected.
+    """
+    check_rows("x", x, width, device)
+    top_k = next(iter(choices.values()))[0].shape[-1]
+    for name, (tensor, types) in choices.items():
         if (
             tensor.dtype not in types
             or tensor.ndim != 2
-            or tensor.shape != (x.shape[0], slots.shape[-1])
-            or tensor.device != arena.device
+            or tensor.shape != (x.shape[0], top_k)
+            or tensor.device != device
             or not tensor.is_contiguous()
         ):
             kinds = " or ".join(str(kind).removeprefix("torch.") for kind in types)
             raise KernelError(
-                f"{name} is {describe(tensor)}: expected {kinds} [{x.shape[0]}, top_k] on {arena.device}, contiguous."
+                f"{name} is {describe(tensor)}: expected {kinds} [{x.shape[0]}, top_k] on {device}, contiguous."
             )
+
+
+def check_arena(arena: torch.Tensor, layout: ExpertLayout, num_slots: int) -> None:
+    """Check that an arena has so many slots.
+
+    Raises:
+        KernelError: it has not, or is no memory that kernels can read.
+    """
     if arena.dtype != torch.uint8 or arena.ndim != 1 or not arena.is_contiguous() or arena.shape[0] % 4:
         raise KernelError(f"The arena is {describe(arena)}: expected uint8 [n], contiguous, n a multiple of 4.")
-    if slot_bytes < layout.nbytes or slot_bytes % _ALIGNMENT:
+    if num_slots < 1 or layout.arena_bytes(num_slots) > arena.shape[0]:
         raise KernelError(
-            f"Slots of {slot_bytes} bytes: expected a multiple of {_ALIGNMENT} and room for {layout.nbytes}."
+            f"{num_slots} slots take {layout.arena_bytes(max(num_slots, 1))} bytes: the arena has {arena.shape[0]}."
         )
 
 
-def _units(part: MatrixLayout) -> tuple[int, int, int]:
-    """Where a projection begins in its slot, what a panel takes, both in 16 bytes; items of a row."""
+def units_of(part: MatrixLayout) -> tuple[int, int, int, int]:
+    """In 16 bytes: where a projection begins, from slot to slot, what a panel takes; and items of a row."""
     form = part.form
-    return part.offset // _ALIGNMENT, form.panel_units(part.cols), form.num_items(part.cols)
+    return (
+        part.offset // _ALIGNMENT,
+        part.stride // _ALIGNMENT,
+        form.panel_units(part.cols),
+        form.num_items(part.cols),
+    )
 
 
-def _same_order(a: DeviceFormat, b: DeviceFormat) -> bool:
+def same_order(a: DeviceFormat, b: DeviceFormat) -> bool:
     """Whether both read activations in the same order."""
     return a.order == b.order
 
@@ -177,7 +204,8 @@ def _warps(programs: int, num_items: int) -> int:
     return warps
 
 
-def _bias(part: MatrixLayout | None, otherwise: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def bias_of(part: MatrixLayout | None, otherwise: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """A projection's bias, or `otherwise`, and whether it has one."""
     if part is None or part.bias is None:
         return otherwise, False
     return part.bias, True
@@ -189,7 +217,6 @@ def experts_decode(
     experts: torch.Tensor,
     weights: torch.Tensor,
     arena: torch.Tensor,
-    slot_bytes: int,
     layout: ExpertLayout,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -203,8 +230,7 @@ def experts_decode(
         experts: int32 or int64 `[tokens, top_k]`, their numbers, which only biases need.
         weights: float32 `[tokens, top_k]`.
         arena: uint8 `[n]`, the slots, aligned to 64 bytes.
-        slot_bytes: from one slot to the next.
-        layout: what a slot has in it.
+        layout: where slots are.
         out: float32 `[tokens, hidden]`, overwritten.
 
     Returns:
@@ -213,24 +239,31 @@ def experts_decode(
     Raises:
         KernelError: a tensor is not as described.
     """
-    _check_call(x, slots, experts, weights, arena, slot_bytes, layout)
+    integers = (torch.int32, torch.int64)
+    choices = {
+        "slots": (slots, (torch.int32,)),
+        "experts": (experts, integers),
+        "weights": (weights, (torch.float32,)),
+    }
+    check_choices(x, arena.device, layout.hidden, choices)
+    check_arena(arena, layout, 1)
     num_tokens, top_k = slots.shape
     if num_tokens > MAX_DECODE_TOKENS:
-        raise KernelError(f"{num_tokens} tokens: experts_decode takes up to {MAX_DECODE_TOKENS}; use experts_grouped.")
+        raise KernelError(f"{num_tokens} tokens: experts_decode takes up to {MAX_DECODE_TOKENS}; use ExpertPairs.")
     if out is None:
         out = torch.empty(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return out
     views = views_of(arena)
-    inner = _decode_up(x, slots, experts, views, slot_bytes, layout)
+    inner = _decode_up(x, slots, experts, views, layout)
     down, form = layout.down, layout.down.form
-    offset, panel, items = _units(down)
+    offset, stride, panel, items = units_of(down)
     num_panels = -(-layout.hidden // 16)
     warps = _warps(num_tokens * num_panels, top_k * items)
-    bias, has_bias = _bias(down, inner)
+    bias, has_bias = bias_of(down, inner)
     decode_down_kernel[(num_panels, num_tokens)](
         inner, inner.stride(0), slots, experts, weights, views.words, views.halves, views.bytes, grid_of(form, views),
-        MAGIC, bias, out, out.stride(0), slot_bytes // _ALIGNMENT, offset, panel, items, down.rows, down.cols, top_k,
+        MAGIC, bias, out, out.stride(0), offset, stride, panel, items, down.rows, down.cols, top_k,
         triton.next_power_of_2(top_k), form, has_bias, 8 * warps, num_warps=warps,
     )  # fmt: skip
     return out
@@ -241,153 +274,26 @@ def _decode_up(
     slots: torch.Tensor,
     experts: torch.Tensor,
     views: WeightViews,
-    slot_bytes: int,
     layout: ExpertLayout,
 ) -> torch.Tensor:
     """The activated inner values of each pair, as `lanes` of down's format: float32 `[tokens * top_k, n]`."""
     num_tokens, top_k = slots.shape
     gate, up = layout.gate or layout.up, layout.up
     up_lanes = to_lanes(x, up.form)
-    gate_lanes = up_lanes if _same_order(gate.form, up.form) else to_lanes(x, gate.form)
+    gate_lanes = up_lanes if same_order(gate.form, up.form) else to_lanes(x, gate.form)
     size = lanes_size(layout.down.form, layout.intermediate)
     inner = torch.empty(num_tokens * top_k, size, dtype=torch.float32, device=x.device)
-    gate_offset, gate_panel, gate_items = _units(gate)
-    up_offset, up_panel, up_items = _units(up)
+    gate_offset, gate_stride, gate_panel, gate_items = units_of(gate)
+    up_offset, up_stride, up_panel, up_items = units_of(up)
     num_panels = -(-layout.intermediate // 16)
     warps = _warps(num_tokens * top_k * num_panels, min(gate_items, up_items))
-    gate_bias, has_gate_bias = _bias(layout.gate, inner)
-    up_bias, has_up_bias = _bias(up, inner)
+    gate_bias, has_gate_bias = bias_of(layout.gate, inner)
+    up_bias, has_up_bias = bias_of(up, inner)
     decode_up_kernel[(num_panels, num_tokens * top_k)](
         gate_lanes, up_lanes, gate_lanes.stride(0), up_lanes.stride(0), slots, experts, views.words, views.halves,
         views.bytes, grid_of(gate.form, views), grid_of(up.form, views), MAGIC, gate_bias, up_bias, inner, size,
-        slot_bytes // _ALIGNMENT, gate_offset, up_offset, gate_panel, up_panel, gate_items, up_items, up.rows, up.cols,
+        gate_offset, up_offset, gate_stride, up_stride, gate_panel, up_panel, gate_items, up_items, up.rows, up.cols,
         layout.activation.alpha, layout.activation.limit, top_k, None if layout.gate is None else gate.form, up.form,
         layout.down.form, layout.activation.name, has_gate_bias, has_up_bias, 8 * warps, num_warps=warps,
-    )  # fmt: skip
-    return inner
-
-
-@dataclass(frozen=True, slots=True)
-class _Groups:
-    """Pairs of tokens and experts, sorted by slot.
-
-    Attributes:
-        order: int64 `[pairs]`, the pairs; those without a slot come last.
-        starts: int32 `[num_slots + 1]`, where each slot's begin.
-        first_blocks: int32 `[num_slots + 1]`, the first block of each slot, a block being up to `size` pairs of a slot.
-        num_blocks: as many as there can be.
-        size: pairs of a block.
-    """
-
-    order: torch.Tensor
-    starts: torch.Tensor
-    first_blocks: torch.Tensor
-    num_blocks: int
-    size: int
-
-    @staticmethod
-    def of(slots: torch.Tensor, num_slots: int) -> _Groups:
-        flat = slots.view(-1)
-        num_pairs = flat.shape[0]
-        size = min(max(triton.next_power_of_2(-(-num_pairs // num_slots)), 16), 128)
-        keys = torch.where(flat < 0, num_slots, flat)
-        keys, order = torch.sort(keys, stable=True)
-        numbers = torch.arange(num_slots + 1, dtype=keys.dtype, device=keys.device)
-        starts = torch.searchsorted(keys, numbers, out_int32=True)
-        blocks = (starts[1:] - starts[:-1] + (size - 1)) // size
-        first_blocks = torch.zeros_like(starts)
-        torch.cumsum(blocks, 0, dtype=torch.int32, out=first_blocks[1:])
-        num_blocks = min(num_pairs, num_pairs // size + min(num_slots, num_pairs))
-        return _Groups(order, starts, first_blocks, num_blocks, size)
-
-
-def experts_grouped(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    experts: torch.Tensor,
-    weights: torch.Tensor,
-    arena: torch.Tensor,
-    slot_bytes: int,
-    layout: ExpertLayout,
-    num_slots: int,
-    out: torch.Tensor | None = None,
-    accumulate: bool = False,
-) -> torch.Tensor:
-    """The same for many tokens: pairs are sorted by slot, weights and activations multiplied as bfloat16.
-
-    Args:
-        x, slots, experts, weights, arena, slot_bytes, layout: as for `experts_decode`, any number of tokens.
-        num_slots: slots are below that.
-        out: float32 `[tokens, hidden]`.
-        accumulate: add to `out` instead of overwriting it.
-
-    Returns:
-        float32 `[tokens, hidden]`.
-
-    Raises:
-        KernelError: a tensor is not as described.
-    """
-    _check_call(x, slots, experts, weights, arena, slot_bytes, layout)
-    num_tokens, top_k = slots.shape
-    if num_slots < 1 or num_slots * slot_bytes > arena.shape[0]:
-        raise KernelError(f"{num_slots} slots of {slot_bytes} bytes: the arena has {arena.shape[0]} bytes.")
-    if out is None:
-        make: Any = torch.zeros if accumulate else torch.empty
-        out = make(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)
-    if num_tokens == 0:
-        return out
-    views, groups = views_of(arena), _Groups.of(slots, num_slots)
-    inner = _grouped_up(x, slots, experts, groups, views, slot_bytes, layout, num_slots)
-    down, form, num_pairs, num_rows = layout.down, layout.down.form, num_tokens * top_k, 64
-    offset, panel, items = _units(down)
-    bias, has_bias = _bias(down, weights)
-    pairs = torch.empty(num_pairs, layout.hidden, dtype=torch.float32, device=x.device)
-    grouped_down_kernel[(triton.cdiv(layout.hidden, num_rows), groups.num_blocks)](
-        inner, groups.order, groups.starts, groups.first_blocks, experts, weights, views.words, views.halves,
-        views.bytes, grid_of(form, views), MAGIC, bias, pairs, num_pairs, num_slots, slot_bytes // _ALIGNMENT, offset,
-        panel, items, down.rows, down.cols, form, has_bias, groups.size, num_rows, precision_of(inner.dtype),
-        num_warps=4 if groups.size <= 64 else 8, num_stages=2,
-    )  # fmt: skip
-    grouped_sum_kernel[(triton.cdiv(layout.hidden, 512), num_tokens)](
-        pairs, slots, out, out.stride(0), layout.hidden, top_k, accumulate
-    )
-    return out
-
-
-def _grouped_up(
-    x: torch.Tensor,
-    slots: torch.Tensor,
-    experts: torch.Tensor,
-    groups: _Groups,
-    views: WeightViews,
-    slot_bytes: int,
-    layout: ExpertLayout,
-    num_slots: int,
-) -> torch.Tensor:
-    """The activated inner values of each pair in the order of the groups, as `operands` of down's format."""
-    num_tokens, top_k = slots.shape
-    gate, up, down = layout.gate or layout.up, layout.up, layout.down.form
-    up_x = to_operands(x, up.form, operand_dtype(up.form))
-    gate_x = up_x
-    if not _same_order(gate.form, up.form) or operand_dtype(gate.form) != up_x.dtype:
-        gate_x = to_operands(x, gate.form, operand_dtype(gate.form))
-    num_pairs, num_items = num_tokens * top_k, down.num_items(layout.intermediate)
-    shape = (-(-num_items // OPERAND_ITEMS), down.planes * down.steps, num_pairs, OPERAND_ITEMS * down.width)
-    is_full = shape[0] * OPERAND_ITEMS * down.item == layout.intermediate
-    make: Any = torch.empty if is_full else torch.zeros  # columns behind the last are multiplied too
-    inner: torch.Tensor = make(shape, dtype=operand_dtype(down), device=x.device)
-    gate_offset, gate_panel, gate_items = _units(gate)
-    up_offset, up_panel, up_items = _units(up)
-    gate_bias, has_gate_bias = _bias(layout.gate, x)
-    up_bias, has_up_bias = _bias(up, x)
-    num_rows = 64
-    grouped_up_kernel[(triton.cdiv(layout.intermediate, num_rows), groups.num_blocks)](
-        gate_x, up_x, groups.order, groups.starts, groups.first_blocks, experts, views.words, views.halves, views.bytes,
-        grid_of(gate.form, views), grid_of(up.form, views), MAGIC, gate_bias, up_bias, inner, num_tokens, num_pairs,
-        num_slots, slot_bytes // _ALIGNMENT, gate_offset, up_offset, gate_panel, up_panel, gate_items, up_items,
-        up.rows, up.cols, layout.activation.alpha, layout.activation.limit, top_k,
-        None if layout.gate is None else gate.form, up.form, down, layout.activation.name, has_gate_bias, has_up_bias,
-        groups.size, num_rows, precision_of(gate_x.dtype), precision_of(up_x.dtype),
-        num_warps=4 if groups.size <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return inner

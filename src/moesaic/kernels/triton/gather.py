@@ -12,7 +12,7 @@ from moesaic.kernels.triton.activations import column
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import tile_of
+from moesaic.kernels.triton.products import at_panel, tile_of
 from moesaic.kernels.triton.views import grid_of, weight_views
 
 __all__ = ["gather_rows"]
@@ -43,9 +43,8 @@ def _gather_kernel(
     row = r % 16
     item = tl.program_id(1) * ITEMS + tl.arange(0, ITEMS)
     panel = (r // 16).to(tl.int64) * panel_units
-    tile_words, tile_halves, tile_bytes, in_tile = tile_of(
-        words + row, halves + row, bytes + row, panel, item, num_items, F
-    )
+    words, halves, bytes = at_panel(words, halves, bytes, panel, row)
+    tile_words, tile_halves, tile_bytes, in_tile = tile_of(words, halves, bytes, item, num_items, F)
     if F.scales is not None:
         scales = F.scales(tile_words, tile_halves, tile_bytes, in_tile, F)
     at = out + n.to(tl.int64) * cols

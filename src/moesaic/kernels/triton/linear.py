@@ -186,8 +186,8 @@ def _many_tokens(
     num_tokens, cols = x.shape
     dtype = operand_dtype(form)
     operands = to_operands(x, form, dtype)
-    tokens = min(max(triton.next_power_of_2(num_tokens), 16), 128)
-    num_rows = 64
+    tokens = tile_tokens(num_tokens, dtype)
+    num_rows, warps, stages = tile_shape(tokens, form)
     _tiles_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(rows, num_rows))](
         operands,
         views.words,
@@ -208,8 +208,8 @@ def _many_tokens(
         num_rows,
         precision_of(dtype),
         bias is not None,
-        num_warps=4 if tokens <= 64 else 8,
-        num_stages=2,
+        num_warps=warps,
+        num_stages=stages,
     )
 
 
@@ -239,6 +239,21 @@ def _expanded(
 def operand_dtype(form: DeviceFormat) -> torch.dtype:
     """The type in which many tokens are multiplied: bfloat16, but F32 matrices (routers) lose nothing."""
     return torch.float32 if form.name == "F32" or is_interpreted() else torch.bfloat16
+
+
+def tile_tokens(num_tokens: int, dtype: torch.dtype) -> int:
+    """Tokens of a tile, for about so many."""
+    return int(min(max(triton.next_power_of_2(num_tokens), 16), 64 if dtype == torch.float32 else 128))
+
+
+def tile_shape(tokens: int, *forms: DeviceFormat) -> tuple[int, int, int]:
+    """Rows of a tile, warps of a program and stages of its pipeline, such that shared memory and registers do.
+
+    128 x 128 activations of 2 bytes are 32 KiB, as are the weights beside them; of 227 KiB that a multiprocessor has.
+    """
+    if tokens < 64 or any(operand_dtype(form) == torch.float32 for form in forms):
+        return 64, 4, 2
+    return 128, 8, 3 if all(form.planes == form.chunk_planes for form in forms) else 2
 
 
 def precision_of(dtype: torch.dtype) -> str:

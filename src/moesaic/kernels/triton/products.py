@@ -13,20 +13,27 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
+__all__ = ["at_panel", "lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
 
 
 @triton.jit
-def tile_of(words, halves, bytes, panel, item, num_items, F: tl.constexpr) -> Any:
-    """Pointers to the tile that has an item, and the item's number in it.
+def tile_of(words, halves, bytes, item, num_items, F: tl.constexpr) -> Any:
+    """From pointers to the rows of a panel: to those of the tile that has an item, and the item's number in it.
 
     Items behind the last one are read as the last: their activations are zeros.
     """
     item = tl.minimum(item, num_items - 1)
     if F.items_per_tile > 0:
-        panel = panel + (item // F.items_per_tile).to(tl.int64) * F.tile_units
+        tile = item // F.items_per_tile * F.tile_units
+        words, halves, bytes = words + tile * 4, halves + tile * 8, bytes + tile * 16
         item = item % F.items_per_tile
-    return words + panel * 4, halves + panel * 8, bytes + panel * 16, item
+    return words, halves, bytes, item
+
+
+@triton.jit
+def at_panel(words, halves, bytes, panel, row) -> Any:
+    """Pointers to rows of a panel that begins `panel` times 16 bytes from an address, int64."""
+    return words + panel * 4 + row, halves + panel * 8 + row, bytes + panel * 16 + row
 
 
 @triton.jit
@@ -136,12 +143,12 @@ def panel_products(
     stride: tl.constexpr = (F.item + F.num_sums) * 8
     row = tl.arange(0, 16)[None, :]
     lane = tl.arange(0, ITEMS)[:, None]
-    words, halves, bytes = words + row, halves + row, bytes + row
+    words, halves, bytes = at_panel(words, halves, bytes, panel, row)
     totals = zeros(TOKENS, ITEMS, 16)
     for iteration in range(first, last):
         item = iteration * ITEMS + lane
         at = x + (item // 8 * stride + item % 8)
-        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, item, num_items, F)
+        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
         totals = lane_products(
             totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, TOKENS, True
         )
@@ -162,17 +169,27 @@ def side_by_side(values, COUNT: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _columns_of(codes, p: tl.constexpr, scale, offset, F: tl.constexpr, DTYPE: tl.constexpr) -> Any:
-    """Weights of one plane of a step, [16 items * width, rows], an item's columns side by side."""
+def _chunk(codes, scales, gb: tl.constexpr, F: tl.constexpr, DTYPE: tl.constexpr) -> Any:
+    """Weights of a chunk, [16 items * 8, rows], of an item side by side; `codes` has its steps with all planes."""
     width: tl.constexpr = F.width
+    planes: tl.constexpr = F.planes
+    together: tl.constexpr = F.chunk_planes
+    steps: tl.constexpr = F.chunk_steps
     weights = ()
-    for c in tl.static_range(width):
-        w = codes[p * width + c]
-        if F.scales is not None:
-            w = tl.fma(w, scale, offset) if F.has_offset else w * scale
-        weights = weights + (w.to(DTYPE),)
-    tile = side_by_side(weights, width)
-    return tl.reshape(tl.permute(tile, (0, 2, 1)), (16 * width, tile.shape[1]))
+    for u in tl.static_range(steps):
+        for p in tl.static_range(gb * together, (gb + 1) * together):
+            for c in tl.static_range(width):
+                w = codes[(u * planes + p) * width + c]
+                if F.scales is not None:
+                    if F.has_offset:
+                        w = tl.fma(
+                            w, scales[p * F.num_scales // planes], scales[F.num_scales + p * F.num_scales // planes]
+                        )
+                    else:
+                        w = w * scales[p * F.num_scales // planes]
+                weights = weights + (w.to(DTYPE),)
+    tile = side_by_side(weights, 8)
+    return tl.reshape(tl.permute(tile, (0, 2, 1)), (128, tile.shape[1]))
 
 
 @triton.jit
@@ -202,31 +219,33 @@ def tile_products(
         row: int32 [1, rows], the row in the panel.
         PRECISION: of tl.dot.
     """
-    planes: tl.constexpr = F.planes
-    steps: tl.constexpr = F.steps
-    width: tl.constexpr = F.width
-    groups: tl.constexpr = F.num_scales
+    chunk_steps: tl.constexpr = F.chunk_steps
+    step_groups: tl.constexpr = F.steps // F.chunk_steps
+    plane_groups: tl.constexpr = F.planes // F.chunk_planes
     dtype: tl.constexpr = x.dtype.element_ty
     lane = tl.arange(0, 16)[:, None]
-    j = tl.arange(0, 16 * width)[None, :]
-    at = x + (place.to(tl.int64) * (16 * width) + j)
-    apart = num_places.to(tl.int64) * (16 * width)
-    words, halves, bytes = words + row, halves + row, bytes + row
+    at = x + (place.to(tl.int64) * 128 + tl.arange(0, 128)[None, :])
+    apart = num_places.to(tl.int64) * 128
+    words, halves, bytes = at_panel(words, halves, bytes, panel, row)
     total = tl.zeros((place.shape[0], row.shape[1]), tl.float32)
-    for block in range(0, tl.cdiv(num_items, 16)):
-        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, panel, block * 16 + lane, num_items, F)
+    scales = ()
+    if F.scales is not None:
+        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, lane, num_items, F)
+        scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
+    # One loop over steps of all items, or the loads of each item's first steps would be waited for. Scales are those of
+    # the item before until the first step of the next.
+    for index in range(0, tl.cdiv(num_items, 16) * step_groups):
+        item = index // step_groups * 16 + lane
+        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
         if F.scales is not None:
-            scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
-        for step in range(0, steps):
-            codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
-            for p in tl.static_range(planes):
-                if F.scales is None:
-                    weights = _columns_of(codes, p, 0.0, 0.0, F, dtype)
-                elif F.has_offset:
-                    scale, offset = scales[p * groups // planes], scales[groups + p * groups // planes]
-                    weights = _columns_of(codes, p, scale, offset, F, dtype)
-                else:
-                    weights = _columns_of(codes, p, scales[p * groups // planes], 0.0, F, dtype)
-                values = tl.load(at + (block * (planes * steps) + p * steps + step) * apart, mask=inside, other=0.0)
-                total = tl.dot(values, weights, total, input_precision=PRECISION)
+            if index % step_groups == 0:
+                scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
+        codes = ()
+        for u in tl.static_range(chunk_steps):
+            step = index % step_groups * chunk_steps + u
+            codes = codes + F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
+        for gb in tl.static_range(plane_groups):
+            weights = _chunk(codes, scales, gb, F, dtype)
+            values = tl.load(at + (index * plane_groups + gb) * apart, mask=inside, other=0.0)
+            total = tl.dot(values, weights, total, input_precision=PRECISION)
     return total

@@ -22,7 +22,7 @@ from moesaic.modules.gpu.delta_net import GpuDeltaNet
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
 from moesaic.modules.gqa import GqaParts
-from moesaic.modules.mla import MlaAttention
+from moesaic.modules.mla import MlaAttention, latent_heads_at_once
 from moesaic.modules.windows import sliding_window_of
 
 __all__ = ["GpuAttention", "GpuGqaAttention", "GpuMlaAttention", "gpu_attention"]
@@ -142,18 +142,29 @@ class GpuMlaAttention:
             self.kv_a_norm.eps,
             layout=self.rope_layout,
         )
+        group = latent_heads_at_once(tokens, self.num_heads, self.latent_dim)
+        if group == self.num_heads:
+            return self.o(self._attend(heads, q_rope, slice(None), step).reshape(tokens, -1))
+        values = heads.new_empty(tokens, self.num_heads, self.v_b.shape[2])
+        for first in range(0, self.num_heads, group):
+            some = slice(first, first + group)
+            values[:, some] = self._attend(heads, q_rope, some, step)
+        return self.o(values.view(tokens, -1))
+
+    def _attend(self, heads: torch.Tensor, q_rope: torch.Tensor, some: slice, step: GpuStep) -> torch.Tensor:
+        """What some heads attend to: queries `[tokens, heads, nope + rope]` to values `[tokens, some heads, value]`."""
+        where = step.input
         mixed = paged_latent_attention(
-            self._per_head(heads[..., : self.nope_dim], self.k_b),
-            q_rope,
-            pool.keys,
+            self._per_head(heads[:, some, : self.nope_dim], self.k_b[some]),
+            q_rope[:, some],
+            step.pool(self.layer_idx).keys,
             where.block_tables,
             where.seq_lens,
             where.query_start,
             scale=self.scaling,
             max_query_len=step.max_query_len,
         )
-        values = self._per_head(mixed, self.v_b)
-        return self.o(values.reshape(tokens, -1))
+        return self._per_head(mixed, self.v_b[some])
 
     @staticmethod
     def _per_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

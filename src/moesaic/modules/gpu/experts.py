@@ -1,7 +1,7 @@
 """Experts in slots on a GPU: where a slot's bytes are, how they get there, and what is computed from them.
 
-A slot holds one expert: its packed matrices one after the other, as they lie in DRAM, each on a multiple of 64 bytes.
-This module does not know which experts deserve a slot.
+A slot holds one expert: its packed matrices as they lie in DRAM, each on a multiple of 64 bytes, one after the other or
+each beside those of the neighbouring slots. This module does not know which experts deserve a slot.
 """
 
 from __future__ import annotations
@@ -13,29 +13,24 @@ import torch
 from moesaic.errors import KernelError
 from moesaic.kernels import PackedTensor, SlicedTensor
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import (
-    MAX_DECODE_TOKENS,
-    ExpertLayout,
-    MatrixLayout,
-    experts_decode,
-    experts_grouped,
-)
+from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS, ExpertLayout, MatrixLayout, experts_decode
+from moesaic.kernels.triton.grouped_experts import ExpertPairs
 
-__all__ = ["ResidentExperts", "SlotLayout", "copy_expert", "page_lock", "slot_layout"]
+__all__ = ["ResidentExperts", "SlotLayout", "copy_experts", "page_lock", "slot_bytes", "slot_layout"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotLayout:
-    """The bytes of one expert of a layer.
+    """Where the experts of a layer lie in slots.
 
     Attributes:
         kernel: what the kernels have to know.
-        offsets: of gate (if there is one), up and down in a slot, in bytes.
-        nbytes: of all of them.
+        num_experts: of the layer.
+        nbytes: of all matrices of an expert.
     """
 
     kernel: ExpertLayout
-    offsets: tuple[int, ...]
+    num_experts: int
     nbytes: int
 
     def compute(
@@ -45,7 +40,7 @@ class SlotLayout:
         experts: torch.Tensor,
         weights: torch.Tensor,
         arena: torch.Tensor,
-        slot_bytes: int,
+        table: torch.Tensor,
         num_slots: int,
     ) -> torch.Tensor:
         """Weighted sum of the experts in slots.
@@ -56,64 +51,89 @@ class SlotLayout:
             experts: int64 `[tokens, top_k]`, which experts these are.
             weights: float32 `[tokens, top_k]`.
             arena: uint8, the slots.
-            slot_bytes: from one slot to the next.
-            num_slots: how many.
+            table: int32 `[num_experts]`, the slot of each expert or -1; what `slots` was looked up in.
+            num_slots: how many slots there are.
 
         Returns:
             float32 `[tokens, hidden_size]`.
         """
         if len(hidden) <= MAX_DECODE_TOKENS:
-            return experts_decode(hidden, slots, experts, weights, arena, slot_bytes, self.kernel)
-        return experts_grouped(hidden, slots, experts, weights, arena, slot_bytes, self.kernel, num_slots)
+            return experts_decode(hidden, slots, experts, weights, arena, self.kernel)
+        pairs = self.pairs(hidden, experts, weights)
+        pairs.multiply(arena, self.kernel, num_slots, pairs.blocks(table))
+        return pairs.sum(table)
 
-    def accumulate(
-        self,
-        hidden: torch.Tensor,
-        slots: torch.Tensor,
-        experts: torch.Tensor,
-        weights: torch.Tensor,
-        arena: torch.Tensor,
-        slot_bytes: int,
-        num_slots: int,
-        total: torch.Tensor,
-    ) -> None:
-        """Add what `compute` gives for many tokens to `total`."""
-        experts_grouped(
-            hidden, slots, experts, weights, arena, slot_bytes, self.kernel, num_slots, out=total, accumulate=True
-        )
+    def pairs(self, hidden: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> ExpertPairs:
+        """Many tokens, ready for products with these experts wherever they are; arguments as for `compute`."""
+        return ExpertPairs(hidden, experts, weights, self.num_experts, self.kernel)
 
 
-def slot_layout(experts: PackedExperts, device: torch.device) -> SlotLayout:
-    """The layout of a slot for these experts; biases are copied to the GPU."""
-    offsets: list[int] = []
-    matrices: list[MatrixLayout | None] = []
+def slot_bytes(experts: PackedExperts) -> int:
+    """Bytes of one expert: its packed matrices, each a multiple of 64."""
+    return sum(_matrix_bytes(part) for part in _parts(experts))
+
+
+def slot_layout(
+    experts: PackedExperts, device: torch.device, stride: int | None = None, by_matrix: int | None = None
+) -> SlotLayout:
+    """The layout of slots for these experts; biases are copied to the GPU.
+
+    Args:
+        experts: of the layer.
+        device: the GPU.
+        stride: bytes from slot to slot; as many as an expert has if None.
+        by_matrix: if given, the gates of so many slots lie one after the other, then all ups, then all downs, as in
+            DRAM: a copy of neighbours is one of each.
+    """
+    total = slot_bytes(experts)
+    named = {"gate": experts.gate, "up": experts.up, "down": experts.down}
+    biases = {"gate": experts.gate_bias, "up": experts.up_bias, "down": experts.down_bias}
+    matrices: dict[str, MatrixLayout] = {}
     end = 0
-    biases = (experts.gate_bias, experts.up_bias, experts.down_bias)
-    for part, bias in zip((experts.gate, experts.up, experts.down), biases, strict=True):
+    for name, part in named.items():
         if part is None:
-            matrices.append(None)
             continue
-        offsets.append(end)
+        bias, size = biases[name], _matrix_bytes(part)
         on_device = None if bias is None else bias.to(device)
-        matrices.append(MatrixLayout(part.format, end, part.rows, part.cols, on_device))
-        end += sum(piece.matrix_bytes for piece in part.slices)
-    gate, up, down = matrices
-    assert up is not None and down is not None
-    return SlotLayout(ExpertLayout(gate, up, down, experts.activation), tuple(offsets), end)
+        apart = size if by_matrix is not None else total if stride is None else stride
+        matrices[name] = MatrixLayout(part.format, end, apart, part.rows, part.cols, on_device)
+        end += size * (1 if by_matrix is None else by_matrix)
+    kernel = ExpertLayout(matrices.get("gate"), matrices["up"], matrices["down"], experts.activation)
+    return SlotLayout(kernel, experts.num_experts, total)
 
 
-def copy_expert(experts: PackedExperts, expert: int, layout: SlotLayout, slot: torch.Tensor) -> None:
-    """Copy one expert into the beginning of `slot`, in the order of the current stream.
+def copy_experts(
+    experts: PackedExperts, first: int, count: int, layout: SlotLayout, arena: torch.Tensor, slot: int
+) -> None:
+    """Copy neighbours into neighbouring slots, in the order of the current stream.
 
     Args:
         experts: in DRAM; page-locked, or the calling thread waits.
-        expert: which.
-        layout: of a slot for these experts.
-        slot: uint8 on the GPU, at least `layout.nbytes`.
+        first: the first of them.
+        count: how many.
+        layout: of slots for these experts.
+        arena: uint8 on the GPU, the slots.
+        slot: where the first goes.
     """
-    parts = [part for part in (experts.gate, experts.up, experts.down) if part is not None]
-    for part, offset in zip(parts, layout.offsets, strict=True):
-        _copy_matrix(part, expert, slot[offset:])
+    kernel = layout.kernel
+    matrices = [matrix for matrix in (kernel.gate, kernel.up, kernel.down) if matrix is not None]
+    for part, matrix in zip(_parts(experts), matrices, strict=True):
+        begin = matrix.offset + slot * matrix.stride
+        if isinstance(part, PackedTensor) and (count == 1 or matrix.stride == part.matrix_bytes):
+            size = count * part.matrix_bytes
+            source = part.data[first * part.matrix_bytes :][:size]
+            arena[begin : begin + size].copy_(source, non_blocking=True)
+            continue
+        for index in range(count):
+            _copy_matrix(part, first + index, arena[begin + index * matrix.stride :])
+
+
+def _parts(experts: PackedExperts) -> list[PackedTensor | SlicedTensor]:
+    return [part for part in (experts.gate, experts.up, experts.down) if part is not None]
+
+
+def _matrix_bytes(part: PackedTensor | SlicedTensor) -> int:
+    return sum(piece.matrix_bytes for piece in part.slices)
 
 
 def _copy_matrix(part: PackedTensor | SlicedTensor, index: int, target: torch.Tensor) -> None:
@@ -143,8 +163,8 @@ def page_lock(experts: PackedExperts) -> None:
     Raises:
         KernelError: the system refuses.
     """
-    for part in (experts.gate, experts.up, experts.down):
-        for piece in () if part is None else part.slices:
+    for part in _parts(experts):
+        for piece in part.slices:
             status = torch.cuda.cudart().cudaHostRegister(piece.data.data_ptr(), piece.nbytes, 0)
             if int(status) != 0:
                 raise KernelError(
@@ -170,17 +190,16 @@ class ResidentExperts:
     @classmethod
     def of(cls, experts: PackedExperts, device: torch.device) -> ResidentExperts:
         """A copy."""
-        layout = slot_layout(experts, device)
+        layout = slot_layout(experts, device, by_matrix=experts.num_experts)
         arena = torch.empty(experts.num_experts * layout.nbytes, dtype=torch.uint8, device=device)
-        for expert in range(experts.num_experts):
-            copy_expert(experts, expert, layout, arena[expert * layout.nbytes :])
+        copy_experts(experts, 0, experts.num_experts, layout, arena, 0)
         return cls(layout, arena, torch.arange(experts.num_experts, dtype=torch.int32, device=device))
 
     def compute(
         self, hidden: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """As `SlotLayout.compute`."""
-        return self.layout.compute(hidden, slots, experts, weights, self.arena, self.layout.nbytes, len(self.table))
+        return self.layout.compute(hidden, slots, experts, weights, self.arena, self.table, len(self.table))
 
     def of_all(self, hidden: torch.Tensor) -> torch.Tensor:
         """A dense MLP on float32 `[tokens, hidden_size]`."""

@@ -76,6 +76,16 @@ class DeviceFormat:
         return self.planes, self.steps, self.width, self.interleave, self.num_sums
 
     @property
+    def chunk_planes(self) -> int:
+        """Planes of a chunk: 8 weights of an item that tensor cores multiply together with those of 15 more."""
+        return min(self.planes, max(1, 8 // self.width))
+
+    @property
+    def chunk_steps(self) -> int:
+        """Steps of a chunk."""
+        return 8 // (self.width * self.chunk_planes)
+
+    @property
     def item(self) -> int:
         """Weights of an item."""
         return self.planes * self.steps * self.width

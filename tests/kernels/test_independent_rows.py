@@ -102,6 +102,20 @@ def test_norms_rotation_and_routing():
         assert torch.equal(single[1], many[1][:, :, i : i + 1])
 
 
+@pytest.mark.parametrize("name", ["F32", "Q4_K"])
+def test_many_tokens_of_few_rows_are_divided_over_the_threads(name):
+    weight, x = packed(name, 40, 512), randn(530, 512)
+    before = _native.num_threads()
+    results = []
+    for threads in (1, 3, 8):
+        _native.set_num_threads(threads)
+        results.append(linear(x, weight))
+    _native.set_num_threads(before)
+    expected = x.double() @ weight.dequantize()[0].double().T
+    assert torch.allclose(results[0].double(), expected, atol=1e-5 if name == "F32" else 0.2)
+    assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
 def test_the_switch_is_put_back():
     assert _native.set_independent_rows(False) is False
     with independent_rows():

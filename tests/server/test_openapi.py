@@ -73,7 +73,7 @@ def test_the_description_needs_a_key_if_there_is_one() -> None:
 
 
 @schema.parametrize()
-@settings(max_examples=15, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=5000, derandomize=True, suppress_health_check=list(HealthCheck))
 def test_requests_made_from_the_description(case: schemathesis.Case) -> None:
     is_right = case.meta is not None and case.meta.generation.mode is schemathesis.GenerationMode.POSITIVE
     if is_right and isinstance(case.body, dict) and "model" in case.body:

@@ -119,7 +119,7 @@ def eager_cache(decoder: GpuDecoder) -> ExpertSlots:
     """A cache for some of the experts that decides at every step and copies whatever it likes."""
     experts = [each for each in decoder.routed if each is not None]
     policy = PromotionPolicy(len(experts), experts[0].num_experts, num_slots=5, share=1.0, advantage=0.0)
-    return ExpertSlots(cache=ExpertCache(experts, 5, DEVICE, policy, steps_per_decision=1))
+    return ExpertSlots(cache=ExpertCache(experts, 5, DEVICE, policy, steps_per_decision=1, is_guarded=False))
 
 
 def all_resident(decoder: GpuDecoder) -> ExpertSlots:

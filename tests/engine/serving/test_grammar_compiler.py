@@ -51,6 +51,16 @@ def test_grammars_are_kept_while_they_are_used(compiler: GrammarCompiler) -> Non
     assert processes(compiler) == []
 
 
+def test_warm(vocabulary: GrammarVocabulary) -> None:
+    compiler = GrammarCompiler(vocabulary, workers=2)
+    compiler.warm()
+    end = time.monotonic() + 60
+    while processes(compiler) != [None, None] and time.monotonic() < end:
+        time.sleep(0.02)
+    assert processes(compiler) == [None, None]
+    compiler.close()
+
+
 def test_reasons_come_back(compiler: GrammarCompiler) -> None:
     for kind, text, reason in (("regex", "(", "unclosed group"), ("lark", "start: x", "unknown name")):
         with pytest.raises(RequestError, match=reason) as caught:

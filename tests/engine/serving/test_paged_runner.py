@@ -185,3 +185,29 @@ def test_bytes_of_a_cache_become_blocks():
     assert blocks_in(model, 5 * block + 1) == 5
     with pytest.raises(ConfigError, match="more memory"):
         blocks_in(model, block - 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_logits_do_not_depend_on_the_batch_to_the_bit(family):
+    """Neither on who else decodes, nor on what else or how much at once is filled in."""
+    runner = runner_of(load_tiny(family), num_blocks=200, independent="all")
+    ids = tiny_inputs(33, 40, seed=5)
+
+    def decode(batch):
+        sequences = [runner.new_sequence() for _ in range(batch)]
+        prefill(runner, [(sequence, row[:20]) for sequence, row in zip(sequences, ids, strict=False)])
+        steps = [runner.decode(sequences, [int(row[i]) for row in ids[:batch]])[0].clone() for i in range(20, 24)]
+        for sequence in sequences:
+            runner.forget(sequence)
+        return torch.stack(steps)
+
+    alone = decode(1)
+    for batch in (2, 7, 33):
+        assert torch.equal(decode(batch), alone), batch
+    whole = prefill(runner, [(runner.new_sequence(), ids[0])])[0]
+    with_others = prefill(runner, [(runner.new_sequence(), row) for row in ids[:8]])[0]
+    assert torch.equal(with_others, whole)
+    for first in (39, 17, 2):
+        sequence = runner.new_sequence()
+        prefill(runner, [(sequence, ids[0, :first])])
+        assert torch.equal(prefill(runner, [(sequence, ids[0, first:])])[0], whole), first

@@ -110,6 +110,9 @@ class ChunkPath:
             self._buffers.release()
         self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
 
+    def interrupted(self) -> None:
+        """Something else was computed since the last layer: the time since then says nothing."""
+
     def _experts(self, layer: int) -> PackedExperts:
         experts = self._routed[layer]
         assert experts is not None, "experts that are all on the GPU are not asked for"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moesaic.engine.gpu.partial_prefill import PartialPrefill
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
 from moesaic.engine.gpu.shares import ExpertShares
@@ -136,18 +137,23 @@ class ModelRunner:
         Raises:
             GenerationError: the cache is full; nothing was appended.
         """
+        work = self.start_prefill(parts)
+        try:
+            work.advance(work.num_layers_left)
+            return work.logits(all_logits)
+        except BaseException:
+            work.abandon()
+            raise
+
+    def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PartialPrefill:
+        """As `prefill`, but nothing is computed yet."""
+        before = [sequence.length for sequence, _ in parts]
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         hidden = self.decoder.embed(torch.cat([ids for _, ids in parts])).to(self.decoder.device)
         path = self._chunk_path()
         longest = max(len(ids) for _, ids in parts)
-        with torch.no_grad():
-            self.decoder.run(hidden, self._step(step_input, longest, path))
-            last = step_input.query_start[1:].long() - 1
-            if self.decoder.tail is not None:
-                return self._tail_logits(
-                    hidden.cpu(), [(s, len(ids)) for s, ids in parts], None if all_logits else last
-                )
-            return self.decoder.logits(hidden if all_logits else hidden[last].contiguous())
+        cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
+        return PartialPrefill(self.decoder, self._step(step_input, longest, path), path, cut, hidden)
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence.
@@ -175,8 +181,10 @@ class ModelRunner:
             for sequence in sequences:
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
-        if self.decoder.tail is not None:
-            return self._tail_logits(bucket.out[:count].cpu(), [(sequence, 1) for sequence in sequences], None)
+        tail = self.decoder.tail
+        if tail is not None:
+            rows = bucket.out[:count].cpu().split(1)
+            return tail.logits(torch.cat([tail(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]))
         return bucket.out[:count]
 
     def head_seconds(self, batch: int, repeat: int = 5) -> float:
@@ -193,21 +201,11 @@ class ModelRunner:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def _chunk_path(self) -> ExpertPath:
+    def _chunk_path(self) -> ChunkPath:
         common = (self.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self._staging is None or self.shares is None:
             return ChunkPath(*common)
         return StreamingPath(*common, self._staging, self.shares)
-
-    def _tail_logits(
-        self, hidden: torch.Tensor, parts: list[tuple[PagedSequence, int]], rows: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The layers on the CPU, on hidden states `[tokens, hidden_size]`; logits of these rows, or of all."""
-        tail = self.decoder.tail
-        assert tail is not None
-        pieces = hidden.split([count for _, count in parts])
-        done = torch.cat([tail(piece, sequence) for piece, (sequence, _) in zip(pieces, parts, strict=True)])
-        return tail.logits(done if rows is None else done[rows.cpu()])
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

@@ -54,6 +54,10 @@ class StreamingPath(ChunkPath):
         self._pending: tuple[int, Mark, Mark] | None = None
         self._chose: float | None = None  # when the router's choice of the layer before was known
 
+    def interrupted(self) -> None:
+        """As `ChunkPath`."""
+        self._chose = None
+
     def _compute(self, routed: Routed) -> torch.Tensor:
         """The cached, the streamed, the CPU's."""
         if len(routed.hidden) <= MAX_DECODE_TOKENS:

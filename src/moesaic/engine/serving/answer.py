@@ -79,12 +79,14 @@ class Answer(Task):
         new = "" if text is None else text.push((token,))
         if text is not None and text.stopped is not None:
             return new, "stop", text.stopped
-        if self.stats.generated_tokens < self.limit:
+        matcher = self.sampler.matcher
+        is_finished = matcher is not None and matcher.is_finished
+        if not is_finished and self.stats.generated_tokens < self.limit:
             return new, None, None
         new += self._rest()
         if text is not None and text.stopped is not None:  # it was complete, but could have been part of a longer one
             return new, "stop", text.stopped
-        return new, "length", None
+        return new, "stop" if is_finished else "length", None
 
     def end(self, reason: FinishReason) -> Chunk:
         """A last piece without a token."""

@@ -14,13 +14,16 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.interface import EngineStats, EngineStatus
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError
+from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError, RequestError, TokenizerError
+
+if TYPE_CHECKING:
+    from moesaic.engine.serving.grammar_compiler import GrammarCompiler
 
 __all__ = ["AsyncEngine"]
 
@@ -74,6 +77,7 @@ class AsyncEngine:
         self._stats = EngineStats()
         self._stats_at = self._computed_at = time.monotonic()
         self._ended: deque[float] = deque(maxlen=64)
+        self._compiler: asyncio.Task[GrammarCompiler] | None = None
 
     def start(self) -> None:
         """Begin to load; call it in the event loop that will ask."""
@@ -113,12 +117,17 @@ class AsyncEngine:
         params: SamplingParams,
         *,
         request_id: str | None = None,
-        matchers: Sequence[Any] = (),
     ) -> AsyncIterator[Chunk]:
         """As `EngineClient.generate`."""
         engine = self._accepting()
         engine.check(prompt_ids, params)
         self._check_load(engine, params.n)
+        matchers: list[Any] = []
+        if params.grammar is not None:
+            compiled = await (await self._grammar_compiler(engine)).compile(params.grammar)
+            matchers = [compiled.matcher() for _ in range(params.n)]
+            self._accepting()  # much may have happened
+            self._check_load(engine, params.n)
         key = f"{request_id or 'request'}-{next(self._numbers)}"  # callers' names need not be unique
         stream = self._streams[key] = _Stream(params.n)
         try:
@@ -158,9 +167,20 @@ class AsyncEngine:
         """As `EngineClient`."""
         self._closing = True
         self._wake.set()
+        if self._compiler is not None:
+            (await self._compiler).close()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
         self._die("it was closed", EngineDeadError("the engine was closed."))
+
+    async def _grammar_compiler(self, engine: Engine) -> GrammarCompiler:
+        """Made when it is first needed."""
+        if self._compiler is None:
+            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
+        try:
+            return await asyncio.shield(self._compiler)
+        except TokenizerError as error:
+            raise RequestError(str(error), "grammar") from error
 
     def _accepting(self) -> Engine:
         if self._status == "loading":
@@ -285,3 +305,9 @@ class AsyncEngine:
         self._ready.set()
         if self._on_end is not None:
             self._on_end(text)
+
+
+def _compiler_for(engine: Engine) -> GrammarCompiler:
+    from moesaic.engine.serving.grammar_compiler import GrammarCompiler  # what it needs is needed for nothing else
+
+    return GrammarCompiler(engine.grammar_vocabulary())

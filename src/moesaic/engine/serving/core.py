@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,8 +29,11 @@ from moesaic.engine.serving.sampler import RequestSampler, sample
 from moesaic.engine.serving.scheduler import Filling, Scheduler, Step, Task
 from moesaic.engine.serving.text import Detokenizer
 from moesaic.engine.serving.token_bytes import token_bytes
-from moesaic.errors import MoesaicError, RequestError
+from moesaic.errors import MoesaicError, RequestError, TokenizerError
 from moesaic.kvcache.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from moesaic.engine.serving.grammar import GrammarVocabulary
 
 __all__ = ["Engine", "EngineOptions"]
 
@@ -120,6 +123,18 @@ class Engine:
         """Answers that wait for their first step; may be read from any thread."""
         return len(self._scheduler.waiting)
 
+    def grammar_vocabulary(self) -> GrammarVocabulary:
+        """What grammars are compiled for; made anew.
+
+        Raises:
+            TokenizerError: there is no tokenizer, or it takes no grammars.
+        """
+        from moesaic.engine.serving.grammar import GrammarVocabulary  # what it needs is needed for nothing else
+
+        if self.tokenizer is None:
+            raise TokenizerError("grammars need a tokenizer, and this model has none.")
+        return GrammarVocabulary(self.tokenizer, self.runner.vocab_size, self.defaults.stop_ids)
+
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Refuse what cannot be answered; may be called from any thread.
 
@@ -154,7 +169,7 @@ class Engine:
             request_id: that its pieces come back with; unique among the running ones.
             prompt_ids: tokens of the prompt.
             params: how it is answered.
-            matchers: one of `grammar.compile_grammar` per answer, if there is a grammar.
+            matchers: one of `CompiledGrammar.matcher` for each answer, if there is a grammar.
 
         Raises:
             RequestError: see `check`.

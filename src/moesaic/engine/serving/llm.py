@@ -9,17 +9,20 @@ from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
 from moesaic.engine.packing import Progress
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.outputs import Completion, RequestOutput
-from moesaic.engine.serving.params import SamplingParams
+from moesaic.engine.serving.params import Grammar, SamplingParams
 from moesaic.engine.serving.start import ServingOptions, make_engine
 from moesaic.errors import EngineDeadError, RequestError
 from moesaic.placement import Plan, Rules
+
+if TYPE_CHECKING:
+    from moesaic.engine.serving.grammar import CompiledGrammar, GrammarVocabulary
 
 __all__ = ["LLM"]
 
@@ -78,6 +81,7 @@ class LLM:
         )
         self._engine: Engine | None = make_engine(model, options, progress)
         self._numbers = count()
+        self._vocabulary: GrammarVocabulary | None = None
 
     @property
     def engine(self) -> Engine:
@@ -164,17 +168,29 @@ class LLM:
             raise RequestError(f"{len(each)} SamplingParams for {len(prompts)} prompts: expected one for each.")
         for ids, own in zip(prompts, each, strict=True):
             engine.check(ids, own)
+        grammars = {own.grammar for own in each if own.grammar is not None}
+        compiled = {grammar: self._compile(grammar) for grammar in grammars}
         outputs: dict[str, RequestOutput] = {}
         try:
             for ids, own in zip(prompts, each, strict=True):
                 name = str(next(self._numbers))
-                engine.add(name, ids, own)
+                matchers = [] if own.grammar is None else [compiled[own.grammar].matcher() for _ in range(own.n)]
+                engine.add(name, ids, own, matchers)
                 outputs[name] = RequestOutput(name, ids, [Completion(index) for index in range(own.n)])
             self._finish(engine, outputs, progress)
         finally:
             for name in outputs:  # after an error, or ^C
                 engine.cancel(name)
         return list(outputs.values())
+
+    def _compile(self, grammar: Grammar) -> CompiledGrammar:
+        from moesaic.engine.serving.grammar import compile_grammar  # what it needs is needed for nothing else
+        from moesaic.engine.serving.grammar_checks import check_grammar
+
+        if self._vocabulary is None:
+            self._vocabulary = self.engine.grammar_vocabulary()
+        check_grammar(grammar)
+        return compile_grammar(grammar, self._vocabulary)
 
     def _finish(self, engine: Engine, outputs: dict[str, RequestOutput], progress: bool) -> None:
         total = sum(len(output.completions) for output in outputs.values())

@@ -21,7 +21,7 @@ from moesaic.engine.serving.facts import ModelFacts
 from moesaic.engine.serving.paged_runner import BLOCK_SIZE, blocks_in, paged_runner_for
 from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.solo_runner import SoloRunner
-from moesaic.errors import PlanDoesNotFitError
+from moesaic.errors import ConfigError, PlanDoesNotFitError
 from moesaic.kernels import set_num_threads
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
 
@@ -103,11 +103,21 @@ def engine_of(
         tokenizer: the model's; None: tokens without text.
         options: how it is served.
         facts: what is known of it.
+
+    Raises:
+        PlanDoesNotFitError: the DRAM does not suffice for the cache.
+        ConfigError: `kv_cache` does not suffice for `context`.
     """
     runner, note = _runner(model, prepared.plan, options)
     if note:
         _LOG.warning(note)
         facts = None if facts is None else replace(facts, notes=(*facts.notes, note))
+    room = runner.pool.num_blocks * runner.pool.block_size
+    if options.context is not None and room < options.context:
+        raise ConfigError(
+            f"the cache holds {room} tokens, but the context is to be {options.context}: give the cache more memory, "
+            "or leave its size out."
+        )
     longest = _longest(model)
     context = longest if options.context is None else min(options.context, longest or options.context)
     return Engine(

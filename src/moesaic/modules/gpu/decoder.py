@@ -123,9 +123,9 @@ class GpuDecoder:
         """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
         return self.ends.embed(token_ids)
 
-    def run(self, hidden: torch.Tensor, step: GpuStep) -> None:
-        """All layers on float32 `[tokens, hidden_size]`, contiguous, on the GPU, in place."""
-        for layer in self.layers:
+    def run(self, hidden: torch.Tensor, step: GpuStep, first: int = 0, count: int | None = None) -> None:
+        """All layers, or `count` from `first` on, on float32 `[tokens, hidden_size]`, contiguous, in place."""
+        for layer in self.layers[first : None if count is None else first + count]:
             layer(hidden, step)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -43,24 +43,34 @@ class CpuTail:
                 "the plan 'layers' cannot run yet: use 'hybrid' or 'cpu'."
             )
 
-    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
+    @property
+    def num_layers(self) -> int:
+        """Layers on the CPU."""
+        return len(self._layers)
+
+    def __call__(
+        self, hidden: torch.Tensor, sequence: PagedSequence, first: int = 0, count: int | None = None
+    ) -> torch.Tensor:
         """Go on with the newest tokens of a sequence.
 
         Args:
-            hidden: float32 `[tokens, hidden_size]` on the CPU.
+            hidden: float32 `[tokens, hidden_size]` on the CPU, behind the layers before `first`.
             sequence: already has them.
+            first: of the layers on the CPU, where to go on.
+            count: so many layers; all that are left if None.
 
         Returns:
-            Hidden states behind the last layer, float32 `[tokens, hidden_size]`.
+            Hidden states behind these layers, float32 `[tokens, hidden_size]`.
         """
         cache = self._caches.setdefault(sequence, GrowingCache(self._config))
         before = sequence.length - len(hidden)
-        for layer in cache.layers[self._first :]:
+        chosen = slice(first, None if count is None else first + count)
+        for layer in cache.layers[self._first :][chosen]:
             layer.crop(min(0, before - layer.get_seq_length()))
         x = hidden.unsqueeze(0)
         positions = torch.arange(before, sequence.length).unsqueeze(0)
         angles = self._rotary(x, positions)
-        for layer in self._layers:
+        for layer in self._layers[chosen]:
             x = layer(
                 x,
                 attention_mask=None,

@@ -1,0 +1,92 @@
+"""Steps of a model on a GPU: decode steps in batches that graphs are captured for, prompts layer by layer.
+
+It only puts `engine.gpu`'s runner behind the scheduler's interface. It needs Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moesaic.engine.gpu.partial_prefill import PartialPrefill
+from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.kvcache.paged import PagedSequence
+from moesaic.placement.vram import PREFILL_CHUNK
+
+__all__ = ["GpuStepRunner"]
+
+
+class GpuStepRunner:
+    """A `StepRunner` over a `ModelRunner`.
+
+    Args:
+        runner: who computes.
+        max_batch: most sequences of a step, which goes in batches of the runner's; with recurrent states no more than
+            there are.
+        max_chunk: most tokens of a prefill.
+
+    Attributes: as `StepRunner`.
+    """
+
+    def __init__(self, runner: ModelRunner, max_batch: int = 64, max_chunk: int = PREFILL_CHUNK) -> None:
+        self._runner, decoder = runner, runner.decoder
+        self.pool, self.states = runner.pool, runner.states
+        self.max_batch = max_batch if runner.states is None else min(max_batch, runner.states.num_slots)
+        self.max_chunk = max_chunk
+        self.num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
+        self.vocab_size = decoder.vocab_size
+        self.shares_prefixes = runner.states is None and decoder.tail is None  # what a tail keeps is in no block
+
+    def new_sequence(self) -> PagedSequence:
+        """An empty one."""
+        return self._runner.new_sequence()
+
+    def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+        """As `StepRunner.decode`."""
+        size, logits = self._runner.options.max_batch, list[torch.Tensor]()
+        try:
+            for first in range(0, len(sequences), size):
+                batch = slice(first, first + size)
+                rows = self._runner.decode(sequences[batch], token_ids[batch])
+                logits.append(rows.to("cpu", copy=True))
+        except BaseException:
+            for sequence in sequences[: len(logits) * size]:  # the others are as they were, by the runner's care
+                sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
+            raise
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> GpuPrefill:
+        """As `StepRunner.start_prefill`."""
+        return GpuPrefill(self._runner.start_prefill(parts))
+
+    def expert_uses(self) -> tuple[int, int]:
+        """As `StepRunner.expert_uses`."""
+        cache = self._runner.slots.cache
+        if cache is None:
+            return 0, 0
+        return int(cache.policy.hits.sum()), int(cache.policy.uses.sum())
+
+    def forget(self, sequence: PagedSequence) -> None:
+        """As `StepRunner.forget`."""
+        sequence.free()
+
+    def close(self) -> None:
+        """As `StepRunner.close`; the model keeps what it needs for `generate()`."""
+
+
+class GpuPrefill:
+    """A `PrefillWork`: the GPU's, with logits on the CPU."""
+
+    def __init__(self, work: PartialPrefill) -> None:
+        self._work = work
+        self.advance, self.abandon = work.advance, work.abandon
+
+    @property
+    def num_layers_left(self) -> int:
+        """As `PrefillWork`."""
+        return self._work.num_layers_left
+
+    def logits(self) -> torch.Tensor:
+        """As `PrefillWork`."""
+        return self._work.logits().cpu()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import msgspec
 import uvicorn
@@ -25,6 +26,7 @@ from moesaic.server.errors import ApiError, error_body, to_api_error
 from moesaic.server.operation import Operation
 from moesaic.server.state import ModelInfo, ServerState
 
+T = TypeVar("T")
 STATS = RequestStats(12, 5, 7, 0.01, 0.1, 0.2)
 """Of a scripted answer."""
 
@@ -44,8 +46,12 @@ class ScriptedChat:
     wait: float = 0.0  # before the first event
     asked: list[ChatRequest] = field(default_factory=list)
     completed: list[tuple[str, SamplingParams]] = field(default_factory=list)
+    kept: list[AsyncGenerator[Any, None]] = field(default_factory=list)
 
-    async def chat(self, request: ChatRequest, request_id: str) -> AsyncIterator[Event]:
+    def chat(self, request: ChatRequest, request_id: str) -> AsyncIterator[Event]:
+        return self._keep(self._events(request, request_id))
+
+    async def _events(self, request: ChatRequest, request_id: str) -> AsyncGenerator[Event, None]:
         self.asked.append(request)
         prompt = self.encode_chat(request)
         await asyncio.sleep(self.wait)
@@ -65,9 +71,12 @@ class ScriptedChat:
         finally:
             await pieces.aclose()
 
-    async def complete(
+    def complete(self, prompt: str | Sequence[int], params: SamplingParams, request_id: str) -> AsyncIterator[Chunk]:
+        return self._keep(self._chunks(prompt, params, request_id))
+
+    async def _chunks(
         self, prompt: str | Sequence[int], params: SamplingParams, request_id: str
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         assert isinstance(prompt, str)
         self.completed.append((prompt, params))
         pieces = self.engine.generate(self.encode(prompt), params, request_id=request_id)
@@ -76,6 +85,11 @@ class ScriptedChat:
                 yield chunk
         finally:
             await pieces.aclose()
+
+    def _keep(self, answer: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """Hold on to it, so that nothing but `aclose` ends it."""
+        self.kept.append(answer)
+        return answer
 
     def encode_chat(self, request: ChatRequest) -> list[int]:
         if self.refuse:

@@ -41,7 +41,7 @@ class Served:
         for line in self.process.stderr:
             self.log.append(line)
 
-    def _wait_for(self, pattern: str, seconds: float = 60.0) -> str:
+    def _wait_for(self, pattern: str, seconds: float = 120.0) -> str:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             found = re.search(pattern, "".join(self.log))
@@ -52,12 +52,12 @@ class Served:
         raise AssertionError("".join(self.log))
 
     def health(self) -> str:
-        answer = httpx.get(f"{self.url}/health", timeout=30)
+        answer = httpx.get(f"{self.url}/health", timeout=120)  # loading libraries holds the interpreter
         status = str(answer.json()["status"])
         assert answer.status_code == (200 if status == "ok" else 503)
         return status
 
-    def wait_ready(self, seconds: float = 120.0) -> None:
+    def wait_ready(self, seconds: float = 300.0) -> None:
         deadline = time.monotonic() + seconds
         while True:
             self.statuses.append(self.health())
@@ -69,7 +69,7 @@ class Served:
     def send(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def end(self, seconds: float = 30.0) -> int:
+    def end(self, seconds: float = 120.0) -> int:
         """The exit code."""
         code = self.process.wait(seconds)
         self._reader.join(5)

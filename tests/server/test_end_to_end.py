@@ -257,12 +257,12 @@ def test_a_signal_while_it_loads() -> None:
     with served("demo") as server:
         assert server.health() == "loading"
         server.send(signal.SIGINT)
-        assert server.end(10) == 0
+        assert server.end() == 0
 
 
 def test_a_model_that_is_not_there() -> None:
     with served("/no/such/model.gguf") as server:
-        assert server.end(60) == 1
+        assert server.end() == 1
     assert "/no/such/model.gguf" in "".join(server.log) and "Traceback" not in "".join(server.log)
 
 

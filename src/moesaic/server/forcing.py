@@ -57,7 +57,7 @@ def answer_grammar(
         assert style is not None
         rules += _with_calls(request, style, tuple(tools), terminal, answer, wanted is None and not forced)
     else:
-        rules.append(f"body: {answer} wanted")
+        rules.append(f"answer: {answer} wanted")
     if wanted is not None and not forced:
         rules.append(f"wanted: {_embedded(wanted)}")
     ends = [r"TEXT: /(.|\n)*/", r"PLAIN: /([^{](.|\n)*)?/", r"BLANKS: /[ \t\r\n]{0,8}/"]
@@ -67,14 +67,14 @@ def answer_grammar(
 def _thoughts(reasoning: ReasoningStyle | None, thinking: Thinking, terminal: Terminal) -> list[str]:
     """The first rule, and those for what stands before the body."""
     if reasoning is None or thinking not in ("open", "maybe"):
-        return ["start: body"]
+        return ["start: answer"]
     after = terminal(reasoning.between) or "BLANKS"
     if thinking == "open":
-        start = f"start: thoughts {after} {terminal(reasoning.answer)} body"
+        start = f"start: thoughts {after} {terminal(reasoning.answer)} answer"
     elif reasoning.between:
-        start = f"start: ({terminal(reasoning.opener)} thoughts {after})? body"
+        start = f"start: ({terminal(reasoning.opener)} thoughts {after})? answer"
     else:
-        start = f"start: (BLANKS {terminal(reasoning.opener)} thoughts)? BLANKS body"
+        start = f"start: (BLANKS {terminal(reasoning.opener)} thoughts)? BLANKS answer"
     return [start, f"thoughts{until(reasoning.closer, terminal)}"]
 
 
@@ -92,9 +92,9 @@ def _with_calls(
     if search:
         rules.append(f"opening{until(begins, terminal)}")
     if request.tool_choice.mode in ("required", "named"):
-        rules.append("body: calls")
+        rules.append("answer: calls")
     else:
-        rules.append(f"body: calls | {answer} {('PLAIN' if style.only_at_start else 'TEXT') if free else 'wanted'}")
+        rules.append(f"answer: calls | {answer} {('PLAIN' if style.only_at_start else 'TEXT') if free else 'wanted'}")
     return rules
 
 

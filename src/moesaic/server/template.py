@@ -143,7 +143,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             raise _TooMuchError("text")
         return "".join(texts)
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Any call in a template."""
         _tick()
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`

@@ -16,6 +16,18 @@ from moesaic.server.conversation import Event, Finished, ReasoningDelta, TextDel
 
 HELLO: Any = [{"role": "user", "content": "Hi"}]
 TOOL: Any = {"name": "weather", "description": "of a place", "input_schema": {"type": "object", "properties": {}}}
+TIMINGS = {  # of STATS: 7 of 12 tokens in 0.1 s, 6 after the first in 0.2 s
+    "queue_ms": 10.0,
+    "cache_n": 5,
+    "prompt_n": 7,
+    "prompt_ms": 100.0,
+    "prompt_per_second": 70.0,
+    "predicted_n": 7,
+    "predicted_ms": 200.0,
+    "predicted_per_second": 30.0,
+    "expert_hits": 0,
+    "expert_lookups": 0,
+}
 THOUGHTFUL: Sequence[Event] = (
     ReasoningDelta(0, "Let me "),
     ReasoningDelta(0, "see."),
@@ -96,6 +108,7 @@ def test_events_of_thoughts_text_and_calls() -> None:
                 "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": 5,
             },
+            "timings": TIMINGS,
         },
         {"type": "message_stop"},
     ]
@@ -118,6 +131,7 @@ def test_whole_and_streamed_answers_are_the_same() -> None:
     assert whole.to_dict()["content"] == [block.to_dict() for block in streamed.content]
     assert [block.type for block in whole.content] == ["thinking", "text", "tool_use", "tool_use"]
     assert [block.input for block in whole.content if block.type == "tool_use"] == [{"place": "Köln"}, {}]
+    assert whole.to_dict()["timings"] == TIMINGS
     assert whole.usage.to_dict() == streamed.usage.to_dict()
     assert whole.stop_reason == streamed.stop_reason == "tool_use"
 

@@ -69,7 +69,10 @@ def test_stream_is_the_default_and_one_object_per_line() -> None:
     with served() as (client, _):
         answer = httpx.post(f"{client._client.base_url}/api/chat", json={"model": "demo", "messages": HELLO})
     assert answer.headers["content-type"] == "application/x-ndjson"
-    assert [json.loads(line)["message"]["content"] for line in answer.text.splitlines()] == [
+    objects = [json.loads(line) for line in answer.text.splitlines()]
+    assert ["timings" in each for each in objects] == [False] * 4 + [True]
+    assert objects[-1]["timings"]["cache_n"] == 1
+    assert [each["message"]["content"] for each in objects] == [
         "Hello",
         ", ",
         "world",

@@ -15,6 +15,7 @@ from moesaic.server.anthropic.schema import MessageAnswer, TextBlock, ThinkingBl
 from moesaic.server.arguments import arguments_object
 from moesaic.server.conversation import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from moesaic.server.errors import ApiError
+from moesaic.server.timings import make_timings
 
 __all__ = ["MessageBuilder"]
 
@@ -116,14 +117,14 @@ class MessageBuilder:
         if event.reason == "error":
             raise ApiError(500, "the answer could not be completed.", "api_error")
         message = self.message
-        message.usage = _usage(event.stats)
+        message.usage, message.timings = _usage(event.stats), make_timings([[event.stats]])
         message.stop_reason = _REASONS[event.reason]
         if event.reason == "stop" and event.stop is not None:
             message.stop_reason, message.stop_sequence = "stop_sequence", event.stop
         elif event.reason == "length" and event.stats.generated_tokens < self._max_tokens:
             message.stop_reason = "model_context_window_exceeded"
         delta = {"stop_reason": message.stop_reason, "stop_sequence": message.stop_sequence}
-        yield {"type": "message_delta", "delta": delta, "usage": message.usage}
+        yield {"type": "message_delta", "delta": delta, "usage": message.usage, "timings": message.timings}
         yield {"type": "message_stop"}
 
 

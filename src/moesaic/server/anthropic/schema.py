@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from moesaic.server.timings import Timings
+
 __all__ = [
     "AnyBlock",
     "CountTokensBody",
@@ -193,7 +195,7 @@ class Usage(Struct):
 
 
 class MessageAnswer(Struct, kw_only=True):
-    """An answer."""
+    """An answer; `timings` are this server's own, and come with the last."""
 
     id: str
     model: str
@@ -203,6 +205,7 @@ class MessageAnswer(Struct, kw_only=True):
     usage: Usage
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
+    timings: Timings | UnsetType = UNSET
 
 
 class TokenCount(Struct):

@@ -6,7 +6,7 @@ It knows no HTTP.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -15,23 +15,33 @@ from moesaic.engine.serving.outputs import Chunk, RequestStats, TokenLogprob
 from moesaic.server.arguments import arguments_object
 from moesaic.server.conversation import Event, Finished, ReasoningDelta, TextDelta, ToolCallDelta
 from moesaic.server.errors import ApiError
-from moesaic.server.ollama.schema import FunctionCall, Logprob, TokenProbability, ToolCallBody
+from moesaic.server.ollama.schema import (
+    ChatAnswer,
+    FunctionCall,
+    GenerateAnswer,
+    Logprob,
+    TokenProbability,
+    ToolCallBody,
+)
 from moesaic.server.streams import closing
+from moesaic.server.timings import make_timings
 
-__all__ = ["Last", "Piece", "chunk_pieces", "event_pieces", "joined", "now"]
+__all__ = ["Last", "Piece", "chunk_pieces", "event_pieces", "finish", "joined", "now"]
 
 
 @dataclass(slots=True)
 class Last:
-    """How an answer ended; durations are in ns.
+    """How an answer ended.
 
     Attributes:
         reason: why.
-        numbers: the fields of Ollama's last object.
+        stats: counts and times of it.
+        nanoseconds: since it was asked for.
     """
 
     reason: Literal["stop", "length"]
-    numbers: Mapping[str, int]
+    stats: RequestStats
+    nanoseconds: int
 
 
 @dataclass(slots=True)
@@ -103,6 +113,19 @@ async def joined(pieces: AsyncIterator[Piece]) -> Piece:
     return whole
 
 
+def finish(answer: ChatAnswer | GenerateAnswer, last: Last | None) -> None:
+    """Make an object the last one, if the answer has ended."""
+    if last is None:
+        return
+    stats = last.stats
+    answer.done, answer.done_reason = True, last.reason
+    answer.total_duration = last.nanoseconds
+    answer.load_duration = _ns(stats.queue_seconds)
+    answer.prompt_eval_count, answer.prompt_eval_duration = stats.prompt_tokens, _ns(stats.prefill_seconds)
+    answer.eval_count, answer.eval_duration = stats.generated_tokens, _ns(stats.decode_seconds)
+    answer.timings = make_timings([[stats]])
+
+
 def _call(call: ToolCallDelta, arguments: Iterable[str], index: int) -> ToolCallBody:
     values: dict[str, Any] = arguments_object("".join(arguments))
     return ToolCallBody(id=call.id, function=FunctionCall(name=call.name or "", arguments=values, index=index))
@@ -113,15 +136,7 @@ def _last(reason: str, stats: RequestStats, began: int) -> Last:
         raise ApiError(503, "the answer was cancelled by the server.", "api_error")
     if reason == "error":
         raise ApiError(500, "the answer could not be completed.", "api_error")
-    numbers = {
-        "total_duration": time.perf_counter_ns() - began,
-        "load_duration": _ns(stats.queue_seconds),
-        "prompt_eval_count": stats.prompt_tokens,
-        "prompt_eval_duration": _ns(stats.prefill_seconds),
-        "eval_count": stats.generated_tokens,
-        "eval_duration": _ns(stats.decode_seconds),
-    }
-    return Last("length" if reason == "length" else "stop", numbers)
+    return Last("length" if reason == "length" else "stop", stats, time.perf_counter_ns() - began)
 
 
 def _ns(seconds: float) -> int:

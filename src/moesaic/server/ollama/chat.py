@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from moesaic.server.bodies import read_body
 from moesaic.server.ndjson import ndjson_response
-from moesaic.server.ollama.answers import Piece, event_pieces, joined, now
+from moesaic.server.ollama.answers import Piece, event_pieces, finish, joined, now
 from moesaic.server.ollama.replies import json_response, require_ready
 from moesaic.server.ollama.schema import ChatAnswer, ChatBody, OutputMessage
 from moesaic.server.ollama.translate import chat_conversation
@@ -53,8 +53,7 @@ async def _objects(model: str, answer: Answer[Piece]) -> AsyncGenerator[ChatAnsw
 def _answer(model: str, piece: Piece) -> ChatAnswer:
     message = OutputMessage(role="assistant", content=piece.text, thinking=piece.thinking, tool_calls=piece.calls)
     made = ChatAnswer(model=model, created_at=now(), message=message, done=False, logprobs=piece.logprobs)
-    if piece.last is not None:
-        made.finish(piece.last.reason, piece.last.numbers)
+    finish(made, piece.last)
     return made
 
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from moesaic.server.bodies import read_body, refuse_unsupported
 from moesaic.server.errors import ApiError
 from moesaic.server.ndjson import ndjson_response
-from moesaic.server.ollama.answers import Piece, chunk_pieces, event_pieces, joined, now
+from moesaic.server.ollama.answers import Piece, chunk_pieces, event_pieces, finish, joined, now
 from moesaic.server.ollama.replies import json_response, require_ready
 from moesaic.server.ollama.schema import GenerateAnswer, GenerateBody
 from moesaic.server.ollama.translate import common_params, prompt_conversation
@@ -71,8 +71,7 @@ def _answer(model: str, piece: Piece) -> GenerateAnswer:
         done=False,
         logprobs=piece.logprobs,
     )
-    if piece.last is not None:
-        made.finish(piece.last.reason, piece.last.numbers)
+    finish(made, piece.last)
     return made
 
 

@@ -6,10 +6,11 @@ accepted: keep_alive (the model stays), verbose. It does not know what conversat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+from moesaic.server.timings import Timings
 
 __all__ = [
     "ChatAnswer",
@@ -211,7 +212,7 @@ class OutputMessage(Struct, kw_only=True, omit_defaults=True):
 
 
 class _Answer(Struct, kw_only=True, omit_defaults=True):
-    """A piece of an answer, or all of it; counts and times in ns with the last."""
+    """A piece of an answer, or all of it; with the last, counts and times in ns, and `timings`, this server's own."""
 
     model: str
     created_at: str
@@ -224,12 +225,7 @@ class _Answer(Struct, kw_only=True, omit_defaults=True):
     prompt_eval_duration: int | None = None
     eval_count: int | None = None
     eval_duration: int | None = None
-
-    def finish(self, reason: Literal["stop", "length"], numbers: Mapping[str, int]) -> None:
-        """Make it the last piece, with counts and times by their fields' names."""
-        self.done, self.done_reason = True, reason
-        for name, value in numbers.items():
-            setattr(self, name, value)
+    timings: Timings | UnsetType = UNSET
 
 
 class ChatAnswer(_Answer, kw_only=True, omit_defaults=True):

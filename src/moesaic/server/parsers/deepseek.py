@@ -68,9 +68,10 @@ class DeepSeek(ToolStyle):
         return _SECTION
 
     def grammar(self, tools: Sequence[Tool], parallel: bool, terminal: Terminal, first: str) -> str | None:
-        """A section with calls without blanks between them."""
-        rules = [f"calls: {first} call{'+' if parallel else ''} {terminal(_SECTION_END)}"]
-        rules.append(f"call: {terminal(_CALL)} {alternatives('call', len(tools))} {terminal(_CALL_END)}")
+        """A section with calls, which may be parted by a line break."""
+        more = "(BREAK body)*" if parallel else ""
+        rules = [f"calls: {first} body {more} {terminal(_SECTION_END)}", r"BREAK: /\n?/"]
+        rules.append(f"body: {terminal(_CALL)} {alternatives('call', len(tools))} {terminal(_CALL_END)}")
         rules += [f"call_{index}: {self._body(tool, terminal)}" for index, tool in enumerate(tools)]
         return "\n".join(rules)
 

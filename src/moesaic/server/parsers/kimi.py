@@ -2,8 +2,8 @@
 
 Format: docs/tool_call_guidance.md and chat template of moonshotai/Kimi-K2-Instruct:
 `<|tool_call_begin|>functions.NAME:NUMBER<|tool_call_argument_begin|>{...}<|tool_call_end|>`, all calls of a turn
-between `<|tool_calls_section_begin|>` and `<|tool_calls_section_end|>`. What stands before the arguments is the call's id; the
-number counts all calls of a conversation.
+between `<|tool_calls_section_begin|>` and `<|tool_calls_section_end|>`. What stands before the arguments is the call's
+id; its number counts all calls of a conversation.
 """
 
 from __future__ import annotations

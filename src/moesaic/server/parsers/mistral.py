@@ -28,6 +28,7 @@ __all__ = ["Mistral", "MistralList"]
 
 _OPENER, _ID, _ARGUMENTS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _LETTERS = string.ascii_letters + string.digits
+_HEAD = re.compile(r"([\w.-]+)\s*(?:\[CALL_ID\]\s*([A-Za-z0-9]*))?\s*(?:\[ARGS\]\s*)?(?=\{)")
 _NINE = re.compile(r"[A-Za-z0-9]{9}")
 
 
@@ -101,16 +102,12 @@ def _list(text: str) -> tuple[list[Call], str] | Verdict:
 
 def _single(text: str) -> tuple[list[Call], str] | Verdict:
     """One call, and what follows it. Some models leave the marker between name and arguments out."""
-    head, found, body = text.partition(_ARGUMENTS)
-    if not found:
-        head, brace, body = text.partition("{")
-        body = brace + body
-    name, _, identity = head.partition(_ID)
-    loaded = load_prefix(body)
-    if isinstance(loaded, str):
-        return loaded
-    value, end = loaded
-    name, identity = name.strip(), identity.strip()
-    if not re.fullmatch(r"[\w.-]+", name) or not isinstance(value, dict):
+    head = _HEAD.match(text)
+    loaded = load_prefix(text[head.end() :]) if head is not None else "malformed"
+    if head is None or isinstance(loaded, str):
+        return loaded if isinstance(loaded, str) else "malformed"
+    value, size = loaded
+    if not isinstance(value, dict):
         return "malformed"
-    return [Call(name, body[:end].strip(), identity or None)], body[end:].lstrip()
+    end = head.end() + size
+    return [Call(head[1], text[head.end() : end].strip(), head[2] or None)], text[end:].lstrip()

@@ -45,7 +45,11 @@ def marker_terminal(special: Mapping[str, int]) -> Terminal:
 def until(text: str, terminal: Terminal) -> str:
     """What follows a rule's name: anything up to a text, and the text."""
     written = terminal(text)
-    return f": TEXT {written}" if written.startswith("<[") else f"[lazy]: TEXT {quote(text)}"
+    head, number, rest = written.partition("<[")
+    if not number:
+        return f"[lazy]: TEXT {quote(text)}"
+    before = re.escape(json.loads(head)).replace("/", "\\/") if head else ""
+    return f": /(.|\\n)*{before}/ {number}{rest}"
 
 
 def json_rule(schema: Any) -> str:

@@ -88,6 +88,7 @@ class Scanner:
         self._blank = True  # nothing of this part was given out yet
         self._trim = opened  # blanks at this part's beginning are dropped
         self._scanned = 0  # so much of a block has no closer, or none that counts
+        self._before = ""  # blanks in front of a block, which belong to the text if it is none
         self._called = False
         self._pieces: list[Piece] = []
 
@@ -159,8 +160,7 @@ class Scanner:
         if self._style is not None and self._style.only_at_start and self._blank and not self._called:
             stripped = self._buffer.lstrip()
             if stripped.startswith(self._style.openers):
-                self._skip(len(self._buffer) - len(stripped))
-                self._begin("block")
+                self._open_block(len(self._buffer) - len(stripped))
                 return True
             if any(opener.startswith(stripped) for opener in self._style.openers):
                 return False
@@ -174,12 +174,16 @@ class Scanner:
             return True
         given = len(self._buffer[: found.start()].rstrip())
         self._give(given)
-        self._skip(found.start() - given)
         if found[0] in self._openers:
-            self._begin("block")
+            self._open_block(found.start() - given)
         else:
-            self._skip(len(found[0]))
+            self._skip(found.end() - given)
         return True
+
+    def _open_block(self, blanks: int) -> None:
+        self._before = self._buffer[:blanks]
+        self._skip(blanks)
+        self._state, self._scanned = "block", 0
 
     def _collect(self) -> bool:
         found = self._in_block.first(self._buffer, self._scanned)
@@ -201,29 +205,27 @@ class Scanner:
         else:  # no call: its opener is text, and the rest of it is looked at again
             opener = next(text for text in self._style.openers if self._buffer.startswith(text))
             self._state = "text"
-            self._give(len(opener))
+            self._give(len(opener), self._before)
 
     def _settled(self, markers: Markers) -> int:
         return len(self._buffer) - markers.held(self._buffer)
 
-    def _begin(self, state: Literal["reasoning", "text", "block"]) -> None:
-        if state != "block":
-            self._blank, self._trim = True, True
-        self._state, self._scanned = state, 0
+    def _begin(self, state: Literal["reasoning", "text"]) -> None:
+        self._state, self._blank, self._trim = state, True, True
 
-    def _give(self, size: int) -> bool:
+    def _give(self, size: int, before: str = "") -> bool:
         """Give out the first characters of the buffer as what they are; whether there were any."""
         if self._blank and self._trim:
             text = self._buffer[:size]
             blanks = len(text) - len(text.lstrip())
             self._skip(blanks)
-            size -= blanks
+            size, before = size - blanks, ""
         if size <= 0:
             return False
         text, self._buffer = self._buffer[:size], self._buffer[size:]
         self._end += size
         self._blank = False
-        self._pieces.append((ReasoningPiece if self._state == "reasoning" else TextPiece)(text, self._end))
+        self._pieces.append((ReasoningPiece if self._state == "reasoning" else TextPiece)(before + text, self._end))
         return True
 
     def _skip(self, size: int) -> None:

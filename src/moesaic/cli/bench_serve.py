@@ -126,6 +126,7 @@ def _measure_engine(arguments: argparse.Namespace, load: Load) -> ServeResult:
         num_layers=arguments.layers,
         users=load.most_users,
         positions=load.positions,
+        cache_positions=load.positions * load.most_users,
         threads=arguments.threads,
         gguf=arguments.gguf,
         plan=arguments.plan,

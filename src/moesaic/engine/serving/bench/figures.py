@@ -138,6 +138,9 @@ def _made(answer: Record, windows: Sequence[tuple[float, float]]) -> float:
     """Tokens of an answer that were made within windows, with fractions."""
     total = 0.0
     for begin, end, count in zip(answer.times, answer.times[1:], answer.counts[1:], strict=False):
-        inside = sum(max(0.0, min(end, right) - max(begin, left)) for left, right in windows)
-        total += count if end == begin and inside else count * inside / (end - begin) if end > begin else 0.0
+        if end > begin:
+            inside = sum(max(0.0, min(end, right) - max(begin, left)) for left, right in windows)
+            total += count * inside / (end - begin)
+        else:
+            total += count * any(left < end <= right for left, right in windows)
     return total

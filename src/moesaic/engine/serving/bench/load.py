@@ -30,9 +30,9 @@ class Lengths:
         Raises:
             ConfigError: it is neither.
         """
-        first, _, last = text.partition("-")
-        low, high = (int(part) if part.isdecimal() else 0 for part in (first, last or first))
-        if not 1 <= low <= high:
+        parts = text.split("-")
+        low, high = (int(part) if part.isdecimal() else 0 for part in (parts[0], parts[-1]))
+        if len(parts) > 2 or not 1 <= low <= high:
             raise ConfigError(f"'{text}' is no length: expected a number of tokens such as 128, or a range as 64-256.")
         return cls(low, high)
 

@@ -63,6 +63,7 @@ def make_subject(
     num_layers: int | None = None,
     users: int,
     positions: int,
+    cache_positions: int,
     threads: int | None = None,
     gguf: str | None = None,
     plan: str = "auto",
@@ -79,6 +80,7 @@ def make_subject(
         num_layers: layers of a synthetic model; all if None.
         users: most answers at once.
         positions: tokens of prompt and answer together, of the longest request.
+        cache_positions: tokens that the cache has room for, of all requests at a time.
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
         plan: as for `from_pretrained`.
@@ -91,7 +93,7 @@ def make_subject(
     """
     if threads is not None:
         set_num_threads(threads)
-    needed = users * (positions + BLOCK_SIZE) + _SPARE_BLOCKS * BLOCK_SIZE
+    needed = cache_positions + (users + _SPARE_BLOCKS) * BLOCK_SIZE
     prepared, total = prepare_subject(
         model,
         preset,

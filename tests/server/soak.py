@@ -15,7 +15,8 @@ GIVES_UP = 5
 """One request in so many is given up."""
 ERRORS = ('"error":{', '"error":"', '"type":"error"', "event: error", "response.failed")
 """In the last line of a stream that failed."""
-WORDS = "what is the sum of and please tell me a story about 12 30 495 7 Größe 你好 then again why not".split()
+SENTENCE = "what is the sum of and please tell me a story about 12 30 495 7 Größe 你好 then again why not"
+WORDS = SENTENCE.split()
 BEGINNINGS = [" ".join(random.Random(number).choices(WORDS, k=150)) for number in range(3)]
 
 

@@ -95,7 +95,7 @@ def test_failures_are_told_as_the_server_tells_them() -> None:
 
 def test_a_server_that_is_not_there_or_lists_nothing() -> None:
     async def main() -> None:
-        with pytest.raises(ConfigError, match="nothing answers at http://127.0.0.1:9/v1/models"):
+        with pytest.raises(ConfigError, match=r"nothing answers at http://127\.0\.0\.1:9/v1/models"):
             async with HttpTarget("http://127.0.0.1:9"):
                 pass
         async with local_server(ScriptedEngine(), "scripted") as url:

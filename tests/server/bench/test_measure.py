@@ -35,7 +35,12 @@ def test_random_weights_directly_and_over_http(
         capsys, "--synthetic", "tiny", "--format", "Q8_0", "--layers", "2", "--users", "1,3", "--http", *SHORT
     )
     figures = result["figures"]
-    assert [(each["via"], each["users"]) for each in figures] == [("engine", 1), ("engine", 3), ("http", 1), ("http", 3)]
+    assert [(each["via"], each["users"]) for each in figures] == [
+        ("engine", 1),
+        ("engine", 3),
+        ("http", 1),
+        ("http", 3),
+    ]
     for each in figures:
         assert (each["requests"], each["failed"]) == (2 * each["users"], 0)
         assert each["generated_tokens"] == 12 * each["users"]
@@ -87,7 +92,9 @@ def test_wrong_usage(arguments: str, words: str, capsys: pytest.CaptureFixture[s
 
 def test_the_table() -> None:
     one = LoadFigures("engine", 1, None, 2, 0, (), 2.0, 20, 0, 10, 9.0, 9.5, 50.0, 60.0, 70.0, 1.0, 5.0, 20.0)
-    more = LoadFigures("engine", 8, None, 9, 1, (("429: busy\x1b", 1),), 2.0, 20, 8, 10, None, None, 1, 2, 3, 1, 5, 36.0)
+    more = LoadFigures(
+        "engine", 8, None, 9, 1, (("429: busy\x1b", 1),), 2.0, 20, 8, 10, None, None, 1, 2, 3, 1, 5, 36.0
+    )
     text = render(ServeResult("m", "10", "5", (one, more), (Bound(8, None, 51.6, 2e9, 2.25, 45.0, 36.0, 0.8),)))
     lines = text.splitlines()
     assert len({len(line) for line in lines[3:6]}) == 1  # columns

@@ -40,6 +40,7 @@ class Latency:
         tokens: that were measured, each way.
         direct_p50, direct_p99: of `generate` in the engine's process.
         http_p50, http_p99: of a stream of `/v1/completions`.
+        loop_microseconds: processor time of the server's event loop per token, requests included.
     """
 
     streams: int
@@ -49,6 +50,7 @@ class Latency:
     direct_p99: float
     http_p50: float
     http_p99: float
+    loop_microseconds: float
 
     @property
     def added_p50(self) -> float:
@@ -83,7 +85,9 @@ async def measure_latency(streams: int = 64, step_seconds: float = 0.05, steps: 
         arrivals = await asyncio.gather(*(_direct(engine, steps) for _ in range(streams)))
         direct = _milliseconds([each for stream in arrivals for each in stream], runner, steps)
         async with local_server(engine, _NAME) as url:
+            before = time.thread_time()
             http = _milliseconds(await _through_http(url, streams, steps), runner, steps)
+            in_loop = time.thread_time() - before
     finally:
         await engine.close()
     if not direct or not http:
@@ -96,6 +100,7 @@ async def measure_latency(streams: int = 64, step_seconds: float = 0.05, steps: 
         percentile(direct, 99) or 0.0,
         percentile(http, 50) or 0.0,
         percentile(http, 99) or 0.0,
+        1e6 * in_loop / (streams * steps),
     )
 
 
@@ -117,7 +122,14 @@ async def _direct(engine: AsyncEngine, steps: int) -> list[Arrival]:
 async def _through_http(url: str, streams: int, steps: int) -> list[Arrival]:
     """Let another process ask; both have the same clock."""
     host, _, port = url.removeprefix("http://").rpartition(":")
-    body = {"model": _NAME, "prompt": _PROMPT, "max_tokens": steps, "temperature": 0, "ignore_eos": True, "stream": True}
+    body = {
+        "model": _NAME,
+        "prompt": _PROMPT,
+        "max_tokens": steps,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from moesaic.engine.serving.async_engine import AsyncEngine
     from moesaic.engine.serving.bench.subject import Subject
 
-__all__ = ["Load", "ServeResult", "measure_engine", "measure_url"]
+__all__ = ["Load", "ServeResult", "measure_engine", "measure_running", "measure_url", "started"]
 
 _WARM_UP = BenchRequest((1, 2, 3, 4, 5, 6, 7, 8), 4)
 _MAX_BATCH = 64
@@ -146,34 +146,47 @@ def measure_engine(
     """
 
     async def main() -> ServeResult:
-        async with _started(subject, load) as engine:
-            vocab_size = subject.engine.runner.vocab_size
-            target = EngineTarget(engine, load.temperature, load.seed)
-            done = await _run_loads(load, _run_on(target), "engine", vocab_size, say)
-            bounds = await asyncio.to_thread(_bounds, load, subject, done)
-            if http:
-                done += await _through_http(load, engine, subject.name, vocab_size, say)
-        return _result(load, subject.describe(), done, bounds)
+        async with started(subject, 2 * max(load.requests, load.most_users)) as engine:
+            return await measure_running(load, subject, engine, http=http, say=say)
 
     return asyncio.run(main())
 
 
-def _result(load: Load, subject: str, done: Sequence[_Done], bounds: Sequence[Bound] = ()) -> ServeResult:
-    figures = tuple(each.figures for each in done)
-    return ServeResult(subject, str(load.prompt), str(load.answer), figures, tuple(bounds))
+async def measure_running(
+    load: Load, subject: Subject, engine: AsyncEngine, *, http: bool = False, say: Callable[[str], None] = print
+) -> ServeResult:
+    """As `measure_engine`, on an engine that `started` gave; it is not closed."""
+    vocab_size = subject.engine.runner.vocab_size
+    target = EngineTarget(engine, load.temperature, load.seed)
+    done = await _run_loads(load, _run_on(target), "engine", vocab_size, say)
+    bounds = await asyncio.to_thread(_bounds, load, subject, done)
+    if http:
+        done += await _through_http(load, engine, subject.name, vocab_size, say)
+    return _result(load, subject.describe(), done, bounds)
 
 
 @asynccontextmanager
-async def _started(subject: Subject, load: Load) -> AsyncIterator[AsyncEngine]:
+async def started(subject: Subject, max_waiting: int) -> AsyncIterator[AsyncEngine]:
+    """A subject's engine for the running event loop, closed at the end.
+
+    Args:
+        subject: the model.
+        max_waiting: answers that may wait for their first step.
+    """
     from moesaic.engine.serving.async_engine import AsyncEngine
 
-    engine = AsyncEngine(lambda: subject.engine, max_waiting=2 * max(load.requests, load.most_users))
+    engine = AsyncEngine(lambda: subject.engine, max_waiting=max_waiting)
     engine.start()
     try:
         await engine.wait_ready()
         yield engine
     finally:
         await engine.close()
+
+
+def _result(load: Load, subject: str, done: Sequence[_Done], bounds: Sequence[Bound] = ()) -> ServeResult:
+    figures = tuple(each.figures for each in done)
+    return ServeResult(subject, str(load.prompt), str(load.answer), figures, tuple(bounds))
 
 
 async def _through_http(

@@ -48,7 +48,12 @@ def test_a_load_by_hand() -> None:
 
 def test_if_all_fail_there_are_no_latencies() -> None:
     figures = load_figures([failed(1.0, 2.0, "no")], users=1)
-    assert (figures.failed, figures.ttft_p50, figures.itl_max, figures.decode_tokens_per_second) == (1, None, None, None)
+    assert (figures.failed, figures.ttft_p50, figures.itl_max, figures.decode_tokens_per_second) == (
+        1,
+        None,
+        None,
+        None,
+    )
     assert figures.tokens_per_second == 0
 
 

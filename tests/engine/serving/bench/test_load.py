@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from itertools import pairwise
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_poisson_arrivals_have_exponential_gaps() -> None:
     times = arrival_times(4001, 5.0, "poisson", seed=3)
     assert times == arrival_times(4001, 5.0, "poisson", seed=3)
     assert times != arrival_times(4001, 5.0, "poisson", seed=4)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(times)]
     assert times[0] == 0 and min(gaps) > 0
     assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.05)
     assert statistics.stdev(gaps) == pytest.approx(0.2, rel=0.07)  # of an exponential distribution both are the same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -113,12 +114,18 @@ def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_option_has_help() -> None:
+    def check(command: argparse.ArgumentParser) -> None:
+        for action in command._actions:
+            assert action.help, (command.prog, action.dest)
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    check(inner)
+
     parser = build_parser()
     commands = next(action for action in parser._actions if action.dest == "COMMAND" or action.choices)
     assert commands.choices is not None
     for command in commands.choices.values():
-        for action in command._actions:
-            assert action.help, (command.prog, action.dest)
+        check(command)
 
 
 def test_doctor_as_json() -> None:

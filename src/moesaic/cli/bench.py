@@ -1,4 +1,7 @@
-"""`moesaic bench`: how fast this computer decodes or prefills a model, and how near that is to its memory's limit."""
+"""`moesaic bench`: how fast this computer decodes or prefills a model, and how near that is to its memory's limit.
+
+Loads of many requests are in `bench_serve`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moesaic.cli import bench_serve
 from moesaic.cli.options import add_any_model_arguments, add_budget_arguments, list_presets, positive_int
 from moesaic.errors import ConfigError
 
@@ -18,16 +22,34 @@ if TYPE_CHECKING:
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
-HELP = "measure decode or prefill speed"
+HELP = "measure decode, prefill, or many requests at once"
 DESCRIPTION = (
-    "Measure tokens per second of decode (one token after another) or prefill (a whole prompt), on MODEL or on a model "
-    "of real dimensions with random weights that is built in memory (--synthetic)."
+    "Measure tokens per second of decode (one token after another) or prefill (a whole prompt), or many requests at "
+    "once (serve); on MODEL or on a model of real dimensions with random weights that is built in memory (--synthetic)."
 )
+_SINGLE = {"decode": "one token after another", "prefill": "a whole prompt"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `moesaic bench`."""
-    parser.add_argument("what", choices=("decode", "prefill"), help="what to measure")
+    """Add what can be measured, each with arguments of its own."""
+    whats = parser.add_subparsers(dest="what", metavar="WHAT", required=True, help="what to measure")
+    for what, text in _SINGLE.items():
+        single = whats.add_parser(what, help=f"tokens per second, {text}", description=DESCRIPTION)
+        _add_single_arguments(single)
+        single.set_defaults(measure=_run_single)
+    serve = whats.add_parser("serve", help=bench_serve.HELP, description=bench_serve.DESCRIPTION)
+    bench_serve.add_arguments(serve)
+    serve.set_defaults(measure=bench_serve.run)
+    for each in whats.choices.values():  # it may stand at the end of the line, too
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure what is asked for."""
+    return int(arguments.measure(arguments))
+
+
+def _add_single_arguments(parser: argparse.ArgumentParser) -> None:
     add_any_model_arguments(parser)
     add_budget_arguments(parser)
     parser.add_argument("--tokens", type=positive_int, default=32, metavar="N", help="tokens to decode (32)")
@@ -40,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def _run_single(arguments: argparse.Namespace) -> int:
     """Build or load the model, measure, print."""
     if (arguments.model is None) == (arguments.synthetic is None):
         raise ConfigError("bench needs either MODEL or --synthetic PRESET ('--synthetic list' shows the presets).")

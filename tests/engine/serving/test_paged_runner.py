@@ -56,6 +56,23 @@ def test_every_family_gives_the_logits_of_its_own_forward(family):
     assert runner.pool.num_free == runner.pool.num_blocks
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latents_of_a_long_prompt_are_made_in_parts(family):
+    """The borders of the parts, 256 tokens each, lie inside of sequences and between them."""
+    model = load_tiny(family)
+    runner = runner_of(model, num_blocks=60)
+    ids = tiny_inputs(3, 330)
+    with torch.no_grad():
+        expected = model(ids).logits
+    lengths = [230, 26, 330]
+    sequences = [runner.new_sequence() for _ in lengths]
+    prefill(runner, [(sequences[2], ids[2, :20])])
+    rows = [ids[0, :230], ids[1, :26], ids[2, 20:]]
+    logits = prefill(runner, list(zip(sequences, rows, strict=True)))
+    for index, length in enumerate(lengths):
+        assert relative_error(logits[index], expected[index, length - 1]) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_greedy_text_is_that_of_generate(family):
     model = load_tiny(family)

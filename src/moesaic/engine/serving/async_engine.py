@@ -60,13 +60,20 @@ class AsyncEngine:
     Args:
         factory: makes the engine, in the engine's thread.
         max_waiting: most answers that wait for their first step; more are refused.
+        warm_grammars: prepare for grammars as soon as the model is loaded, in processes beside this one, and not only
+            when the first one comes.
         on_end: called in the event loop if the engine ends by an error, with its text; not by `close`.
     """
 
     def __init__(
-        self, factory: Callable[[], Engine], max_waiting: int = 256, on_end: Callable[[str], None] | None = None
+        self,
+        factory: Callable[[], Engine],
+        max_waiting: int = 256,
+        on_end: Callable[[str], None] | None = None,
+        warm_grammars: bool = False,
     ) -> None:
         self._factory, self._max_waiting, self._on_end = factory, max_waiting, on_end
+        self._warm_grammars = warm_grammars
         self._status: EngineStatus = "loading"
         self._error: str | None = None
         self._engine: Engine | None = None
@@ -183,12 +190,15 @@ class AsyncEngine:
 
     async def _grammar_compiler(self, engine: Engine) -> GrammarCompiler:
         """Made when it is first needed."""
-        if self._compiler is None:
-            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
         try:
-            return await asyncio.shield(self._compiler)
+            return await asyncio.shield(self._start_compiler(engine))
         except TokenizerError as error:
             raise RequestError(str(error), "grammar") from error
+
+    def _start_compiler(self, engine: Engine) -> asyncio.Task[GrammarCompiler]:
+        if self._compiler is None:
+            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
+        return self._compiler
 
     def _accepting(self) -> Engine:
         if self._status == "loading":
@@ -281,6 +291,8 @@ class AsyncEngine:
         self._engine = engine
         if self._status == "loading":
             self._status = "ready"
+            if self._warm_grammars:
+                self._start_compiler(engine)
         self._ready.set()
 
     def _taken(self, key: str, num_answers: int, error: MoesaicError | None) -> None:
@@ -326,4 +338,6 @@ class AsyncEngine:
 def _compiler_for(engine: Engine) -> GrammarCompiler:
     from moesaic.engine.serving.grammar_compiler import GrammarCompiler  # what it needs is needed for nothing else
 
-    return GrammarCompiler(engine.grammar_vocabulary())
+    compiler = GrammarCompiler(engine.grammar_vocabulary())
+    compiler.warm()
+    return compiler

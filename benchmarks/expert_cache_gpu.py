@@ -196,7 +196,8 @@ def promise(turns: Turns, routers: ZipfRouters, slots: int, left: Callable[[], f
     all_threads = num_threads()
     for kind, threads, eager in (
         ("real", all_threads, False), ("real", all_threads, True), ("slow", all_threads, True),
-        ("fourfold", all_threads, True), ("real", 1, False), ("slow", 1, True),
+        ("fourfold", all_threads, True), ("slow", all_threads, False), ("fourfold", all_threads, False),
+        ("real", 1, False), ("slow", 1, True),
     ):  # fmt: skip
         row: Row = {"part": "promise", "link": kind, "threads": threads, "eager": eager}
         if left() < 15:

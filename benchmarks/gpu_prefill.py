@@ -1,7 +1,7 @@
 """Where the time of a prompt goes on one GPU and the DRAM: the link, the card's kernels, the CPU's experts.
 
     python benchmarks/gpu_prefill.py [--model qwen3-30b-a3b] [--format Q4_K] [--layers 16] [--vram 24GiB]
-        [--lengths 512,2048,8192] [--repeat 3] [--chunk 4096] [--forced] [--cache]
+        [--lengths 512,2048,8192] [--repeat 3] [--chunk 4096] [--forced] [--cache] [--host]
 
 Random weights and tokens. For each length: tokens per second of some runs, milliseconds a layer (what the whole model
 would take follows from it, without embedding and head), who computed how many experts, in how long; then of one more
@@ -12,6 +12,9 @@ run under PyTorch's profiler how long copies to the card took all in all, how lo
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
+import pstats
 import statistics
 import time
 from collections import defaultdict
@@ -112,6 +115,14 @@ def take_apart(bench: GpuTimedRuns) -> list[str]:
     return lines
 
 
+def host_profile(bench: GpuTimedRuns) -> str:
+    """Where Python is during a run; it takes longer than without being looked at."""
+    profiler, text = cProfile.Profile(), io.StringIO()
+    profiler.runcall(bench.run)
+    pstats.Stats(profiler, stream=text).strip_dirs().sort_stats("tottime").print_stats(32)
+    return "\n".join("  " + line[:110] for line in text.getvalue().splitlines() if line.strip())
+
+
 def load_model(arguments: argparse.Namespace, layers: int, context: int) -> tuple[Any, int]:
     """On the GPU; and bytes of its routed experts."""
     fmt, vram = get_format(arguments.format), parse_size(arguments.vram)
@@ -160,6 +171,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="512,2048,8192")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--chunk", type=int, default=PREFILL_CHUNK)
+    parser.add_argument("--host", action="store_true", help="what Python does in the meantime (all on the GPU)")
     parser.add_argument("--cache", action="store_true", help="with the expert cache, which begins full")
     parser.add_argument("--forced", action="store_true", help="all on the GPU, all on the CPU too")
     arguments = parser.parse_args()
@@ -192,6 +204,9 @@ def main() -> None:
             print(f"  {per_layer:.2f} ms a layer and chunk (its experts are {link:.2f} ms at 54 GB/s)", end="")
             print(f"; whole model about {whole:.0f} tok/s")
             print("  " + watch.line(layers), flush=True)
+        if arguments.host:
+            watch.forced = "gpu"
+            print(host_profile(bench), flush=True)
         watch.forced = ""
         print("\n".join("  " + line for line in take_apart(bench)), flush=True)
 

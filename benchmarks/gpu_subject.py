@@ -34,7 +34,7 @@ from moesaic.engine.timed_runs import TimedRuns
 from moesaic.kernels import active_isa, num_threads, read_bandwidth
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
-from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH
+from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES
 from moesaic.quant import get_format
 
 DECODE_PROMPT = 16
@@ -177,7 +177,7 @@ class Subject:
         resident = {layer: ResidentExperts.of(experts, self.device) for layer, experts in enumerate(decoder.routed)}
         tail: Any = None if decoder.tail is None else TimedTail(decoder.tail)
         decoder.tail = tail
-        options = RunnerOptions(budget.num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
+        options = RunnerOptions(budget.num_blocks, KV_BLOCK, max_batch=MAX_BATCH, num_states=MAX_STATES)
         runner = ModelRunner(decoder, options, ExpertSlots(resident))
         name = f"layers {of_all}/{self.total_layers}"
         if "decode" in self.task.parts:

@@ -79,7 +79,7 @@ Strides3 projected(const AttentionBlockCall& c, std::int64_t heads, std::int64_t
 
 void append(const AttentionBlockCall& c, const float* from, std::int64_t row_stride, std::int64_t heads,
             std::int64_t dim, void* to, const Strides3& s) {
-    for_rows(c.batch * c.num_tokens, heads * dim, [&](std::int64_t begin, std::int64_t end) {
+    for_rows(c.batch * c.num_tokens, 4 * heads * dim, [&](std::int64_t begin, std::int64_t end) {
         for (std::int64_t i = begin; i < end; ++i) {
             const std::int64_t offset = append_offset(c, i, s);
             for (std::int64_t h = 0; h < heads && offset >= 0; ++h) {

@@ -1,8 +1,15 @@
+#include <algorithm>
+#include <vector>
+
 #include "block_steps.h"
 
 namespace moesaic {
 
 namespace {
+
+// Tokens of a paged call whose queries are multiplied by k_b together: on a latent of 512 numbers per head they are
+// several times as wide as everything else, gigabytes for the tokens of a long prompt.
+constexpr std::int64_t kTokensPerPart = 256;
 
 std::int64_t query_width(const LatentAttentionBlock& b) { return b.num_heads * (b.nope_dim + b.rope_dim); }
 
@@ -47,20 +54,61 @@ void attend(const LatentAttentionBlock& b, const AttentionBlockCall& c, const fl
     attention(a);
 }
 
+// Tokens [begin, end) of a paged call as a call of their own, which does not see the keys of later ones.
+class CallPart {
+  public:
+    CallPart(const AttentionBlockCall& c, std::int64_t begin, std::int64_t end) : call_(c), step_(*c.paged) {
+        const KeyPages& pages = step_.pages;
+        for (std::int64_t s = 0; s <= step_.num_sequences; ++s) {
+            starts_.push_back(static_cast<std::int32_t>(std::clamp<std::int64_t>(pages.starts[s], begin, end) - begin));
+        }
+        for (std::int64_t s = 0; s < step_.num_sequences; ++s) {
+            const std::int64_t later = pages.starts[s + 1] - std::max<std::int64_t>(pages.starts[s], end);
+            const std::int64_t hidden = std::clamp<std::int64_t>(later, 0, pages.num_keys[s]);
+            num_keys_.push_back(static_cast<std::int32_t>(pages.num_keys[s] - hidden));
+        }
+        step_.pages.starts = starts_.data();
+        step_.pages.num_keys = num_keys_.data();
+        call_.num_tokens = end - begin;
+        call_.paged = &step_;
+    }
+    CallPart(const CallPart&) = delete;
+    CallPart& operator=(const CallPart&) = delete;
+    const AttentionBlockCall& call() const { return call_; }
+
+  private:
+    AttentionBlockCall call_;
+    PagedStep step_;
+    std::vector<std::int32_t> starts_, num_keys_;
+};
+
+// attended [tokens, heads * value] of queries q; q_latent and mixed have room for all tokens of the call.
+void attend_absorbed(const LatentAttentionBlock& b, const AttentionBlockCall& c, const float* q, float* q_latent,
+                     float* mixed, float* attended) {
+    const std::int64_t head = b.nope_dim + b.rope_dim;
+    const std::int64_t latents = b.num_heads * b.latent_dim, values = b.num_heads * b.value_dim;
+    const std::int64_t num_tokens = c.batch * c.num_tokens;
+    const auto absorb = b.k_b_transposed ? linear_transposed_heads : linear_heads;
+    absorb(b.k_b, {q, b.num_heads * head, head}, {q_latent, latents, b.latent_dim}, num_tokens);
+    attend(b, c, q, q_latent, mixed);
+    linear_heads(b.v_b, {mixed, latents, b.latent_dim}, {attended, values, b.value_dim}, num_tokens);
+}
+
 }  // namespace
 
 void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
     const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
-    const std::int64_t latents = b.num_heads * b.latent_dim, values = b.num_heads * b.value_dim;
-    Buffers buffers(num_tokens *
-                        (2 * hidden + query_width(b) + row + b.latent_dim + 2 * latents + values + 2 * b.q_a.rows) +
-                    10 * 16);
+    const std::int64_t values = b.num_heads * b.value_dim;
+    const std::int64_t part = c.paged == nullptr ? num_tokens : std::min(num_tokens, kTokensPerPart);
+    const std::int64_t latents = part * b.num_heads * b.latent_dim;
+    Buffers buffers(num_tokens * (2 * hidden + query_width(b) + row + b.latent_dim + values + 2 * b.q_a.rows) +
+                    2 * latents + 10 * 16);
     float* normed = buffers.take(padded(num_tokens * hidden));
     float* q = buffers.take(padded(num_tokens * query_width(b)));
     float* compressed = buffers.take(padded(num_tokens * row));
     float* latent = buffers.take(padded(num_tokens * b.latent_dim));
-    float* q_latent = buffers.take(padded(num_tokens * latents));
-    float* mixed = buffers.take(padded(num_tokens * latents));
+    float* q_latent = buffers.take(padded(latents));
+    float* mixed = buffers.take(padded(latents));
     float* attended = buffers.take(padded(num_tokens * values));
     float* output = buffers.take(padded(num_tokens * hidden));
 
@@ -71,11 +119,14 @@ void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockC
     append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
     append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
 
-    const std::int64_t head = b.nope_dim + b.rope_dim;
-    const auto absorb = b.k_b_transposed ? linear_transposed_heads : linear_heads;
-    absorb(b.k_b, {q, b.num_heads * head, head}, {q_latent, latents, b.latent_dim}, num_tokens);
-    attend(b, c, q, q_latent, mixed);
-    linear_heads(b.v_b, {mixed, latents, b.latent_dim}, {attended, values, b.value_dim}, num_tokens);
+    if (part == num_tokens) {
+        attend_absorbed(b, c, q, q_latent, mixed, attended);
+    } else {
+        for (std::int64_t begin = 0; begin < num_tokens; begin += part) {
+            const CallPart some(c, begin, std::min(num_tokens, begin + part));
+            attend_absorbed(b, some.call(), q + begin * query_width(b), q_latent, mixed, attended + begin * values);
+        }
+    }
     const LinearJob last = job_of(b.o, output);
     linear({&last, 1}, {attended, values}, num_tokens);
     add_scaled(c.x, output, b.residual_scale, num_tokens, hidden, c.out);

@@ -87,7 +87,7 @@ class Forward {
     const std::uint8_t* inner_address(std::int64_t item) const;
     const std::uint8_t* down_address(std::size_t slice, std::int64_t active, std::int64_t panel) const;
     const std::uint8_t* outer_address(std::int64_t item) const {
-        return down_address(static_cast<std::size_t>(item / num_panels_), 0, item % num_panels_);
+        return down_address(static_cast<std::size_t>(item / num_panels_), a_.by_number[0], item % num_panels_);
     }
     float* partial(std::int64_t panel, std::size_t slice) {
         return partial_.data() +
@@ -183,17 +183,18 @@ void Forward::contract_items(WorkQueue::Range items, Buffers& buffers) {
     // Summed apart: the rows of out are often a power of two apart, where caches hold few of them.
     float* sums = buffers.sums.reserve(static_cast<std::size_t>(num_tokens_ * kPair));
     std::fill_n(sums, num_tokens_ * kPair, 0.0f);
-    for (std::int64_t active = 0; active < num_active; ++active) {
+    for (std::int64_t i = 0; i < num_active; ++i) {
+        const std::int64_t active = a_.by_number[i];
         const std::int64_t count = a_.num_slots(active), first = a_.first[active];
         const ExpertTokens tokens = w.inner.of_expert(first, count, buffers.tokens);
         float* y = buffers.up.reserve(output_size(count));
-        const bool last = active + 1 == num_active;
-        multiply_rows(
-            w.slice.down, kernels_[w.slice.down.format->index], rows, a_.experts[active], tokens, y,
-            last ? down_address(slice, 0, panel + rows.num_panels()) : down_address(slice, active + 1, panel));
-        for (std::int64_t i = 0; i < count; ++i) {
-            const Slot& slot = a_.slots[first + i];
-            kernels.add_scaled(y + i * kPair, slot.weight, kPair, sums + slot.token * kPair);
+        const bool last = i + 1 == num_active;
+        multiply_rows(w.slice.down, kernels_[w.slice.down.format->index], rows, a_.experts[active], tokens, y,
+                      last ? down_address(slice, a_.by_number[0], panel + rows.num_panels())
+                           : down_address(slice, a_.by_number[i + 1], panel));
+        for (std::int64_t t = 0; t < count; ++t) {
+            const Slot& slot = a_.slots[first + t];
+            kernels.add_scaled(y + t * kPair, slot.weight, kPair, sums + slot.token * kPair);
         }
     }
     store(slice, rows, sums);

@@ -1,6 +1,7 @@
 #include "moe_assignment.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/matmul.h"
 
@@ -21,6 +22,11 @@ Assignment assign(const Routing& routing, std::int64_t num_tokens, std::int64_t 
         return counts[static_cast<std::size_t>(x)] > counts[static_cast<std::size_t>(y)];
     });
     a.first.assign(1, 0);
+    a.by_number.resize(a.experts.size());
+    std::iota(a.by_number.begin(), a.by_number.end(), 0);
+    std::sort(a.by_number.begin(), a.by_number.end(), [&](std::int64_t x, std::int64_t y) {
+        return a.experts[static_cast<std::size_t>(x)] < a.experts[static_cast<std::size_t>(y)];
+    });
     std::vector<std::int64_t> next(static_cast<std::size_t>(num_experts), 0);
     for (std::int64_t e : a.experts) {
         next[static_cast<std::size_t>(e)] = a.first.back();

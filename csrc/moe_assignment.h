@@ -17,6 +17,9 @@ struct Slot {
 // The slots sorted by expert: those of active expert a are [first[a], first[a + 1]).
 struct Assignment {
     std::vector<std::int64_t> experts;  // active ones, those with most tokens first: no long item starts last
+    // The same from the first expert to the last: in this order a token's experts are summed, which so does not depend
+    // on how many other tokens chose them.
+    std::vector<std::int64_t> by_number;
     std::vector<std::int64_t> first;
     std::vector<Slot> slots;
     // Where slots are when those of each expert begin with a tile of rows (Bf16Tokens), and how many places there are.

@@ -1,4 +1,7 @@
 // Float weights times float activations; included by matmul.isa.cpp inside its anonymous namespace.
+//
+// A sum goes through the columns in order whatever the number of tokens, so that what a token gets does not depend on
+// how many there are; the sums of two panels at once hide the latency of fma.
 
 constexpr int kFloatChunk = 256;  // columns that are converted together for many tokens
 
@@ -48,80 +51,112 @@ void convert_cols(const uint8_t* panel, int64_t first_col, int num_cols, float* 
     }
 }
 
-// Several sums per token hide the latency of fma.
-template <int T>
-constexpr int kChains = T == 1 ? 8 : (T == 2 ? 4 : 2);
+// P panels that a thread goes through together, each to its end.
+template <int P>
+struct PanelColumns {
+    const uint8_t* at[P];
+    WeightStream streams[P];
+};
 
-// direct_float() for a format in blocks: the sums of a block are scaled at its end.
-template <class F, int T>
-void direct_float_blocks(const uint8_t* panel, const WeightStream& stream, int64_t cols, const float* const* tokens,
-                         float* out) {
-    constexpr int kN = kChains<T>, kUnrolled = 2 * F::kStep;
-    constexpr int kScaleBytes = 16 * (F::kBlockBytes - F::kBlock);
-    for (int t = 0; t < T; ++t) store(out + t * kOutputStride, set1(0.0f));
-    for (int64_t first = 0; first < cols; first += F::kBlock, panel += 16 * F::kBlockBytes) {
-        const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
-        vf sums[T][kN];
-        for (int t = 0; t < T; ++t) {
-            for (int c = 0; c < kN; ++c) sums[t][c] = set1(0.0f);
-        }
-        for (int k = 0; k < F::kBlock; k += kUnrolled) {
-            prefetch_bytes<16 * kUnrolled>(ahead + 16 * k);
+// The next kBytes of each panel will be read soon.
+template <int kBytes, int P>
+MOESAIC_INLINE void prefetch_columns(const PanelColumns<P>& panels) {
+    MOESAIC_UNROLL
+    for (int p = 0; p < P; ++p) prefetch_bytes<kBytes>(WeightStream::ahead_of(panels.streams[p], panels.at[p]));
+}
+
+template <int P>
+MOESAIC_INLINE void advance(PanelColumns<P>& panels, int64_t num_bytes) {
+    MOESAIC_UNROLL
+    for (int p = 0; p < P; ++p) panels.at[p] += num_bytes;
+}
+
+// sums[t][p] += F::kStep columns of weights, times the scale of their block if F has blocks, times T tokens.
+template <class F, int T, int P>
+MOESAIC_INLINE void add_columns(const PanelColumns<P>& panels, const vf (&scales)[P], const float* const* tokens,
+                                int64_t col, vf (&sums)[T][P]) {
+    vf weights[P][F::kStep];
+    MOESAIC_UNROLL
+    for (int p = 0; p < P; ++p) {
+        F::load_weights(panels.at[p], weights[p]);
+        if constexpr (F::kBlock > 1) {
             MOESAIC_UNROLL
-            for (int j = 0; j < kUnrolled; j += F::kStep) {
-                vf weights[F::kStep];
-                F::load_weights(panel + 16 * (k + j), weights);
-                MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) {
-                    for (int s = 0; s < F::kStep; ++s) {
-                        vf& sum = sums[t][(j + s) % kN];
-                        sum = fma(weights[s], set1(tokens[t][first + k + j + s]), sum);
-                    }
-                }
-            }
+            for (int s = 0; s < F::kStep; ++s) weights[p][s] = mul(weights[p][s], scales[p]);
         }
-        prefetch_bytes<kScaleBytes>(ahead + 16 * F::kBlock);
-        const vf scale = F::load_scale(panel);
+    }
+    MOESAIC_UNROLL
+    for (int s = 0; s < F::kStep; ++s) {
+        MOESAIC_UNROLL
         for (int t = 0; t < T; ++t) {
-            vf sum = sums[t][0];
-            for (int c = 1; c < kN; ++c) sum = add(sum, sums[t][c]);
-            store(out + t * kOutputStride, fma(sum, scale, load(out + t * kOutputStride)));
+            const vf value = set1(tokens[t][col + s]);
+            MOESAIC_UNROLL
+            for (int p = 0; p < P; ++p) sums[t][p] = fma(weights[p][s], value, sums[t][p]);
         }
     }
 }
 
-// out[t][0..15] for T tokens and one panel, straight from the packed bytes.
-template <class F, int T>
-void direct_float(const uint8_t* panel, const WeightStream& stream, int64_t cols, const float* const* tokens,
-                  float* out) {
-    constexpr int kN = kChains<T>;
-    vf sums[T][kN];
-    for (int t = 0; t < T; ++t) {
-        for (int c = 0; c < kN; ++c) sums[t][c] = set1(0.0f);
+// All columns of a format in blocks.
+template <class F, int T, int P>
+MOESAIC_INLINE void add_blocks(PanelColumns<P>& panels, int64_t cols, const float* const* tokens, vf (&sums)[T][P]) {
+    constexpr int kScaleBytes = 16 * (F::kBlockBytes - F::kBlock);
+    for (int64_t first = 0; first < cols; first += F::kBlock) {
+        vf scales[P];
+        for (int p = 0; p < P; ++p) scales[p] = F::load_scale(panels.at[p]);
+        for (int k = 0; k < F::kBlock; k += F::kStep) {
+            prefetch_columns<16 * F::kStep>(panels);
+            add_columns<F, T, P>(panels, scales, tokens, first + k, sums);
+            advance(panels, 16 * F::kStep);
+        }
+        prefetch_columns<kScaleBytes>(panels);
+        advance(panels, kScaleBytes);
     }
+}
+
+// All columns of a format without blocks.
+template <class F, int T, int P>
+MOESAIC_INLINE void add_floats(PanelColumns<P>& panels, int64_t cols, const float* const* tokens, vf (&sums)[T][P]) {
+    constexpr int kUnrolled = 4;  // columns
+    const vf none[P] = {};
     int64_t k = 0;
-    for (; k + kN <= cols; k += kN) {
-        prefetch_bytes<16 * kN * F::kBlockBytes>(WeightStream::ahead_of(stream, panel));
+    for (; k + kUnrolled <= cols; k += kUnrolled) {
+        prefetch_columns<16 * kUnrolled * F::kBlockBytes>(panels);
         MOESAIC_UNROLL
-        for (int c = 0; c < kN; c += F::kStep, panel += 16 * F::kStep * F::kBlockBytes) {
-            vf weights[F::kStep];
-            F::load_weights(panel, weights);
-            MOESAIC_UNROLL
-            for (int t = 0; t < T; ++t) {
-                for (int s = 0; s < F::kStep; ++s) {
-                    sums[t][c + s] = fma(weights[s], set1(tokens[t][k + c + s]), sums[t][c + s]);
-                }
-            }
+        for (int s = 0; s < kUnrolled; s += F::kStep) {
+            add_columns<F, T, P>(panels, none, tokens, k + s, sums);
+            advance(panels, 16 * F::kStep * F::kBlockBytes);
         }
     }
-    float rest[16 * kN];
-    const int num_rest = static_cast<int>(cols - k);
-    convert_floats<F>(panel, 0, num_rest, rest);
+    for (; k + F::kStep <= cols; k += F::kStep) {
+        add_columns<F, T, P>(panels, none, tokens, k, sums);
+        advance(panels, 16 * F::kStep * F::kBlockBytes);
+    }
+    if constexpr (F::kStep == 2) {
+        if (k == cols) return;
+        for (int p = 0; p < P; ++p) {
+            const vf last = F::load_last(panels.at[p]);
+            for (int t = 0; t < T; ++t) sums[t][p] = fma(last, set1(tokens[t][k]), sums[t][p]);
+        }
+    }
+}
+
+// out[t][16 p + r] = P panels times T tokens, straight from the packed bytes.
+template <class F, int T, int P>
+void direct_float(const uint8_t* panels, int64_t cols, const float* const* tokens, float* out, const uint8_t* next) {
+    const int64_t panel_bytes = float_panel_bytes<F>(cols);
+    PanelColumns<P> columns;
+    vf sums[T][P];
+    for (int p = 0; p < P; ++p) {
+        columns.at[p] = panels + p * panel_bytes;
+        columns.streams[p] = {columns.at[p] + panel_bytes, next + p * panel_bytes};
+        for (int t = 0; t < T; ++t) sums[t][p] = set1(0.0f);
+    }
+    if constexpr (F::kBlock > 1) {
+        add_blocks<F, T, P>(columns, cols, tokens, sums);
+    } else {
+        add_floats<F, T, P>(columns, cols, tokens, sums);
+    }
     for (int t = 0; t < T; ++t) {
-        vf sum = sums[t][0];
-        for (int c = 1; c < kN; ++c) sum = add(sum, sums[t][c]);
-        for (int c = 0; c < num_rest; ++c) sum = fma(load(rest + 16 * c), set1(tokens[t][k + c]), sum);
-        store(out + t * kOutputStride, sum);
+        for (int p = 0; p < P; ++p) store(out + t * kOutputStride + 16 * p, sums[t][p]);
     }
 }
 
@@ -208,14 +243,10 @@ void direct_float_up_to(const uint8_t* panels, int num_panels, int64_t cols, con
             return direct_float_up_to<F, T - 1>(panels, num_panels, cols, tokens, num_tokens, out, next);
         }
     }
-    const int64_t panel_bytes = float_panel_bytes<F>(cols);
-    const WeightStream stream{panels + num_panels * panel_bytes, next};
-    for (int p = 0; p < num_panels; ++p) {
-        if constexpr (F::kBlock > 1) {
-            direct_float_blocks<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
-        } else {
-            direct_float<F, T>(panels + p * panel_bytes, stream, cols, tokens, out + 16 * p);
-        }
+    if (num_panels == kMaxPanels) {
+        direct_float<F, T, kMaxPanels>(panels, cols, tokens, out, next);
+    } else {
+        direct_float<F, T, 1>(panels, cols, tokens, out, next);
     }
 }
 

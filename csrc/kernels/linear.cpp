@@ -28,9 +28,27 @@ const std::uint8_t* pair_address(const LinearJob& job, std::int64_t pair) {
     return job.weights + (job.first_row / 16 + pair * kMaxPanels) * job.format->panel_bytes(job.cols);
 }
 
-// One pair of panels of a job for all tokens. `next`: what this thread will probably read afterwards.
+// Some of the tokens of a call.
+struct TokenRange {
+    std::int64_t begin, end;
+};
+
+// How the tokens of a call are divided where its pairs of panels alone are too few for the threads, as those of a
+// router are: into parts of `size`, whole tiles of rows.
+struct TokenParts {
+    std::int64_t size, count;
+
+    TokenParts(std::int64_t num_tokens, std::int64_t num_pairs, std::int64_t num_threads) {
+        const std::int64_t wanted = num_threads > 1 ? (2 * num_threads + num_pairs - 1) / num_pairs : 1;
+        size = padded_tokens((num_tokens + wanted - 1) / wanted);
+        count = (num_tokens + size - 1) / size;
+    }
+};
+
+// One pair of panels of a job for some of its num_tokens tokens. `next`: what this thread will probably read
+// afterwards.
 void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair,
-                   const PreparedTokens& prepared, std::int64_t num_tokens, AlignedArray<float>& sums,
+                   const PreparedTokens& prepared, std::int64_t num_tokens, TokenRange range, AlignedArray<float>& sums,
                    const std::uint8_t* next) {
     const bool bf16 = wants_bf16(kernels, job.cols, num_tokens);
     const std::int64_t top = job.first_row / 16 * 16 + pair * kOutputStride;  // row of the matrix
@@ -38,10 +56,10 @@ void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int6
     const std::int64_t end = std::min(top + kOutputStride, job.first_row + job.num_rows);
     const std::uint8_t* panels = pair_address(job, pair);
     const int num_panels = static_cast<int>((end - top + 15) / 16);
-    for (std::int64_t first = 0; first < num_tokens; first += kTokensPerPass) {
-        const std::int64_t here = std::min(kTokensPerPass, num_tokens - first);
+    for (std::int64_t first = range.begin; first < range.end; first += kTokensPerPass) {
+        const std::int64_t here = std::min(kTokensPerPass, range.end - first);
         float* y = sums.reserve(output_size(here));
-        const bool last = first + here == num_tokens;
+        const bool last = first + here == range.end;
         if (bf16) {
             kernels.matmul_bf16(panels, num_panels, job.cols,
                                 prepared.bf16(job.input * padded_tokens(num_tokens) + first), here, y,
@@ -101,10 +119,13 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
         inputs.num_inputs * padded_tokens(num_tokens),
         [&](std::int64_t i) { return i / num_tokens * padded_tokens(num_tokens) + i % num_tokens; });
     ThreadPool& pool = thread_pool();
-    WorkQueue items(first_item.back(), pool.num_threads());
+    const TokenParts parts(num_tokens, first_item.back(), pool.num_threads());
+    WorkQueue items(first_item.back() * parts.count, pool.num_threads());
     pool.run([&](Team& team) {
         static thread_local AlignedArray<float> sums;
-        for (std::int64_t item; (item = items.next(team.thread())) >= 0;) {
+        for (std::int64_t part_item; (part_item = items.next(team.thread())) >= 0;) {
+            const std::int64_t item = part_item / parts.count, part = part_item % parts.count;
+            const TokenRange range{part * parts.size, std::min(num_tokens, (part + 1) * parts.size)};
             const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
             const LinearJob& job = jobs[static_cast<std::size_t>(after - first_item.begin() - 1)];
             const std::int64_t pair = item - *(after - 1);
@@ -112,7 +133,7 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
             const bool last = item + 1 == *after;
             const std::uint8_t* next =
                 last && after + 1 != first_item.end() ? pair_address((&job)[1], 0) : pair_address(job, pair + 1);
-            multiply_pair(job, kernels[job.format->index], pair, prepared, num_tokens, sums, next);
+            multiply_pair(job, kernels[job.format->index], pair, prepared, num_tokens, range, sums, next);
         }
     });
 }

@@ -17,8 +17,10 @@ void for_rows(int64_t num_rows, int64_t floats_per_row, Body&& body) {
     const int64_t rows_per_chunk = std::max<int64_t>(1, kFloatsPerChunk / std::max<int64_t>(1, floats_per_row));
     if (num_rows <= rows_per_chunk) {
         body(int64_t{0}, num_rows);
-    } else {
-        thread_pool().parallel_for(num_rows, rows_per_chunk, body);
+    } else {  // once the team runs, all of it may as well help
+        ThreadPool& pool = thread_pool();
+        const int64_t share = (num_rows + pool.num_threads() - 1) / pool.num_threads();
+        pool.parallel_for(num_rows, std::min(rows_per_chunk, share), body);
     }
 }
 

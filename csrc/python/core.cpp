@@ -5,6 +5,7 @@
 
 #include "cpu.h"
 #include "dispatch.h"
+#include "kernels/independent_rows.h"
 #include "numa.h"
 #include "packing.h"
 #include "python/bindings.h"
@@ -33,6 +34,10 @@ void bind_machine(nb::module_& m) {
         "Processor features that kernels may use, and whether they are present.");
     m.def("num_threads", &num_threads, "Threads of the pool.");
     m.def("set_num_threads", &set_num_threads, "num_threads"_a, Release(), "Replace the pool of threads.");
+    m.def(
+        "set_independent_rows", &set_independent_rows, "on"_a,
+        "Whether products that this thread asks for give a token the same whatever the number of tokens; returns what "
+        "it was.");
     m.def("set_pinning", &set_pinning, "pin"_a, Release(), "Whether threads are confined to a core each.");
     m.def(
         "numa_nodes",

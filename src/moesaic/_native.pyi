@@ -23,6 +23,11 @@ def num_threads() -> int:
 def set_num_threads(num_threads: int) -> None:
     """Replace the pool of threads."""
 
+def set_independent_rows(on: bool) -> bool:
+    """
+    Whether products that this thread asks for give a token the same whatever the number of tokens; returns what it was.
+    """
+
 def set_pinning(pin: bool) -> None:
     """Whether threads are confined to a core each."""
 

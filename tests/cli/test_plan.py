@@ -45,7 +45,7 @@ def test_a_hybrid_plan(machine: None, tiny_folder: Path, capsys: pytest.CaptureF
     assert "model.layers.[0-2].mlp.experts 3 experts moesaic cpu F32 18.0 MiB 6.8 MiB" in lines
     assert "model.layers.[0-2].self_attn.o_proj 3 attention moesaic gpu F32 768.0 KiB 768.0 KiB" in lines
     assert "VRAM: 1.0 GiB to use" in lines
-    assert "KV cache 960.0 KiB 100 tokens, BF16" in lines  # two blocks of 64, and eight begun
+    assert "KV cache 3.2 MiB 100 tokens, BF16" in lines  # two blocks of 64, and 32 begun
     assert "expert cache 18.0 MiB 24 experts of 768.0 KiB, 100.0% of all in DRAM" in lines
     assert "a token reads 6.8 MiB from DRAM and" in out and "--measure, or --bandwidth dram=97GB/s,vram" in out
     assert lines[-1].startswith("fits: with a cache for 100 tokens it takes ")
@@ -66,7 +66,7 @@ def test_the_speed_that_bandwidths_allow(machine: None, tiny_folder: Path, capsy
     budget = data["vram_budget"]
     assert budget["total"] == 23 * GIB - 23 * GIB // 20
     assert budget["required"] + budget["staging"] + budget["cache"] <= budget["total"]
-    assert (budget["context"], budget["num_blocks"], budget["num_experts"]) == (4096, 72, 24)
+    assert (budget["context"], budget["num_blocks"], budget["num_experts"]) == (4096, 96, 24)
     data = json.loads(printed(capsys, *words, "dram=10GB/s"))
     assert data["roofline"]["vram_seconds"] is None
     out = printed(capsys, str(tiny_folder), "--plan", "cpu", "--bandwidth", "dram=10GB/s")

@@ -119,7 +119,7 @@ def eager_cache(decoder: GpuDecoder) -> ExpertSlots:
     """A cache for some of the experts that decides at every step and copies whatever it likes."""
     experts = [each for each in decoder.routed if each is not None]
     policy = PromotionPolicy(len(experts), experts[0].num_experts, num_slots=5, share=1.0, advantage=0.0)
-    return ExpertSlots(cache=ExpertCache(experts, 5, DEVICE, policy, steps_per_decision=1))
+    return ExpertSlots(cache=ExpertCache(experts, 5, DEVICE, policy, steps_per_decision=1, is_guarded=False))
 
 
 def all_resident(decoder: GpuDecoder) -> ExpertSlots:
@@ -157,9 +157,22 @@ def check_pieces(stock: PreTrainedModel, ours: PreTrainedModel, num_steps: int =
 @pytest.mark.parametrize("family", CHOSEN if ON_GPU else ["qwen3_moe"])
 def test_eight_sequences_in_a_step(family: str, mode: str) -> None:
     """Sequences of different lengths: each gets the logits that it has alone."""
-    ours = on_gpu(family, mode == "graph", replace(OPTIONS, max_batch=8))
+    check_together(family, mode, 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"] if ON_GPU else ["deepseek_v3"])
+def test_many_sequences_in_a_step(family: str, mode: str) -> None:
+    """More than the kernels for few tokens take, and padding in the bucket."""
+    check_together(family, mode, 20, all_resident if family == "gpt_oss" else eager_cache)
+
+
+def check_together(
+    family: str, mode: str, count: int, slots: Callable[[GpuDecoder], ExpertSlots] = lambda decoder: ExpertSlots()
+) -> None:
+    ours = on_gpu(family, mode == "graph", replace(OPTIONS, max_batch=32), slots=slots)
     stock, runner = checkpoint_of(family)[0], ours.runner
-    rows = [inputs(1, 3 + index, seed=index)[0] for index in range(8)]
+    rows = [inputs(1, 3 + index % 8, seed=index)[0] for index in range(count)]
     sequences = [runner.new_sequence() for _ in rows]
     runner.prefill([(sequence, row[:-1]) for sequence, row in zip(sequences, rows, strict=True)])
     logits = runner.decode(sequences, [int(row[-1]) for row in rows]).cpu()

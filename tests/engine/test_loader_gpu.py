@@ -41,7 +41,7 @@ def test_vram_and_context_reach_the_plan(with_gpu: None) -> None:
     assert (plan.vram, plan.context, plan.uses_gpu) == (3 * GIB, 640, True)
     budget = plan.vram_budget(loader.this_computer(with_gpus=True))
     assert budget is not None
-    assert (budget.total, budget.num_blocks) == (3 * GIB, 10 + 8)
+    assert (budget.total, budget.num_blocks) == (3 * GIB, 10 + 32)
     assert loader.prepare(folder).plan.strategy == "gpu"
     made, _ = bench.prepare_subject(None, "mixtral-8x7b", "Q4_K", 2, None, "hybrid", True, vram=9 * GIB, context=64)
     assert (made.plan.vram, made.plan.context) == (9 * GIB, 64)

@@ -80,6 +80,18 @@ def noise(seed: int, layer: int) -> np.ndarray:
     return np.random.default_rng((seed, layer)).random(3)
 
 
+def sharing(tokens: np.ndarray, rows: int) -> ExpertShares:
+    """Shares that found out that both together are quickest."""
+    shares = ExpertShares(replace(USUAL))
+    for _ in range(12):
+        chosen = shares.choose(0, tokens, rows)
+        is_part = 0 < chosen.sum() < np.count_nonzero(tokens)
+        if is_part:
+            shares.observe_cpu(64, 2000, float(USUAL.on_cpu(64, 2000)))
+        shares.observe_layer(1.0 if is_part else 2.0)
+    return shares
+
+
 def times(costs: Costs, **factors: float) -> Costs:
     return replace(costs, **{name: factor * getattr(costs, name) for name, factor in factors.items()})
 
@@ -117,10 +129,7 @@ def test_both_are_quicker_than_one() -> None:
 @pytest.mark.parametrize("rows", [256, 1000, 16000])
 def test_no_other_number_of_experts_ends_earlier(rows: int) -> None:
     tokens = routed(rows, 0, 0)
-    shares = ExpertShares(replace(USUAL))
-    shares.observe_cpu(64, 2000, float(USUAL.on_cpu(64, 2000)))
-    shares.observe_cpu(64, 2000, float(USUAL.on_cpu(64, 2000)))
-    chosen = shares.choose(0, tokens, rows)
+    chosen = sharing(tokens, rows).choose(0, tokens, rows)
     order = np.argsort(-tokens, kind="stable")
     quiet = Computer(USUAL, noise=0.0, attention=0.0)
 
@@ -148,9 +157,9 @@ def test_those_that_are_there_are_taken_and_those_under_way_waited_for() -> None
     tokens = np.full(NUM_EXPERTS, 32)
     tokens[5] = 0
     present = np.arange(NUM_EXPERTS) < 40
-    alone = int(ExpertShares(replace(USUAL)).choose(0, tokens, 512).sum())
-    there = ExpertShares(replace(USUAL)).choose(0, tokens, 512, present, under_way=0)
-    coming = ExpertShares(replace(USUAL)).choose(0, tokens, 512, present, under_way=40)
+    alone = int(sharing(tokens, 512).choose(0, tokens, 512).sum())
+    there = sharing(tokens, 512).choose(0, tokens, 512, present, under_way=0)
+    coming = sharing(tokens, 512).choose(0, tokens, 512, present, under_way=40)
     for chosen in (there, coming):
         assert chosen[present & (tokens > 0)].all() and not chosen[5]
     assert alone - 3 <= int(coming.sum()) < int(there.sum())
@@ -180,6 +189,11 @@ def test_what_was_slow_once_gets_another_chance() -> None:
 
 def test_busy_experts_are_likely() -> None:
     shares = ExpertShares(replace(USUAL))
-    assert shares.likely(3, 4).all()
-    shares.choose(3, np.array([0, 40, 1, 30]), 40)
-    assert shares.likely(3, 4).tolist() == [False, True, False, True]
+    outside = np.arange(6) != 4
+    assert shares.likely(3, 4096, outside, 3).size == 0  # nothing was streamed yet
+    shares.choose(3, np.array([0, 9000, 1, 3000, 8000, 4000]), 4096)
+    shares.choose(3, np.array([0, 9000, 1, 3000, 8000, 4000]), 4096)
+    assert shares.likely(3, 3000, outside, 2).tolist() == [1, 3]  # neighbours before the busiest
+    assert shares.likely(3, 3000, outside, 9).tolist() == [1, 2, 3, 5]
+    assert shares.likely(4, 4096, outside, 9).tolist() == [0, 1, 2, 3, 5]
+    assert shares.likely(3, 512, outside, 9).size == 0

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.engine.pairs import relative_error
 from tests.engine.test_gpu import DEVICE, OPTIONS, TOLERANCE, checkpoint_of, eager_cache, inputs, load_small
+from tests.kernels.oracle import packed
 
 from moesaic.engine.gpu import prefill
 from moesaic.engine.gpu import staging as staging_module
@@ -20,6 +21,7 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers, runs_of
+from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
 
 
@@ -114,16 +116,34 @@ def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(staging_module, "copy_experts", noted)
     groups = staging.plan(np.array([0, 1, 2, 4, 7]), max_gap=1)
     assert [group.experts.tolist() for group in groups] == [[0, 1], [2], [4, 7]]
-    assert [group.slots.tolist() for group in groups] == [[0, 1], [2], [4, 5]]
+    assert [group.slots.tolist() for group in groups] == [[0, 1], [0], [0, 1]]
     for group in groups:
         staging.fill(1, group)
-    assert copied == [(0, 2, 0), (2, 2, 2), (4, 1, 4), (7, 1, 5)]
+    assert copied == [(0, 2, 0), (2, 2, 0), (4, 1, 0), (7, 1, 1)]
     kernel, up = staging.layouts[1].kernel, experts[1].up
-    for expert, slot in ((1, 1), (4, 4), (7, 5)):
+    for expert, place, slot in ((1, 0, 1), (4, 2, 0), (7, 2, 1)):
         begin = kernel.up.offset + slot * kernel.up.stride
-        found = staging.arena[begin : begin + up.matrix_bytes].cpu()
+        found = staging.arenas[place][begin : begin + up.matrix_bytes].cpu()
         assert torch.equal(found, up.data[expert * up.matrix_bytes : (expert + 1) * up.matrix_bytes])
     assert [group.place for group in staging.plan(np.array([3]), 0)] == [3]  # the next in the ring
+
+
+def test_layers_with_other_formats_do_not_overwrite_each_other() -> None:
+    def experts(first: str, down: str) -> PackedExperts:
+        shapes = ((first, 64, 32), (first, 64, 32), (down, 32, 64))
+        return PackedExperts(*(packed(fmt, rows, cols, 8, seed)[0] for seed, (fmt, rows, cols) in enumerate(shapes)))
+
+    layers = [experts("Q8_0", "F32"), experts("F32", "Q8_0")]
+    staging = StagingBuffers(layers, 8, DEVICE)
+    (one,) = staging.plan(np.array([2, 3]), 0)
+    staging.fill(0, one)
+    before = staging.arenas[one.place].clone()
+    for group in staging.plan(np.arange(6), 0):
+        assert group.place != one.place
+        staging.fill(1, group)
+    assert torch.equal(before, staging.arenas[one.place])
+    for layout in staging.layouts:
+        assert layout.kernel.arena_bytes(staging.group) <= len(staging.arenas[0])
 
 
 def test_runs_end_at_large_gaps() -> None:

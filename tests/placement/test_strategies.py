@@ -139,7 +139,7 @@ def test_layers_are_as_many_of_the_first_as_fit(tiny: Tiny, with_gpu: Hardware) 
     budget = plan.vram_budget(with_gpu)
     assert budget is not None and budget.num_experts == 0
     last = sum(
-        entry.nbytes + (64 + 8) * 64 * entry.kv_bytes_per_position
+        entry.nbytes + (64 + 32) * 64 * entry.kv_bytes_per_position
         for entry in make_plan(model, weight_map, load_plan("gpu"), with_gpu).entries
         if entry.module.startswith("model.layers.2.")
     )

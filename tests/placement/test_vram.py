@@ -45,19 +45,19 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     expert = 4 * 3 * 256 * 256
     # q, k, v and what o reads: 256 + 128 + 128 + 256; experts: top_k * (gate, up, output)
     widest = max(768, 3 * (2 * 256 + 256))
-    working = 4 * (1000 * (4 * 256 + widest) + 2 * 8 * 512 + (16 + 8) * 64 * 2 * 64)
+    working = 4 * (1000 * (4 * 256 + widest) + 2 * 32 * 512 + (16 + 32) * 64 * 2 * 64)
     assert budget_of(plan, with_gpu) == VramBudget(
         total=GIB,
         context=1000,
         weights=weights,
         absorbed=0,
-        kv_cache=(16 + 8) * 64 * 3 * 2 * 128 * 2,  # 16 blocks of 64 positions, and one begun by each of 8 sequences
+        kv_cache=(16 + 32) * 64 * 3 * 2 * 128 * 2,  # 16 blocks of 64 positions, and one begun by each of 32 sequences
         working=working,
         driver=DRIVER,
         expert_bytes=expert,
         num_experts=24,
     )
-    assert plan.pinned_bytes() == (1000 + 8) * (2 * 256 * 4 + 3 * 20)
+    assert plan.pinned_bytes() == (1000 + 32) * (2 * 256 * 4 + 3 * 20)
     dram = 3 * 8 * expert + 4 * 512 * 256
     assert plan.nbytes_on("cpu") == dram
     assert plan.required_bytes() == dram + plan.pinned_bytes() + 512 * MIB
@@ -71,7 +71,7 @@ def test_recurrent_states_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     states = 4 * 3 * (3 * channels + 8 * 32 * 32)
     assert (plan.state_bytes_on("gpu"), plan.state_bytes_on("cpu")) == (states, 0)
     budget = budget_of(plan, with_gpu)
-    assert (budget.states, budget.kv_cache) == (8 * states, (64 + 8) * 64 * 2 * 2 * 64 * 2)
+    assert (budget.states, budget.kv_cache) == (8 * states, (64 + 32) * 64 * 2 * 2 * 64 * 2)
     assert budget.required == sum((budget.weights, budget.kv_cache, budget.states, budget.working, budget.driver))
     assert {plan.of(f"model.layers.0.linear_attn.{part}").implementation for part in ("conv1d", "norm")} == {"moesaic"}
     on_cpu = make_plan(*tiny("qwen3_next"), load_plan("cpu"), with_gpu)
@@ -90,7 +90,7 @@ def test_absorbed_matrices_are_bfloat16(tiny: Tiny, with_gpu: Hardware) -> None:
     budget = budget_of(plan, with_gpu)
     assert budget.absorbed == 3 * kv_b.nbytes
     assert budget.weights + budget.absorbed == plan.nbytes_on("gpu")
-    assert budget.kv_cache == (4096 + 512) * 3 * (256 + 32) * 2
+    assert budget.kv_cache == (4096 + 2048) * 3 * (256 + 32) * 2
     on_cpu = make_plan(*tiny("deepseek_v3"), load_plan("cpu"), with_gpu)
     assert on_cpu.of("model.layers.1.self_attn.kv_b_proj").formats == {"weight": "F32"}
 
@@ -205,12 +205,12 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     attending = low + query + (latent + rope) + heads * value + at_once * (2 * latent + latent // 2) + heads * rope
     routed = c["num_experts_per_tok"] * (2 * inner + hidden) + 2 * inner
     widest = max(attending, routed)
-    working = 4 * (4096 * (4 * hidden + widest) + 2 * 8 * vocab + 4608 * 2 * rope)
+    working = 4 * (4096 * (4 * hidden + widest) + 2 * 32 * vocab + 6144 * 2 * rope)
 
     budget = budget_of(plan, machine)
     assert budget.weights == layers * (attention + vectors) + (layers - dense) * moe + dense * mlp + head
     assert budget.absorbed == absorbed == 2046820352  # 1.9 GiB
-    assert budget.kv_cache == (64 + 8) * 64 * layers * (latent + rope) * 2
+    assert budget.kv_cache == (64 + 32) * 64 * layers * (latent + rope) * 2
     assert budget.working == working
     assert (budget.expert_bytes, budget.num_experts) == (expert, 58 * 256) == (24772608, 14848)
     left = 24 * GIB - budget.weights - absorbed - budget.kv_cache - working - DRIVER
@@ -228,7 +228,7 @@ def test_deepseek_v3_in_words_and_as_json(deepseek: tuple[Plan, Hardware]) -> No
     lines = {line[:20].strip(): line[20:].split() for line in text.splitlines()[1:]}
     assert text.startswith("VRAM: 24.0 GiB to use\n")
     assert lines["absorbed kv_b_proj"][:2] == ["1.9", "GiB"]
-    assert lines["KV cache"][:4] == ["308.8", "MiB", "4096", "tokens,"]
+    assert lines["KV cache"][:4] == ["411.8", "MiB", "4096", "tokens,"]
     assert lines["driver"] == ["600.0", "MiB"]
     cache = budget_of(plan, machine).cache_experts
     assert " ".join(lines["expert cache"]) == (
@@ -239,7 +239,7 @@ def test_deepseek_v3_in_words_and_as_json(deepseek: tuple[Plan, Hardware]) -> No
     assert "10.2 GiB of weights in VRAM, 10.2 GiB read per token, cache 68.6 KiB per token" in table
     data = json.loads(plan.to_json())
     assert data["vram"]["kv_bytes_per_position"] == 61 * 576 * 2
-    assert data["dram"]["pinned_bytes"] == (4096 + 8) * (2 * 7168 * 4 + 8 * 20)
+    assert data["dram"]["pinned_bytes"] == (4096 + 32) * (2 * 7168 * 4 + 8 * 20)
     assert data["nbytes"] == data["dram"]["nbytes"] + data["vram"]["nbytes"]
 
 

@@ -45,7 +45,7 @@ class ScriptedChat:
     refuse: str = ""  # as a template does
     wait: float = 0.0  # before the first event
     asked: list[ChatRequest] = field(default_factory=list)
-    completed: list[tuple[str, SamplingParams]] = field(default_factory=list)
+    completed: list[tuple[str | list[int], SamplingParams]] = field(default_factory=list)
     kept: list[AsyncGenerator[Any, None]] = field(default_factory=list)
 
     def chat(self, request: ChatRequest, request_id: str) -> AsyncIterator[Event]:
@@ -77,9 +77,9 @@ class ScriptedChat:
     async def _chunks(
         self, prompt: str | Sequence[int], params: SamplingParams, request_id: str
     ) -> AsyncGenerator[Chunk, None]:
-        assert isinstance(prompt, str)
-        self.completed.append((prompt, params))
-        pieces = self.engine.generate(self.encode(prompt), params, request_id=request_id)
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.completed.append((prompt if isinstance(prompt, str) else ids, params))
+        pieces = self.engine.generate(ids, params, request_id=request_id)
         try:
             async for chunk in pieces:
                 yield chunk
@@ -100,6 +100,8 @@ class ScriptedChat:
         return [ord(each) for each in text]
 
     def decode(self, ids: Sequence[int]) -> str:
+        if not all(0 <= each < 0xD800 for each in ids):
+            raise RequestError("there is no such token.", "tokens")
         return "".join(map(chr, ids))
 
     def token_text(self, token_id: int) -> str:

@@ -139,6 +139,32 @@ def test_openai_errors(gpt: openai.OpenAI, server: Served) -> None:
         stranger.models.list()
 
 
+SCHEMA: Any = {
+    "type": "object",
+    "properties": {"sum": {"type": "integer", "maximum": 99}, "even": {"type": "boolean"}},
+    "required": ["sum", "even"],
+    "additionalProperties": False,
+}
+
+
+def test_answers_of_a_given_form(gpt: openai.OpenAI, llama: ollama.Client, http: httpx.Client) -> None:
+    answer = gpt.chat.completions.create(
+        model="demo",
+        messages=QUESTION,
+        response_format={"type": "json_schema", "json_schema": {"name": "sum", "schema": SCHEMA}},
+        max_tokens=60,
+        seed=1,
+    )
+    texts = [answer.choices[0].message.content, llama.chat("demo", QUESTION, format=SCHEMA).message.content]
+    for text in texts:
+        value = json.loads(text or "")
+        assert value.keys() == {"sum", "even"}
+        assert type(value["sum"]) is int and value["sum"] <= 99 and type(value["even"]) is bool
+    wrong = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no type"}}}
+    refused = http.post("/v1/chat/completions", json={"model": "demo", "messages": QUESTION, "response_format": wrong})
+    assert refused.status_code == 400
+
+
 def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
     answer = claude.messages.create(model="demo", max_tokens=50, extra_body=GREEDY, messages=QUESTION)
     assert answer.content[0].to_dict()["text"] == ANSWER

@@ -8,7 +8,7 @@ from tests.server.parsers.cutting import TIME, WEATHER, accepted, tokens
 
 from moesaic.engine.serving.params import Grammar, SamplingParams
 from moesaic.errors import RequestError
-from moesaic.server.conversation import ChatRequest, Message, ToolChoice
+from moesaic.server.conversation import ChatRequest, Message, Tool, ToolChoice
 from moesaic.server.forcing import Thinking, answer_grammar
 from moesaic.server.parsers.base import ReasoningStyle, ToolStyle
 from moesaic.server.parsers.detect import TOOL_STYLES
@@ -161,6 +161,54 @@ def test_channels(special: tuple[str, ...]) -> None:
     assert free is not None
     assert accepted(free.text, thoughts + call, special) is None
     assert accepted(free.text, thoughts + final + "Hello", special) is None
+
+
+@pytest.mark.parametrize(
+    ("regex", "text"),
+    [(r"a/b", "a/b"), (r"a\/b", "a/b"), (r"a\\", "a\\"), ("a\nb", "a\nb"), (r"[/\]]+", "/]/"), (r"\\/x", r"\/x")],
+)
+def test_regular_expressions_end_where_they_should(regex: str, text: str) -> None:
+    grammar = grammar_of("open", (), Grammar("regex", regex))
+    assert grammar is not None
+    assert accepted(grammar.text, f"</think>{text}") is None
+    assert accepted(grammar.text, f"</think>{text}x") == f"</think>{text}"
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        Grammar("json_schema", "{} \nstart: /.*/"),
+        Grammar("json_schema", '{"$ref": "http://other/"}'),
+        Grammar("json_schema", "[" * 100_000),
+        Grammar("regex", "a\\"),
+    ],
+)
+def test_grammars_that_cannot_be_a_part_of_one(grammar: Grammar) -> None:
+    with pytest.raises(RequestError) as caught:
+        grammar_of("open", (), grammar)
+    assert caught.value.param == "response_format"
+
+
+def test_any_json() -> None:
+    for schema, wrong in (("true", None), ("{}", None)):
+        grammar = grammar_of("open", (), Grammar("json_schema", schema))
+        assert grammar is not None
+        assert accepted(grammar.text, "</think>[1]") is wrong
+
+
+def test_schemas_of_tools() -> None:
+    odd = {"type": "object", "properties": {"a": {"$ref": "http://other/"}}}
+    for strict in (False, True):
+        tool = Tool("f", "", odd, strict)
+        conversation = ChatRequest((Message("user", "a"),), SamplingParams(), (tool,), ToolChoice("required"))
+        if strict:
+            with pytest.raises(RequestError, match="tool 'f': the schema refers to 'http://other/'") as caught:
+                answer_grammar(conversation, TOOL_STYLES["hermes"], None, "never", {})
+            assert caught.value.param == "tools"
+        else:
+            grammar = answer_grammar(conversation, TOOL_STYLES["hermes"], None, "never", {})
+            assert grammar is not None
+            assert accepted(grammar.text, '<tool_call>\n{"name": "f", "arguments": {"b": 1}}\n</tool_call>') is None
 
 
 def test_a_style_without_a_grammar() -> None:

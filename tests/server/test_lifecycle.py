@@ -13,6 +13,7 @@ import httpx
 import pytest
 from tests.server.apps import TEST_OPERATIONS
 from tests.server.fakes import ScriptedEngine
+from tests.server.scripted import scripted_state
 
 from moesaic.errors import ConfigError, ModelNotFoundError
 from moesaic.server import app as app_module
@@ -208,6 +209,40 @@ def test_without_restarts_it_ends_with_its_engine() -> None:
             assert await server.health() == "dead"
             assert await server.end() == 1
             assert engine.closed == 1
+
+    run(test)
+
+
+def test_streams_end_with_an_error_when_the_engine_does() -> None:
+    """All three APIs, over their own routes, in the middle of an answer."""
+    turn = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 9}
+    bodies = {
+        "/v1/chat/completions": turn,
+        "/v1/completions": {"prompt": "Hi"},
+        "/v1/responses": {"input": "Hi"},
+        "/v1/messages": turn,
+        "/api/chat": turn,
+        "/api/generate": {"prompt": "Hi"},
+    }
+
+    async def load(metrics: Metrics) -> ServerState:
+        state, chat = scripted_state()
+        chat.engine = DrainingEngine(words=["a", "b", "c", "d"], delay=0.2, fail_after=2)
+        return ServerState(ObservedEngine(chat.engine, metrics), chat, state.model)
+
+    async def test() -> None:
+        async with running(load) as server:
+            await server.until("ok")
+            asked = {"model": "demo", "stream": True}
+            answers = await asyncio.gather(
+                *(server.client.post(path, json=asked | body) for path, body in bodies.items())
+            )
+            assert await server.health() == "dead"
+            for path, answer in zip(bodies, answers, strict=True):
+                assert answer.status_code == 200, (path, answer.text)
+                assert '"error"' in answer.text.strip().splitlines()[-1] or "response.failed" in answer.text, path
+                assert "not available" in answer.text, path
+            assert await server.end() == 1
 
     run(test)
 

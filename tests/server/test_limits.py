@@ -11,6 +11,7 @@ import pytest
 from tests.server.apps import Connection, call, make_app
 from tests.server.fakes import ScriptedEngine
 
+from moesaic.server import limits as limits_module
 from moesaic.server.errors import ApiError
 from moesaic.server.limits import check_body, check_depth
 from moesaic.server.options import Limits, ServerOptions
@@ -144,6 +145,23 @@ def test_a_body_without_length_is_cut_off() -> None:
     assert connection.status == 413 and connection.headers["connection"] == "close"
 
 
+def test_a_body_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits_module, "_LINGER_SECONDS", 0.1)
+
+    async def endless() -> Connection:
+        connection = Connection(PATH)
+        answering = asyncio.create_task(connection.run(make_app(limited(body_bytes=1000))))
+        for _ in range(300):
+            connection.send(b"x" * 100, more=True)
+            await asyncio.sleep(0.01)
+            if answering.done():
+                break
+        assert answering.done()
+        return connection
+
+    assert asyncio.run(endless()).status == 413
+
+
 def test_a_client_that_waits_to_be_told_to_go_on_is_told_at_once() -> None:
     connection = Connection(PATH, {"content-length": "1001", "expect": "100-continue"})
     asyncio.run(connection.run(make_app(limited(body_bytes=1000))))
@@ -216,7 +234,8 @@ def test_a_request_whose_client_leaves_is_cancelled(path: str) -> None:
         await asyncio.sleep(0.1)
         assert engine.cancelled == 0
         connection.leave()
-        await asyncio.wait_for(answering, 0.5)
+        await asyncio.wait({answering}, timeout=1)
+        assert answering.done()
         after = Connection(PATH)
         after.send(b"")
         await after.run(app)

@@ -40,6 +40,12 @@ HOSTILE = {
     "join": "{{ ('x' * 100000) | list | join('y' * 100000) }}",
     "join of long texts": "{{ ''.join(['x' * 100000] * 10000) }}",
     "JSON": "{{ [1] | tojson(indent=n) }}",
+    "nested width": "{{ '{:{}}'.format('', n) }}",
+    "zfill": "{{ '1'.zfill(n) }}",
+    "bytes": "{{ (1).to_bytes(n, 'big') }}",
+    "bytes of text": "{{ 'a'.encode() * n }}",
+    "format of long texts": "{{ ('{0}' * 100000).format('y' * 100000) }}",
+    "long lists": "{% set s = namespace(s=[]) %}{% for i in range(999) %}{% set s.s = s.s + [1] * 999 %}{% endfor %}",
     "batch": "{{ [1] | batch(n, 'x') | list }}",
     "classes": "{{ ''.__class__.__mro__ }}",
     "globals": "{{ raise_exception.__globals__.os }}",
@@ -87,7 +93,8 @@ HARMLESS = {
     "strings": "{{ messages[2].content.split('</think>')[-1] ~ 1 ~ none }}{{ 'a%s' % 'b' }}{{ '%s' | format(2) }}",
     "macros": "{% macro m(a, context='c') %}<{{ a }}{{ context }}>{% endmacro %}{{ m('x') + m('y', context='z') }}",
     "namespaces": "{% set n = namespace(a=0) %}{% for m in messages %}{% set n.a = n.a + 2 * 3 %}{% endfor %}{{ n.a }}",
-    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% break %}{% endfor %}",
+    "loop controls": "{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m }}{% break %}"
+    "{% endfor %}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "filters": "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | join(', ') }}",
     "tests": "{{ messages[0].extra is iterable and messages is not mapping }}{{ x is defined }}{{ tools is none }}",
@@ -103,6 +110,20 @@ def test_other_templates_give_what_transformers_gives(name: str) -> None:
     options = {key: value for key, value in variables.items() if key not in ("tools", "documents")}
     rendered, _ = render_jinja_template([MESSAGES], chat_template=HARMLESS[name], **options)
     assert ChatTemplate(HARMLESS[name]).render({**variables, "messages": MESSAGES}) == rendered[0]
+
+
+@pytest.mark.parametrize("text", ["{12345678}", "%d 12345678", "{:9999999}", "x" * 1_000_000, "< " * 100_000])
+def test_texts_of_clients_are_no_formats(text: str) -> None:
+    source = (
+        "{% macro m(a) %}{{ a }}{% endmacro %}{% set n = namespace(a=text, b=number) %}"
+        "{{ m(number) }}{{ m(n.a) | length }}"
+        "{{ text | trim | replace('<think>', '') | length }}{{ text.strip().split('</think>')[-1] | length }}"
+        "{{ text.startswith(text) }}{{ [text, text] | join(', ') | length }}"
+        "{{ ('%s %d' % (text, number)) | length }}"
+        "{{ 'a{}b'.format(text) | length }}{{ number | tojson }}{{ {'a': text} | tojson | length }}{{ text ~ number }}"
+    )
+    rendered = ChatTemplate(source).render({"text": text, "number": 123_456_789})
+    assert rendered.endswith(text + "123456789")
 
 
 def test_limits_hold_for_every_rendering_anew() -> None:

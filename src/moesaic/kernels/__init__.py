@@ -16,6 +16,7 @@ from moesaic.kernels.experts import Activation, PackedExperts
 from moesaic.kernels.native import (
     active_isa,
     binds_memory,
+    independent_rows,
     isas,
     native_seconds,
     num_nodes,
@@ -41,6 +42,7 @@ __all__ = [
     "cut_intermediate",
     "empty_stack",
     "gather_rows",
+    "independent_rows",
     "isas",
     "linear",
     "linear_heads",

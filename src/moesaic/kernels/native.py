@@ -6,6 +6,9 @@ threads are in force before the first kernel runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from moesaic import _native
 from moesaic.config import Settings, read_settings
 from moesaic.errors import ConfigError
@@ -14,6 +17,7 @@ __all__ = [
     "active_isa",
     "apply_settings",
     "binds_memory",
+    "independent_rows",
     "isas",
     "native_seconds",
     "num_nodes",
@@ -113,3 +117,16 @@ def apply_settings(settings: Settings) -> None:
 
 
 apply_settings(read_settings())
+
+
+@contextmanager
+def independent_rows(on: bool = True) -> Iterator[None]:
+    """Inside, products of this thread give a token the same numbers, to the bit, whatever else is in a call.
+
+    They do so anyway, but for those by tiles of many tokens (AMX), which round weights and are left out here.
+    """
+    before = _native.set_independent_rows(on)
+    try:
+        yield
+    finally:
+        _native.set_independent_rows(before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 
 from moesaic.errors import GenerationError, KernelError
@@ -78,8 +79,8 @@ class StepInput:
         if min(counts, default=0) < 1:
             raise KernelError(f"a step of {counts} new tokens: expected at least one sequence, and 1 token of each.")
         try:
-            slots = [sequence.append(count) for sequence, count in parts]
-            widest = max(len(sequence.table) for sequence, _ in parts)
+            slots = [sequence.append_one() if count == 1 else sequence.append(count) for sequence, count in parts]
+            widest = max(len(sequence.table_array) for sequence, _ in parts)
             if like is None:
                 step = cls.empty(sum(counts), len(parts), widest if max_blocks is None else max_blocks)
             else:
@@ -91,8 +92,9 @@ class StepInput:
             raise
         return step
 
-    def _fill(self, sequences: list[PagedSequence], before: list[int], slots: list[torch.Tensor]) -> None:
-        num_tokens, widest = sum(map(len, slots)), max(len(sequence.table) for sequence in sequences)
+    def _fill(self, sequences: list[PagedSequence], before: list[int], slots: list[int | torch.Tensor]) -> None:
+        num_tokens = sum(sequence.length for sequence in sequences) - sum(before)
+        widest = max(len(sequence.table_array) for sequence in sequences)
         room = (len(self.positions), *self.block_tables.shape)
         if any(have > most for have, most in zip((num_tokens, len(sequences), widest), room, strict=True)):
             raise KernelError(
@@ -100,13 +102,17 @@ class StepInput:
                 f"into buffers for {room[0]}, {room[1]} and {room[2]}."
             )
         starts = [0]
+        # Through numpy: tensors would take several times as long for the few numbers of each of many sequences.
+        positions, mapping, tables = self.positions.numpy(), self.slot_mapping.numpy(), self.block_tables.numpy()
+        lengths, states = self.seq_lens.numpy(), self.state_slots.numpy()
         for index, (sequence, start, own_slots) in enumerate(zip(sequences, before, slots, strict=True)):
-            first, last = starts[-1], starts[-1] + len(own_slots)
-            self.positions[first:last] = torch.arange(start, sequence.length)
-            self.slot_mapping[first:last] = own_slots
-            self.block_tables[index, : len(sequence.table)] = sequence.table
-            self.seq_lens[index] = sequence.length
-            self.state_slots[index] = sequence.state_slot
+            first, last = starts[-1], starts[-1] + sequence.length - start
+            positions[first:last] = np.arange(start, sequence.length)
+            mapping[first:last] = own_slots
+            table = sequence.table_array
+            tables[index, : len(table)] = table
+            lengths[index] = sequence.length
+            states[index] = sequence.state_slot
             starts.append(last)
         starts += _padding_starts(num_tokens, room[0], room[1] - len(sequences))[1:]
         self.query_start.copy_(torch.tensor(starts, dtype=torch.int32))

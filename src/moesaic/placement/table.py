@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moesaic.placement.units import format_bytes
-from moesaic.placement.vram import MAX_BATCH, PREFILL_CHUNK
+from moesaic.placement.vram import MAX_STATES, PREFILL_CHUNK
 
 if TYPE_CHECKING:
     from moesaic.placement.plan import Device, Placement, Plan
@@ -60,7 +60,7 @@ def render_budget(budget: VramBudget) -> str:
         ("weights", budget.weights, ""),
         ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
         ("KV cache", budget.kv_cache, f"{budget.context} tokens, BF16"),
-        ("recurrent states", budget.states, f"{MAX_BATCH} sequences, F32"),
+        ("recurrent states", budget.states, f"{MAX_STATES} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
         ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),

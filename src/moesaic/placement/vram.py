@@ -21,6 +21,7 @@ __all__ = [
     "DRIVER_BYTES",
     "KV_BLOCK",
     "MAX_BATCH",
+    "MAX_STATES",
     "NO_STEP",
     "PREFILL_CHUNK",
     "STAGING_BYTES",
@@ -40,8 +41,10 @@ KV_BLOCK = 64
 """Positions of a block of the paged cache."""
 PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the layers at once, at most."""
-MAX_BATCH = 8
+MAX_BATCH = 32
 """Sequences of a decode step, at most."""
+MAX_STATES = 8
+"""Sequences of a model with recurrent states that can be there at once."""
 STAGING_BYTES = 384 * 1024**2
 """What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
 STAGING_GROUPS = 4
@@ -107,7 +110,7 @@ class VramBudget:
         driver: what the driver takes.
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
-        states: recurrent states of MAX_BATCH sequences, of linear attention.
+        states: recurrent states of MAX_STATES sequences, of linear attention.
     """
 
     total: int
@@ -188,7 +191,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         driver=DRIVER_BYTES,
         expert_bytes=max((entry.expert_bytes for entry in cached), default=0),
         num_experts=sum(entry.num_experts for entry in cached),
-        states=MAX_BATCH * plan.state_bytes_on("gpu"),
+        states=MAX_STATES * plan.state_bytes_on("gpu"),
     )
 
 

@@ -6,19 +6,24 @@ matches them. It does not compile anything.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Literal
 
+from moesaic.engine.serving.grammar_checks import check_grammar
 from moesaic.engine.serving.params import Grammar
 from moesaic.errors import RequestError
 from moesaic.server.conversation import ChatRequest, Tool
 from moesaic.server.parsers.base import ReasoningStyle, Terminal, ToolStyle
-from moesaic.server.parsers.rules import marker_terminal, until
+from moesaic.server.parsers.rules import json_rule, marker_terminal, until
 
 __all__ = ["Thinking", "answer_grammar"]
 
 Thinking = Literal["never", "open", "closed", "maybe"]
 """Where an answer begins: no thoughts, in them, after them, or where the model may begin them."""
+
+_REGEX_PART = re.compile(r"\\?.", re.DOTALL)
 
 
 def answer_grammar(
@@ -100,12 +105,21 @@ def _with_calls(
 
 def _embedded(grammar: Grammar) -> str:
     """A grammar as a part of one."""
+    check_grammar(grammar)
     match grammar.kind:
         case "json_schema":
-            return f"%json {grammar.text}"
+            return json_rule(json.loads(grammar.text))
         case "json_object":
-            return '%json {"type": "object"}'
+            return json_rule({"type": "object"})
         case "regex":
-            return "/" + grammar.text.replace("\n", "\\n").replace("/", "\\/") + "/"
+            return "/" + _REGEX_PART.sub(_without_delimiter, grammar.text) + "/"
         case "lark":
             return f"%lark {{\n{grammar.text}\n}}"
+
+
+def _without_delimiter(part: re.Match[str]) -> str:
+    """A part of a regular expression such that it does not end where it stands between slashes."""
+    text = part[0]
+    if text == "\\":
+        raise RequestError("the regular expression ends with a backslash.", "response_format")
+    return {"/": "\\/", "\n": "\\n", "\\\n": "\\n"}.get(text, text)

@@ -26,6 +26,7 @@ _STREAMS = {
     "application/x-ndjson": "A JSON object per line, if the answer is streamed; an error in the middle is a line.",
 }
 _TEXT = {"type": "string"}
+_EVENT = {"type": "object", "properties": {"event": _TEXT, "data": _TEXT}, "required": ["data"]}
 _MAYBE = {"type": ["string", "null"]}
 
 
@@ -93,7 +94,8 @@ def _responses(operation: Operation, schema_of: dict[int, Any], keyed: bool) -> 
     if operation.response is not None:
         content["application/json"] = {"schema": schema_of[id(operation.response)]}
     if operation.stream is not None:
-        content[operation.stream] = {"schema": _TEXT | {"description": _STREAMS[operation.stream]}}
+        form = _EVENT if operation.stream == "text/event-stream" else _TEXT
+        content[operation.stream] = {"schema": form | {"description": _STREAMS[operation.stream]}}
     if not content:
         content["*/*"] = {}
     found = {str(status): _answer(status, content) for status in operation.statuses}

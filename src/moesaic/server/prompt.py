@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from moesaic.errors import RequestError, TokenizerError
+from moesaic.server.parsers.markers import find_any
 
 __all__ = ["Codec", "Mask", "Rename", "blot_out"]
 
@@ -60,9 +61,8 @@ class Codec:
         self._plain = Tokenizer.from_str(json.dumps(description))
         self._plain.encode_special_tokens = True
         self._control_ids = frozenset(self._controls.values())
-        texts = sorted(self._controls, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self.size = max(self._usual.get_vocab_size(with_added_tokens=True), 1 + max(self._control_ids, default=0))
+        self.pattern = find_any(self._controls)
+        self.size = 1 + max(self._usual.get_vocab(with_added_tokens=True).values(), default=0)
 
     @property
     def special(self) -> dict[str, int]:
@@ -148,7 +148,7 @@ class Mask:
 
     def __call__(self, text: str) -> str:
         """The text with its special tokens masked."""
-        return self._pattern.sub(lambda match: self._characters[match[0]], text) if self.used else text
+        return self._pattern.sub(lambda match: self._characters.get(match[0], match[0]), text) if self.used else text
 
     def undo(self, text: str) -> str:
         """The text as it was; also where the template wrote characters as JSON escapes."""

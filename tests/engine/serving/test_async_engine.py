@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -15,7 +16,7 @@ from moesaic.engine.serving.core import Engine, EngineOptions
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.outputs import Completion
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, OverloadedError, RequestError
+from moesaic.errors import EngineDeadError, GenerationError, OverloadedError, RequestError
 
 FOREVER = SamplingParams(temperature=0, max_tokens=100000)
 
@@ -148,6 +149,21 @@ def test_an_engine_that_fails_tells_everybody() -> None:
     run(main())
 
 
+def test_a_request_that_cannot_be_begun_takes_nobody_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine = AsyncEngine(factory(FakeRunner()))
+        engine.start()
+        loaded = await engine.wait_ready()
+        monkeypatch.setattr(loaded._intake, "answers", lambda *args: [][0])
+        with pytest.raises(GenerationError, match="cannot be answered"):
+            await collect(engine, [1])
+        monkeypatch.undo()
+        assert (await collect(engine, prompt(0, 5)))[0].token_ids == answer_to(prompt(0, 5), 12)
+        await engine.close()
+
+    run(main())
+
+
 def test_an_engine_that_cannot_be_loaded() -> None:
     def broken() -> Engine:
         raise ValueError("no such model")
@@ -189,7 +205,8 @@ def test_draining_finishes_what_runs_and_takes_no_more() -> None:
 def test_closing_ends_streams() -> None:
     async def main() -> None:
         runner = SlowRunner(num_blocks=40000)
-        engine = AsyncEngine(factory(runner))
+        ends = list[str]()
+        engine = AsyncEngine(factory(runner), on_end=ends.append)
         engine.start()
         await engine.wait_ready()
         task = asyncio.create_task(collect(engine, prompt(0, 5), FOREVER))
@@ -199,6 +216,30 @@ def test_closing_ends_streams() -> None:
             await task
         assert runner.closed
         assert runner.pool.num_free == 40000
+        assert ends == []
+
+    run(main())
+
+
+def test_closing_does_not_wait_for_a_load() -> None:
+    runner, loaded, may_load = FakeRunner(), threading.Event(), threading.Event()
+
+    def load() -> Engine:
+        may_load.wait(30)
+        loaded.set()
+        return factory(runner)()
+
+    async def main() -> None:
+        engine = AsyncEngine(load)
+        engine.start()
+        await engine.close()
+        assert not loaded.is_set()
+        assert engine.status == "dead"
+        with pytest.raises(EngineDeadError, match="was closed"):
+            await engine.wait_ready()
+        may_load.set()
+        await until(lambda: runner.closed)  # what was loaded after all is given back
+        assert engine.status == "dead"
 
     run(main())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from random import Random
 
 import numpy as np
 import pytest
@@ -18,6 +20,10 @@ from transformers.generation.logits_process import (
 )
 
 from moesaic.engine.serving.choice import Filters, choose, kept, largest, log_sum_exp
+
+
+def constant(noise: float) -> Callable[[int], float]:
+    return lambda index: noise
 
 
 def probabilities(row: torch.Tensor, filters: Filters) -> np.ndarray:
@@ -81,6 +87,16 @@ def test_peaks_above_a_large_vocabulary(filters: Filters) -> None:
         np.testing.assert_allclose(probabilities(row, filters), expected(row, filters), atol=3e-7, rtol=1e-4)
 
 
+def test_what_is_far_below_the_peak_can_decide() -> None:
+    """The second token is kept only because 150,000 unlikely ones have 0.0007 of the first one's weight together."""
+    row = torch.full((150_000,), -19.2)
+    row[[5, 9]] = torch.tensor([0.0, math.log(0.0525263)])
+    filters = Filters(top_p=0.95)
+    assert np.flatnonzero(probabilities(row, filters)).tolist() == [5, 9]
+    assert np.flatnonzero(expected(row, filters)).tolist() == [5, 9]
+    assert {choose(row.numpy(), filters, constant(noise)) for noise in (0.1, 0.97)} == {5, 9}
+
+
 def test_of_equal_tokens_the_first_are_kept() -> None:
     row = torch.zeros(1000)
     ids, weights = kept(row.numpy(), Filters(top_p=0.25))
@@ -95,7 +111,7 @@ def test_masked_tokens_are_never_drawn() -> None:
     row = np.full(150_000, -np.inf, np.float32)
     row[[7, 70_000, 149_999]] = [1.0, 2.0, 3.0]
     for filters in (Filters(), Filters(top_k=20), Filters(top_p=0.99), Filters(min_p=0.001), Filters(100.0)):
-        drawn = {choose(row, filters, noise) for noise in np.linspace(0, 1 - 2**-53, 50)}
+        drawn = {choose(row, filters, constant(noise)) for noise in np.linspace(0, 1 - 2**-53, 50)}
         assert drawn == {7, 70_000, 149_999}, filters
 
 
@@ -105,15 +121,38 @@ def test_the_ends_of_noise(vocab_size: int, filters: Filters) -> None:
     row = torch.randn(vocab_size, generator=torch.Generator().manual_seed(1)).numpy()
     row[0] = row[-1] = -np.inf
     for noise in (0.0, 5e-324, 1 - 2**-53):
-        assert np.isfinite(row[choose(row, filters, noise)])
+        assert np.isfinite(row[choose(row, filters, constant(noise))])
 
 
 def test_noise_divides_the_interval_by_probability() -> None:
     """The share of evenly spaced noise that takes a token is its probability, up to the spacing."""
     row = torch.randn(20_000, generator=torch.Generator().manual_seed(5)) * 4
     steps = 20_000
-    counts = np.bincount([choose(row.numpy(), Filters(), (i + 0.5) / steps) for i in range(steps)], minlength=20_000)
+    counts = np.bincount(
+        [choose(row.numpy(), Filters(), constant((i + 0.5) / steps)) for i in range(steps)], minlength=20_000
+    )
     np.testing.assert_allclose(counts / steps, row.double().softmax(-1).numpy(), atol=1.01 / steps + 1e-6)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.8, 0.95])
+def test_draws_from_a_flat_nucleus(top_p: float) -> None:
+    """Too flat for a first look, so that draws are repeated: kept tokens only, as often as their probability says."""
+    row, filters = torch.randn(4000, generator=torch.Generator().manual_seed(8)), Filters(0.9, top_p=top_p)
+    row[1000:3000] = row[500]  # a row of equal ones
+    random, draws = Random(1), 4000
+    counts = np.zeros(4000)
+    for _ in range(draws):
+        numbers = [random.random() for _ in range(64)]
+        counts[choose(row.numpy(), filters, numbers.__getitem__)] += 1
+    wanted = expected(row, Filters(0.9, top_p=1.0))
+    order = np.argsort(-wanted, kind="stable")
+    wanted[order[1:][np.cumsum(wanted[order])[:-1] >= top_p]] = 0
+    wanted *= draws / wanted.sum()
+    assert counts[wanted == 0].sum() == 0
+    groups = [np.add.reduceat(x, np.arange(0, 4000, 100)) for x in (counts, wanted)]
+    observed, wanted = [x[groups[1] > 0] for x in groups]
+    chi_square = float(((observed - wanted) ** 2 / wanted).sum())
+    assert chi_square < len(wanted) + 3.72 * math.sqrt(2 * len(wanted)) + 10
 
 
 @pytest.mark.parametrize("spread", [0.5, 3.0, 20.0])

@@ -64,7 +64,7 @@ def test_streams_of_an_event_loop_get_the_same_text(llm: LLM) -> None:
     alone = [ask(llm, question(number)).text for number in range(8)]
 
     async def main() -> None:
-        engine = AsyncEngine(lambda: llm.engine)
+        engine = AsyncEngine(lambda: llm.engine, warm_grammars=True)
         engine.start()
         await engine.wait_ready()
 

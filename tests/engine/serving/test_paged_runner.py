@@ -56,6 +56,23 @@ def test_every_family_gives_the_logits_of_its_own_forward(family):
     assert runner.pool.num_free == runner.pool.num_blocks
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_latents_of_a_long_prompt_are_made_in_parts(family):
+    """The borders of the parts, 256 tokens each, lie inside of sequences and between them."""
+    model = load_tiny(family)
+    runner = runner_of(model, num_blocks=60)
+    ids = tiny_inputs(3, 330)
+    with torch.no_grad():
+        expected = model(ids).logits
+    lengths = [230, 26, 330]
+    sequences = [runner.new_sequence() for _ in lengths]
+    prefill(runner, [(sequences[2], ids[2, :20])])
+    rows = [ids[0, :230], ids[1, :26], ids[2, 20:]]
+    logits = prefill(runner, list(zip(sequences, rows, strict=True)))
+    for index, length in enumerate(lengths):
+        assert relative_error(logits[index], expected[index, length - 1]) < 1e-4
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
 def test_greedy_text_is_that_of_generate(family):
     model = load_tiny(family)
@@ -185,3 +202,29 @@ def test_bytes_of_a_cache_become_blocks():
     assert blocks_in(model, 5 * block + 1) == 5
     with pytest.raises(ConfigError, match="more memory"):
         blocks_in(model, block - 1)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe"])
+def test_logits_do_not_depend_on_the_batch_to_the_bit(family):
+    """Neither on who else decodes, nor on what else or how much at once is filled in."""
+    runner = runner_of(load_tiny(family), num_blocks=200, independent="all")
+    ids = tiny_inputs(33, 40, seed=5)
+
+    def decode(batch):
+        sequences = [runner.new_sequence() for _ in range(batch)]
+        prefill(runner, [(sequence, row[:20]) for sequence, row in zip(sequences, ids, strict=False)])
+        steps = [runner.decode(sequences, [int(row[i]) for row in ids[:batch]])[0].clone() for i in range(20, 24)]
+        for sequence in sequences:
+            runner.forget(sequence)
+        return torch.stack(steps)
+
+    alone = decode(1)
+    for batch in (2, 7, 33):
+        assert torch.equal(decode(batch), alone), batch
+    whole = prefill(runner, [(runner.new_sequence(), ids[0])])[0]
+    with_others = prefill(runner, [(runner.new_sequence(), row) for row in ids[:8]])[0]
+    assert torch.equal(with_others, whole)
+    for first in (39, 17, 2):
+        sequence = runner.new_sequence()
+        prefill(runner, [(sequence, ids[0, :first])])
+        assert torch.equal(prefill(runner, [(sequence, ids[0, first:])])[0], whole), first

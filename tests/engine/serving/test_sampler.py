@@ -83,7 +83,7 @@ def test_seeds_and_positions_give_different_noise() -> None:
             noise.append(ours.noise())
             ours.accept(0)
     assert len(set(noise)) == len(noise)
-    assert 0 <= min(noise) and max(noise) < 1
+    assert min(noise) >= 0 and max(noise) < 1
     assert abs(np.mean(noise) - 0.5) < 0.05
     assert sampler(seed=None, temperature=1.0).seed is not None
 

@@ -170,7 +170,11 @@ def test_slots_far_from_the_beginning_are_reached():
     far = torch.empty(NUM_SLOTS * apart, dtype=torch.uint8, device=DEVICE)  # pages that nobody touches are not there
     near = case.layout.up.stride
     for slot in range(NUM_SLOTS):
-        far[slot * apart : slot * apart + near] = case.arena[slot * near : (slot + 1) * near]
+        for part in (case.layout.gate, case.layout.up, case.layout.down):
+            end = part.offset + part.nbytes
+            far[slot * apart + part.offset : slot * apart + end] = case.arena[slot * near + part.offset :][
+                : part.nbytes
+            ]
     gate, up, down = (replace(part, stride=apart) for part in (case.layout.gate, case.layout.up, case.layout.down))
     case.arena, case.layout = far, replace(case.layout, gate=gate, up=up, down=down)
     assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE

@@ -150,13 +150,13 @@ def test_tool_choice(server: Server, choice: Any, expected: ToolChoice, parallel
     ("fields", "arguments"),
     [
         ({}, {}),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True}),
-        ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True}),
-        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, {"enable_thinking": True, "thinking": True}),
+        ({"thinking": {"type": "adaptive"}}, {"enable_thinking": True, "thinking": True}),
+        ({"thinking": {"type": "disabled"}}, {"enable_thinking": False, "thinking": False}),
         ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
         (
             {"thinking": {"type": "adaptive"}, "output_config": {"effort": "max"}},
-            {"enable_thinking": True, "reasoning_effort": "high"},
+            {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"},
         ),
     ],
 )

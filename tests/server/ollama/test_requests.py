@@ -149,10 +149,10 @@ def test_refused_options(server: Server, path: str, options: Any, message: str) 
     ("think", "arguments"),
     [
         (None, {}),
-        (True, {"enable_thinking": True}),
-        (False, {"enable_thinking": False}),
-        ("low", {"enable_thinking": True, "reasoning_effort": "low"}),
-        ("max", {"enable_thinking": True, "reasoning_effort": "high"}),
+        (True, {"enable_thinking": True, "thinking": True}),
+        (False, {"enable_thinking": False, "thinking": False}),
+        ("low", {"enable_thinking": True, "thinking": True, "reasoning_effort": "low"}),
+        ("max", {"enable_thinking": True, "thinking": True, "reasoning_effort": "high"}),
     ],
 )
 def test_thinking(server: Server, think: Any, arguments: Any) -> None:
@@ -166,7 +166,7 @@ def test_a_model_that_does_not_think_and_calls_nothing(server: Server) -> None:
     assert server.refused(think=True) == "'demo' does not support thinking."
     assert server.refused(think="low") == "'demo' does not support thinking."
     assert server.refused(tools=[TOOL]) == "'demo' does not support tools."
-    assert dict(server.asked(think=False).template_arguments) == {"enable_thinking": False}
+    assert dict(server.asked(think=False).template_arguments) == {"enable_thinking": False, "thinking": False}
 
 
 def test_turns_and_tools(server: Server) -> None:

@@ -9,12 +9,14 @@ being filled. Which expert deserves a slot is `promotion`'s business.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from moesaic.engine.gpu.copy_guard import CopyGuard
 from moesaic.engine.gpu.promotion import Move, PromotionPolicy
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.grouped_experts import ExpertPairs
@@ -52,6 +54,7 @@ class ExpertCache:
         device: the GPU.
         policy: who deserves a slot; the default is `PromotionPolicy`'s.
         steps_per_decision: steps between two questions to the policy, which take a few tenths of a millisecond.
+        is_guarded: whether copies that make steps longer become few (`CopyGuard`), whatever the policy wants.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class ExpertCache:
         device: torch.device,
         policy: PromotionPolicy | None = None,
         steps_per_decision: int = 8,
+        is_guarded: bool = True,
     ) -> None:
         self._routed = list(routed)
         self._device = device
@@ -77,6 +81,8 @@ class ExpertCache:
         self._under_way: list[tuple[Move, torch.cuda.Event | None]] = []
         self._seen = np.zeros((len(self._routed), most), np.uint32)
         self._copied = 0
+        self._guard = CopyGuard() if is_guarded else None
+        self._began, self._is_busy = 0.0, False  # when the step began, and whether something was copied during it
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
@@ -96,6 +102,7 @@ class ExpertCache:
         self.wait()
         self._leaving, self.policy = [], policy
         self._steps = self._tokens = self._copied = 0
+        self._guard = None if self._guard is None else CopyGuard()
         self._enter()
 
     def table(self, layer: int) -> torch.Tensor:
@@ -121,6 +128,7 @@ class ExpertCache:
 
     def before_step(self) -> None:
         """Enter experts whose copies are complete and take out those that leave; on the stream of the step."""
+        self._began, self._is_busy = time.perf_counter(), bool(self._under_way or self._leaving)
         finished = [(move, event) for move, event in self._under_way if event is None or event.query()]
         for move, event in finished:
             if event is not None:
@@ -143,6 +151,8 @@ class ExpertCache:
                 event = torch.cuda.Event()
                 event.record()
             self._under_way.append((move, event))
+        if self._guard is not None:
+            self._guard.begin(len(self._leaving))
         self._copied += len(self._leaving)
         self._leaving = []
 
@@ -154,8 +164,14 @@ class ExpertCache:
             uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
             num_tokens: of the step.
         """
+        guard = self._guard
+        if guard is not None:
+            guard.observe(num_tokens, time.perf_counter() - self._began, self._is_busy)
+            if not self._under_way:
+                guard.end()
         self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
-        if self._steps < self._steps_per_decision:
+        # With a guard, after a step without copies: what copies cost is seen beside those.
+        if self._steps < self._steps_per_decision or (guard is not None and self._is_busy):
             return
         num_tokens, self._steps, self._tokens = self._tokens, 0, 0
         new = np.zeros_like(self._seen)
@@ -163,7 +179,12 @@ class ExpertCache:
         self._seen[layers] = uses
         self.policy.record(new.astype(np.int64), num_tokens)
         busy = {move.slot for move, _ in self._under_way}
-        self._leaving = self.policy.moves(busy)
+        if guard is None:
+            self._leaving = self.policy.moves(busy)
+            return
+        asked = time.perf_counter()
+        self._leaving = self.policy.moves(busy, guard.allowance())
+        guard.spend(time.perf_counter() - asked)
 
     def wait(self) -> None:
         """Let all copies that were begun end, and enter them."""

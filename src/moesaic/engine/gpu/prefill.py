@@ -35,16 +35,27 @@ class ChunkBuffers:
         self._has_routing, self._has_hidden = Mark(device), Mark(device)
         self.hidden = self.answer = self.weights = torch.empty(0, 0)
         self.misses = torch.empty(0, 0, dtype=torch.int64)
+        self._has_rest = False
         self._room: dict[str, torch.Tensor] = {}
 
-    def fetch(self, hidden: torch.Tensor, misses: torch.Tensor, weights: torch.Tensor) -> None:
-        """Begin to copy inputs from the GPU; what comes next there does not wait for it."""
-        self.misses, self.weights = self._at("misses", misses), self._at("weights", weights)
-        self.hidden, self.answer = self._at("hidden", hidden), self._at("answer", hidden)
+    def fetch_routing(self, misses: torch.Tensor) -> None:
+        """Begin to copy misses from the GPU; what comes next there does not wait for it."""
+        self.misses = self._at("misses", misses)
         self._down.follow()
         with self._down.use():
             self.misses.copy_(misses, non_blocking=True)
             self._has_routing.set()
+        self._has_rest = False
+
+    def fetch_rest(self, hidden: torch.Tensor, weights: torch.Tensor) -> None:
+        """Begin to copy the rest of what the CPU needs; nothing if that was asked for before."""
+        if self._has_rest:
+            return
+        self._has_rest = True
+        self.hidden, self.answer = self._at("hidden", hidden), self._at("answer", hidden)
+        self.weights = self._at("weights", weights)
+        self._down.follow()
+        with self._down.use():
             self.weights.copy_(weights, non_blocking=True)
             self.hidden.copy_(hidden, non_blocking=True)
             self._has_hidden.set()
@@ -59,7 +70,7 @@ class ChunkBuffers:
 
     def release(self) -> None:
         """Let the GPU not overwrite the inputs before they are copied."""
-        self._has_hidden.wait()
+        (self._has_hidden if self._has_rest else self._has_routing).wait()
 
     def _at(self, name: str, like: torch.Tensor) -> torch.Tensor:
         room = self._room.get(name)
@@ -92,7 +103,9 @@ class ChunkPath:
     def start(self, routed: Routed) -> None:
         """Begin to copy the inputs."""
         if not self._slots.has_all(routed.layer):
-            self._buffers.fetch(routed.hidden, routed.misses, routed.weights)
+            self._buffers.fetch_routing(routed.misses)
+            if self._asks_cpu(routed):
+                self._buffers.fetch_rest(routed.hidden, routed.weights)
 
     def finish(
         self,
@@ -117,6 +130,10 @@ class ChunkPath:
         experts = self._routed[layer]
         assert experts is not None, "experts that are all on the GPU are not asked for"
         return experts
+
+    def _asks_cpu(self, routed: Routed) -> bool:
+        """Whether the CPU probably gets some of these."""
+        return True
 
     def _compute(self, routed: Routed) -> torch.Tensor:
         """What lies on the GPU and what does not."""

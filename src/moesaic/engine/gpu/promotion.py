@@ -93,15 +93,16 @@ class PromotionPolicy:
         """Share of the uses so far that found their expert in a slot, per layer; 0 where there were none."""
         return self.hits / np.maximum(self.uses, 1)
 
-    def moves(self, busy: frozenset[int] | set[int] = frozenset()) -> list[Move]:
+    def moves(self, busy: frozenset[int] | set[int] = frozenset(), most: int | None = None) -> list[Move]:
         """What to copy next.
 
         The experts are entered in `slot_of` by `complete`, and those that leave are out of it at once.
 
         Args:
             busy: slots that a copy is under way to.
+            most: how many, whatever the budget says.
         """
-        count = int(self._allowance)
+        count = int(self._allowance) if most is None else min(int(self._allowance), most)
         if count < 1 or self.num_slots == 0:
             return []
         wanted = self._best_outside(count)

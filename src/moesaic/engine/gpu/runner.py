@@ -149,8 +149,9 @@ class ModelRunner:
         """As `prefill`, but nothing is computed yet."""
         before = [sequence.length for sequence, _ in parts]
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
-        hidden = self.decoder.embed(torch.cat([ids for _, ids in parts])).to(self.decoder.device)
-        path = self._chunk_path()
+        token_ids = torch.cat([ids for _, ids in parts])
+        path = self._chunk_path(len(token_ids))
+        hidden = self.decoder.embed(token_ids).to(self.decoder.device)
         longest = max(len(ids) for _, ids in parts)
         cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
         return PartialPrefill(self.decoder, self._step(step_input, longest, path), path, cut, hidden)
@@ -201,11 +202,11 @@ class ModelRunner:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def _chunk_path(self) -> ChunkPath:
+    def _chunk_path(self, num_tokens: int) -> ChunkPath:
         common = (self.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self._staging is None or self.shares is None:
             return ChunkPath(*common)
-        return StreamingPath(*common, self._staging, self.shares)
+        return StreamingPath(*common, self._staging, self.shares, num_tokens)
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

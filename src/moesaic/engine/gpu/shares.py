@@ -28,6 +28,9 @@ _GAIN = 0.9  # of what one of them takes alone, what both may take for it to be 
 _CAUTION = 0.25  # of what the CPU is expected to be able to do, what it gets until it has shown it
 _TRIAL = 4  # layers of a trial; the first of them shares its time with what was done before
 _TRIAL_EVERY = 96  # layers
+_AHEAD = 0.7  # of a share that may change
+_OLD = 0.25  # of what was seen of a layer's experts before, what still counts
+_EXPECT_EVERY = 8  # layers
 _BUSY = 0.5  # of the mean number of tokens, what a busy expert has
 
 
@@ -63,32 +66,39 @@ class _Record:
 
     seconds: dict[Split, float] = field(default_factory=dict)
     times: dict[Split, int] = field(default_factory=dict)
-    current: Split | None = None
+    upcoming: Split | None = None  # of the next layer
+    last: Split | None = None
+    expected: dict[Split, float] = field(default_factory=dict)
+    age: int = 0  # layers since that was expected
     left: int = 0  # layers of the trial that is going on
     since: int = 0  # layers since the last one
 
-    def pick(self, expected: dict[Split, float]) -> Split:
-        """One of these, given what each is expected to take."""
-        if self.left > 0 and self.current in expected:
+    def take(self) -> Split:
+        """Who gets this layer's experts; chooses who will get the next's."""
+        split = self.upcoming if self.upcoming in self.expected else self._pick(self.upcoming)
+        self.upcoming = self._pick(split)
+        return split
+
+    def _pick(self, current: Split | None) -> Split:
+        if self.left > 0 and current is not None and current in self.expected:
             self.left -= 1
-            return self.current
-        least = min(expected.values())
-        likely = [split for split, seconds in expected.items() if seconds <= _SLACK * least]
+            return current
+        least = min(self.expected.values())
+        likely = [split for split, seconds in self.expected.items() if seconds <= _SLACK * least]
         unknown = [split for split in likely if split not in self.seconds]
         self.since += 1
         if unknown:
-            return self._try(min(unknown, key=lambda split: expected[split]))
+            return self._try(min(unknown, key=lambda split: (split != "gpu", self.expected[split])))
         best = min(likely, key=lambda split: self.seconds[split])
         if self.since >= _TRIAL_EVERY:
             others = [s for s in likely if s != best and self.seconds[s] <= _SLACK * self.seconds[best]]
             if others:
                 return self._try(others[0])
             self.since = 0
-        self.current = best
         return best
 
     def _try(self, split: Split) -> Split:
-        self.current, self.left, self.since = split, _TRIAL - 1, 0
+        self.left, self.since = _TRIAL - 1, 0
         return split
 
     def observe(self, split: Split, seconds: float) -> None:
@@ -113,6 +123,7 @@ class ExpertShares:
         self._seen: dict[int, np.ndarray] = {}
         self._records: dict[int, _Record] = {}
         self._last: tuple[int, Split, bool] | None = None  # record, what was chosen, and whether it was before too
+        self._ahead = (0, 0.0)  # tokens of a chunk, and what part of the next layer's experts will be streamed at least
         self._trust = _CAUTION  # in what the CPU is expected to take: so much of it does it get at first
 
     def choose(
@@ -130,38 +141,59 @@ class ExpertShares:
         Returns:
             bool `[num_experts]`; of experts that tokens chose, those present are among them.
         """
-        self._seen[layer] = tokens
-        chosen = np.zeros(len(tokens), bool) if present is None else present & (tokens > 0)
-        left = np.where(chosen, 0, tokens)
-        active = np.flatnonzero(left)
-        if len(active) == 0:
-            self._last = None
+        seen = self._seen.get(layer)
+        self._seen[layer] = tokens.astype(np.float64) if seen is None else tokens + _OLD * seen
+        active = tokens > 0
+        chosen = np.zeros(len(tokens), bool) if present is None else present & active
+        num_active = int(np.count_nonzero(active))
+        if num_active == 0:
+            self._last, self._ahead = None, (0, 0.0)
             return chosen
-        order = active[np.argsort(-left[active], kind="stable")]
-        expected = self._expected(left[order], num_rows, under_way)
-        splits: dict[Split, int] = {"cpu": 0, "gpu": len(order)}
-        if expected.min() <= _GAIN * min(expected[0], expected[-1]):
-            careful = self._expected(left[order], num_rows, under_way, self._trust)
-            splits["both"] = int(np.argmin(careful[1:-1])) + 1
-        key = int(tokens.sum()).bit_length()
+        key = num_rows.bit_length()
         record = self._records.setdefault(key, _Record())
-        before = record.current
-        split = record.pick({name: float(expected[count]) for name, count in splits.items()})
-        count = splits[split]
-        chosen[order[:count]] = True
-        self._last = (key, split, split == before)
-        costs, start = self.costs, self._start
-        if count == 0 and under_way == 0:
-            costs.per_upload -= _FORGET * max(0.0, costs.per_upload - start.per_upload)
-        elif count == len(order):
-            costs.cpu_factor -= _FORGET * max(0.0, costs.cpu_factor - start.cpu_factor)
-            self._trust = max(_CAUTION, self._trust * (1 - _FORGET))
+        self._expect(record, tokens, num_rows)
+        split = record.take()
+        if split == "gpu":
+            chosen = active
+        elif split == "both":
+            chosen = chosen | self._part(tokens * ~chosen, num_rows, under_way)
+        self._last = (key, split, split == record.last)
+        record.last = split
+        share = float(np.count_nonzero(chosen)) / num_active
+        self._ahead = (num_rows, {"cpu": 0.0, "both": _AHEAD * share, "gpu": 1.0}[record.upcoming or split])
+        self._forget(split, under_way)
         return chosen
 
-    def likely(self, layer: int, num_experts: int) -> np.ndarray:
-        """Bool `[num_experts]`: experts of a layer that were busy when it was last seen; all if it never was."""
+    def asks_cpu(self, num_rows: int) -> bool:
+        """Whether the CPU will probably get experts of the next layer."""
+        record = self._records.get(num_rows.bit_length())
+        return record is None or record.upcoming != "gpu"
+
+    def likely(self, layer: int, num_rows: int, outside: np.ndarray, most: int) -> np.ndarray:
+        """Experts of a layer, not known yet, that will be wanted on the GPU, by what was when it was last seen.
+
+        Args:
+            layer: which.
+            num_rows: tokens of the chunk.
+            outside: bool `[num_experts]`, those that are not on the GPU.
+            most: how many.
+
+        Returns:
+            int `[n]`, ascending: neighbours among those that were busy, as far as there are enough of them.
+        """
+        rows, share = self._ahead
+        if not rows // 2 <= num_rows <= 2 * rows:
+            return np.empty(0, np.int64)
         seen = self._seen.get(layer)
-        return np.ones(num_experts, bool) if seen is None else seen >= max(1.0, _BUSY * float(seen.mean()))
+        wanted = outside if seen is None else outside & (seen >= 0.5)
+        count = min(most, round(share * np.count_nonzero(wanted)))
+        if seen is None:
+            return np.flatnonzero(wanted)[:count]
+        busy = np.flatnonzero(wanted & (seen >= _BUSY * seen.sum() / max(1, np.count_nonzero(seen))))
+        if len(busy) >= count:
+            return busy[:count]
+        best = np.flatnonzero(wanted)
+        return np.sort(best[np.argsort(-seen[best], kind="stable")][:count])
 
     def observe_uploads(self, count: int, seconds: float) -> None:
         """`count` experts were brought to the GPU in this time."""
@@ -182,6 +214,36 @@ class ExpertShares:
         if self._last is not None and self._last[2]:
             self._records[self._last[0]].observe(self._last[1], seconds)
         self._last = None
+
+    def _expect(self, record: _Record, tokens: np.ndarray, num_rows: int) -> None:
+        """What splits of a layer are expected to take, now and then: it changes little from layer to layer."""
+        record.age += 1
+        if record.expected and record.age < _EXPECT_EVERY:
+            return
+        record.age = 0
+        expected = self._expected(np.sort(tokens[tokens > 0])[::-1], num_rows, 0)
+        record.expected = {"cpu": float(expected[0]), "gpu": float(expected[-1])}
+        least = float(expected.min())
+        if least <= _GAIN * min(record.expected.values()):
+            record.expected["both"] = least
+
+    def _part(self, tokens: np.ndarray, num_rows: int, under_way: int) -> np.ndarray:
+        """As many of these experts as let both end together, with care: bool, like tokens."""
+        active = np.flatnonzero(tokens)
+        order = active[np.argsort(-tokens[active], kind="stable")]
+        expected = self._expected(tokens[order], num_rows, under_way, self._trust)
+        chosen = np.zeros(len(tokens), bool)
+        chosen[order[: int(np.argmin(expected))]] = True
+        return chosen
+
+    def _forget(self, split: Split, under_way: int) -> None:
+        """Costs of which nothing was seen come back, slowly, to where they began."""
+        costs, start = self.costs, self._start
+        if split == "cpu" and under_way == 0:
+            costs.per_upload -= _FORGET * max(0.0, costs.per_upload - start.per_upload)
+        elif split == "gpu":
+            costs.cpu_factor -= _FORGET * max(0.0, costs.cpu_factor - start.cpu_factor)
+            self._trust = max(_CAUTION, self._trust * (1 - _FORGET))
 
     def _expected(self, tokens: np.ndarray, num_rows: int, under_way: int, trust: float = 1.0) -> np.ndarray:
         """Seconds with none of the experts on the GPU, with the first, the first two, ...: float64 `[n + 1]`."""

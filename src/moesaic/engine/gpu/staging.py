@@ -1,12 +1,13 @@
 """VRAM that experts pass through on their way from DRAM in prefill: a ring of groups of slots, filled by a copy stream.
 
-Matrices of a kind lie side by side there as they do in DRAM, so a run of neighbouring experts is one copy per matrix.
+Matrices of a kind lie side by side in a group as they do in DRAM, so neighbouring experts are one copy per matrix.
+Layers may differ in the sizes of their matrices: groups share no bytes, so the experts of two layers can be there.
 This module knows neither who chooses experts nor what is computed from them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class StagedGroup:
         place: which part of the ring.
         runs: what is copied there, one run after the other.
         experts: int `[n]`, those of them that were asked for.
-        slots: int `[n]`, where each is.
+        slots: int `[n]`, where each is in the group.
     """
 
     place: int
@@ -76,11 +77,11 @@ class StagingBuffers:
         device: the GPU.
 
     Attributes:
-        layouts: of each layer's experts in the slots.
-        slot_bytes: bytes of the largest expert.
+        layouts: of each layer's experts in a group.
         num_groups: groups that can be there at once.
         group: experts of a group, at most.
-        arena: uint8, the slots.
+        num_slots: experts of all groups.
+        arenas: uint8, the slots of each group.
         copies: the stream of the copies.
         tables: of the groups of a layer, on their way to the GPU.
     """
@@ -92,10 +93,10 @@ class StagingBuffers:
         # Products with a layer's first experts begin before its last are there.
         self.group = min(num_slots // self.num_groups, -(-most // STAGING_GROUPS))
         self.num_slots = self.num_groups * self.group
-        self.layouts = [slot_layout(experts, device, by_matrix=self.num_slots) for experts in routed]
-        self.slot_bytes = max(slot_bytes(experts) for experts in routed)
+        self.layouts = [slot_layout(experts, device, by_matrix=self.group) for experts in routed]
         self.device = device
-        self.arena = torch.empty(self.num_slots * self.slot_bytes, dtype=torch.uint8, device=device)
+        size = self.group * max(slot_bytes(experts) for experts in routed)
+        self.arenas = torch.empty(self.num_groups * size, dtype=torch.uint8, device=device).split(size)
         self.copies = SideStream(device)
         self._filled = [Mark(device) for _ in range(self.num_groups)]
         self._free = [Mark(device) for _ in range(self.num_groups)]
@@ -109,17 +110,14 @@ class StagingBuffers:
             experts: int `[n]`, ascending.
             max_gap: experts that nobody asked for and that are copied rather than that a copy ends.
         """
-        groups = []
-        for runs in _groups_of(runs_of(experts, max_gap), self.group):
+        copied, groups = experts, []
+        if max_gap > 0 and len(experts):
+            copied = np.concatenate([np.arange(first, first + count) for first, count in runs_of(experts, max_gap)])
+        for begin in range(0, len(copied), self.group):
             place, self._next = self._next, (self._next + 1) % self.num_groups
-            slot = place * self.group
-            asked, slots = [], []
-            for first, count in runs:
-                own = experts[np.searchsorted(experts, first) : np.searchsorted(experts, first + count)]
-                asked.append(own)
-                slots.append(slot + own - first)
-                slot += count
-            groups.append(StagedGroup(place, tuple(runs), np.concatenate(asked), np.concatenate(slots)))
+            part = copied[begin : begin + self.group]
+            at = np.flatnonzero(np.isin(part, experts)) if max_gap > 0 else np.arange(len(part))
+            groups.append(StagedGroup(place, tuple(runs_of(part, 0)), part[at], at))
         return groups
 
     def fill(self, layer: int, group: StagedGroup, begun: Mark | None = None) -> None:
@@ -130,13 +128,13 @@ class StagingBuffers:
             group: planned.
             begun: set in the copy stream when the copies may begin.
         """
-        slot = group.place * self.group
+        slot, arena = 0, self.arenas[group.place]
         with self.copies.use():
             self._free[group.place].wait()
             if begun is not None:
                 begun.set()
             for first, count in group.runs:
-                copy_experts(self._routed[layer], first, count, self.layouts[layer], self.arena, slot)
+                copy_experts(self._routed[layer], first, count, self.layouts[layer], arena, slot)
                 slot += count
             self._filled[group.place].set()
 
@@ -161,19 +159,3 @@ def runs_of(experts: np.ndarray, max_gap: int) -> list[Run]:
     firsts = experts[np.concatenate([[0], ends + 1])]
     lasts = experts[np.concatenate([ends, [len(experts) - 1]])]
     return [(int(first), int(last - first + 1)) for first, last in zip(firsts, lasts, strict=True)]
-
-
-def _groups_of(runs: list[Run], size: int) -> Iterator[list[Run]]:
-    """Runs, cut where a group of `size` experts is full."""
-    group: list[Run] = []
-    room = size
-    for first, count in runs:
-        while count:
-            part = min(count, room)
-            group.append((first, part))
-            first, count, room = first + part, count - part, room - part
-            if room == 0:
-                yield group
-                group, room = [], size
-    if group:
-        yield group

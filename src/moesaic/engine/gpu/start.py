@@ -23,7 +23,7 @@ from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts, page_lock
 from moesaic.placement import Plan
-from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, VramBudget
+from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES, VramBudget
 
 __all__ = ["start_on_gpu"]
 
@@ -84,7 +84,7 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
         if budget.staging_experts:
             staging = StagingBuffers(in_dram, budget.staging_experts, device)
             shares = ExpertShares(measure_costs(in_dram[0], staging))
-    options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH)
+    options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH, num_states=MAX_STATES)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
     return attach_runner(model, runner)
 

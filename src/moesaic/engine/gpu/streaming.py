@@ -26,7 +26,6 @@ from moesaic.modules.gpu.step import Routed
 
 __all__ = ["StreamingPath"]
 
-_AHEAD = 0.7  # of as many experts as a layer's share was, those that set out for the next before it is known
 _LAUNCH_SECONDS = 8e-6  # what it takes to begin a copy
 
 
@@ -37,6 +36,7 @@ class StreamingPath(ChunkPath):
         exchange, routed, slots, buffers: as for `ChunkPath`.
         staging: where streamed experts go.
         shares: who computes what.
+        num_rows: tokens of the chunk.
     """
 
     def __init__(
@@ -47,12 +47,19 @@ class StreamingPath(ChunkPath):
         buffers: ChunkBuffers,
         staging: StagingBuffers,
         shares: ExpertShares,
+        num_rows: int,
     ) -> None:
         super().__init__(exchange, routed, slots, buffers)
         self._staging, self._shares = staging, shares
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
-        self._chose: float | None = None  # when the router's choice of the layer before was known
+        self._chose: tuple[int, float] | None = None  # the layer before, and when its router's choice was known
+        if num_rows > MAX_DECODE_TOKENS:
+            self._set_out(0, num_rows)
+
+    def _asks_cpu(self, routed: Routed) -> bool:
+        """Otherwise hidden states need not be copied."""
+        return len(routed.hidden) <= MAX_DECODE_TOKENS or self._shares.asks_cpu(len(routed.hidden))
 
     def interrupted(self) -> None:
         """As `ChunkPath`."""
@@ -66,9 +73,9 @@ class StreamingPath(ChunkPath):
         pairs = staging.layouts[layer].pairs(routed.hidden, routed.chosen, routed.weights)
         cached = self._slots.multiply(layer, pairs)
         self._buffers.wait_routing()
-        self._observe_last()
-        flat = self._buffers.misses.flatten().numpy()
-        tokens = np.bincount(flat[flat >= 0], minlength=pairs.num_experts)
+        self._observe_last(layer)
+        misses = self._buffers.misses
+        tokens = np.bincount(misses.flatten().numpy() + 1, minlength=pairs.num_experts + 1)[1:]  # -1: none
         streamed, table = self._stream(routed, tokens, pairs)
         total: torch.Tensor | None = None
         if table is not None or cached is not None:
@@ -79,8 +86,8 @@ class StreamingPath(ChunkPath):
         kept = tokens * ~streamed
         if not kept.any():
             return torch.zeros_like(routed.hidden) if total is None else total
+        self._buffers.fetch_rest(routed.hidden, routed.weights)
         self._buffers.wait_hidden()
-        misses = self._buffers.misses
         if streamed.any():
             # Index -1 (no expert) is the last element.
             misses = misses.masked_fill(torch.from_numpy(np.append(streamed, False))[misses], -1)
@@ -106,8 +113,7 @@ class StreamingPath(ChunkPath):
         wanted = np.flatnonzero(streamed & ~present)
         groups = [*ahead, *staging.plan(wanted, self._max_gap(layer))]
         table = self._multiply(layer, groups, len(ahead), np.where(streamed, tokens, 0), pairs) if groups else None
-        if streamed.any():
-            self._set_out(layer + 1, int(np.count_nonzero(streamed)))
+        self._set_out(layer + 1, len(routed.hidden))
         return streamed, table
 
     def _multiply(
@@ -131,7 +137,7 @@ class StreamingPath(ChunkPath):
                 filled += 1
             staging.use(group)
             blocks = ExpertBlocks(on_device[index], first_on_device[index], int(first[index, -1]))
-            pairs.multiply(staging.arena, kernel, staging.num_slots, blocks)
+            pairs.multiply(staging.arenas[group.place], kernel, staging.group, blocks)
             staging.leave(group)
         if len(groups) > num_ahead:
             with staging.copies.use():
@@ -139,17 +145,15 @@ class StreamingPath(ChunkPath):
             self._pending = (sum(len(group.experts) for group in groups[num_ahead:]), begun, done)
         return on_device[-1]
 
-    def _set_out(self, layer: int, share: int) -> None:
-        """Begin to copy experts of the next layer, of which this one's share was so large."""
+    def _set_out(self, layer: int, num_rows: int) -> None:
+        """Begin to copy experts of the next layer, if there is one and most of them will be streamed anyway."""
         staging = self._staging
         if layer >= len(self._routed):
             return
-        likely = self._shares.likely(layer, self._experts(layer).num_experts)
         held = self._slots.held(layer)
-        if held is not None:
-            likely &= ~held
-        most = min(int(_AHEAD * share), staging.num_groups * staging.group)
-        self._ahead = staging.plan(np.flatnonzero(likely)[:most], 0)
+        outside = np.ones(self._experts(layer).num_experts, bool) if held is None else ~held
+        likely = self._shares.likely(layer, num_rows, outside, staging.num_slots)
+        self._ahead = staging.plan(likely, 0)
         for group in self._ahead:
             staging.fill(layer, group)
 
@@ -158,11 +162,11 @@ class StreamingPath(ChunkPath):
         kernel = self._staging.layouts[layer].kernel
         return int((2 if kernel.gate is None else 3) * _LAUNCH_SECONDS / max(self._shares.costs.per_upload, 1e-9))
 
-    def _observe_last(self) -> None:
+    def _observe_last(self, layer: int) -> None:
         """Take the times of the layer before, as far as they are known by now."""
-        last, self._chose = self._chose, time.perf_counter()
-        if last is not None:
-            self._shares.observe_layer(self._chose - last)
+        last, self._chose = self._chose, (layer, time.perf_counter())
+        if last is not None and last[0] + 1 == layer:
+            self._shares.observe_layer(self._chose[1] - last[1])
         if self._pending is not None and self._pending[2].is_passed():
             count, begun, done = self._pending
             self._shares.observe_uploads(count, done.seconds_since(begun))

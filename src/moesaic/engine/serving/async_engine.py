@@ -7,12 +7,14 @@ so; nothing is restarted here. It knows neither HTTP nor what the engine compute
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.interface import EngineStats, EngineStatus
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError, RequestError, TokenizerError
+from moesaic.errors import EngineDeadError, GenerationError, MoesaicError, OverloadedError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from moesaic.engine.serving.grammar_compiler import GrammarCompiler
@@ -30,6 +32,8 @@ __all__ = ["AsyncEngine"]
 _LOG = logging.getLogger("moesaic.serving")
 _STATS_SECONDS = 0.25
 """How old a snapshot may be while steps are computed."""
+_RATE_SECONDS = 60.0
+"""How far back answers count for how fast they end."""
 
 
 class _Stream:
@@ -56,13 +60,20 @@ class AsyncEngine:
     Args:
         factory: makes the engine, in the engine's thread.
         max_waiting: most answers that wait for their first step; more are refused.
-        on_end: called in the event loop when the engine is dead, with the error's text.
+        warm_grammars: prepare for grammars as soon as the model is loaded, in processes beside this one, and not only
+            when the first one comes.
+        on_end: called in the event loop if the engine ends by an error, with its text; not by `close`.
     """
 
     def __init__(
-        self, factory: Callable[[], Engine], max_waiting: int = 256, on_end: Callable[[str], None] | None = None
+        self,
+        factory: Callable[[], Engine],
+        max_waiting: int = 256,
+        on_end: Callable[[str], None] | None = None,
+        warm_grammars: bool = False,
     ) -> None:
         self._factory, self._max_waiting, self._on_end = factory, max_waiting, on_end
+        self._warm_grammars = warm_grammars
         self._status: EngineStatus = "loading"
         self._error: str | None = None
         self._engine: Engine | None = None
@@ -148,7 +159,10 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """As `EngineClient`."""
-        return self._stats
+        stats = self._stats
+        if not stats.running:
+            return stats
+        return replace(stats, last_step=stats.last_step + time.monotonic() - self._stats_at)
 
     async def drain(self, timeout: float) -> bool:
         """As `EngineClient`."""
@@ -168,19 +182,23 @@ class AsyncEngine:
         self._closing = True
         self._wake.set()
         if self._compiler is not None:
-            (await self._compiler).close()
-        if self._thread is not None:
+            with contextlib.suppress(TokenizerError):
+                (await self._compiler).close()
+        if self._thread is not None and self._engine is not None:  # who still loads ends when that is done
             await asyncio.to_thread(self._thread.join)
-        self._die("it was closed", EngineDeadError("the engine was closed."))
+        self._end("it was closed", EngineDeadError("the engine was closed."))
 
     async def _grammar_compiler(self, engine: Engine) -> GrammarCompiler:
         """Made when it is first needed."""
-        if self._compiler is None:
-            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
         try:
-            return await asyncio.shield(self._compiler)
+            return await asyncio.shield(self._start_compiler(engine))
         except TokenizerError as error:
             raise RequestError(str(error), "grammar") from error
+
+    def _start_compiler(self, engine: Engine) -> asyncio.Task[GrammarCompiler]:
+        if self._compiler is None:
+            self._compiler = asyncio.create_task(asyncio.to_thread(_compiler_for, engine))
+        return self._compiler
 
     def _accepting(self) -> Engine:
         if self._status == "loading":
@@ -199,10 +217,11 @@ class AsyncEngine:
 
     def _retry_after(self, waiting: int) -> float:
         """Seconds until those who wait have begun, as answers end at present."""
-        if len(self._ended) < 2:
-            return 10.0
-        each = (time.monotonic() - self._ended[0]) / len(self._ended)
-        return min(600.0, max(1.0, waiting * each))
+        now = time.monotonic()
+        recent = [ended for ended in self._ended if now - ended < _RATE_SECONDS]
+        if not recent:
+            return _RATE_SECONDS / 4
+        return min(600.0, max(1.0, waiting * (now - recent[0]) / len(recent)))
 
     def _send(self, command: Callable[[Engine], None]) -> None:
         self._inbox.append(command)
@@ -218,8 +237,7 @@ class AsyncEngine:
             with engine.running():
                 self._serve(engine)
         except BaseException as error:
-            text = "".join(traceback.format_exception(error))
-            self._call(self._die, text, EngineDeadError("the engine has ended by an error."))
+            self._call(self._die, "".join(traceback.format_exception(error)))
         finally:
             if engine is not None:
                 try:
@@ -246,6 +264,9 @@ class AsyncEngine:
             engine.add(key, prompt_ids, params, matchers)
         except MoesaicError as problem:
             error = problem
+        except Exception:  # one request is not worth the engine
+            _LOG.exception("request %s cannot be begun", key)
+            error = GenerationError("the request cannot be answered.")
         self._call(self._taken, key, params.n, error)
 
     def _deliver(self, engine: Engine, pieces: list[tuple[str, Chunk]]) -> None:
@@ -270,6 +291,8 @@ class AsyncEngine:
         self._engine = engine
         if self._status == "loading":
             self._status = "ready"
+            if self._warm_grammars:
+                self._start_compiler(engine)
         self._ready.set()
 
     def _taken(self, key: str, num_answers: int, error: MoesaicError | None) -> None:
@@ -295,7 +318,14 @@ class AsyncEngine:
                 stream.pieces.append(chunk)
                 stream.wake()
 
-    def _die(self, text: str, error: EngineDeadError) -> None:
+    def _die(self, text: str) -> None:
+        if self._status == "dead":
+            return
+        self._end(text, EngineDeadError("the engine has ended by an error."))
+        if self._on_end is not None:
+            self._on_end(text)
+
+    def _end(self, text: str, error: EngineDeadError) -> None:
         if self._status == "dead":
             return
         self._status, self._error = "dead", text
@@ -303,11 +333,11 @@ class AsyncEngine:
             stream.error = error
             stream.wake()
         self._ready.set()
-        if self._on_end is not None:
-            self._on_end(text)
 
 
 def _compiler_for(engine: Engine) -> GrammarCompiler:
     from moesaic.engine.serving.grammar_compiler import GrammarCompiler  # what it needs is needed for nothing else
 
-    return GrammarCompiler(engine.grammar_vocabulary())
+    compiler = GrammarCompiler(engine.grammar_vocabulary())
+    compiler.warm()
+    return compiler

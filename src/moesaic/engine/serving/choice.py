@@ -8,6 +8,7 @@ This module knows numbers only, neither requests nor texts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ _REST = 1e-7
 """Tokens that are left out because all of them together are less likely than this; float32 cannot tell."""
 _UNSEEN = 1e-3
 """Weight (the likeliest token has 1) that a first look at top-p leaves open."""
+_ATTEMPTS = 12
 _BLOCK = 512
 
 
@@ -45,16 +47,24 @@ class Filters:
     min_p: float = 0.0
 
 
-def choose(row: Floats, filters: Filters, noise: float) -> int:
+def choose(row: Floats, filters: Filters, noise: Callable[[int], float]) -> int:
     """Draw a token.
 
     Args:
         row: float32 `[vocab_size]`, logits; the largest is finite.
         filters: what is kept.
-        noise: at least 0 and below 1; the same noise takes the same token.
+        noise: gives numbers at least 0 and below 1, for 0, 1, ...; the same noise takes the same token.
     """
-    ids, weights = kept(row, filters)
-    return int(ids[_position(weights, noise)]) if ids is not None else _position(weights, noise)
+    found = None
+    if filters.top_k == 0 and filters.min_p == 0 and 0.5 <= filters.top_p < 1:
+        peak = row.max()
+        found = _near_nucleus(row, peak, filters)
+        token = _draw_until_in_nucleus(row, peak, filters, noise) if found is None else None
+        if token is not None:
+            return token
+    ids, weights = kept(row, filters) if found is None else found
+    position = _position(weights, noise(0))
+    return position if ids is None else int(ids[position])
 
 
 def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Weights]:
@@ -72,7 +82,12 @@ def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Weights]:
         top = largest(row, filters.top_k)
         ids, weights = _nucleus(top, _weights(row[top], peak, filters.temperature), filters.top_p)
     elif filters.top_p < 1:
-        ids, weights = _nucleus_of_all(row, peak, filters)
+        near = _near_nucleus(row, peak, filters)
+        if near is not None:
+            ids, weights = near
+        else:
+            every, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
+            ids, weights = _nucleus(every, _weights(values, peak, filters.temperature), filters.top_p)
     else:
         # Of what min-p keeps a little more, as the exact comparison follows.
         reach = math.log(row.size / _REST) if filters.min_p == 0 else 1e-3 - math.log(filters.min_p)
@@ -128,23 +143,40 @@ def _lower_bound(row: Floats, count: int) -> np.float32:
     return bound
 
 
-def _nucleus_of_all(row: Floats, peak: np.float32, filters: Filters) -> tuple[Ids | None, Weights]:
-    """Top-p over the whole vocabulary: first by what is not far below the peak, then by all that can matter."""
-    near = math.log(row.size / _UNSEEN)
-    ids, values = _above(row, peak, near * filters.temperature)
-    if ids is not None and 8 * ids.size < row.size:
-        weights = _weights(values, peak, filters.temperature)
-        if _is_decided(weights, filters.top_p):
-            return _nucleus(ids, weights, filters.top_p)
-    ids, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
-    return _nucleus(ids, _weights(values, peak, filters.temperature), filters.top_p)
-
-
-def _is_decided(weights: Weights, top_p: float) -> bool:
-    """Whether the nucleus is the same, however much weight up to `_UNSEEN` there is beside these."""
+def _near_nucleus(row: Floats, peak: np.float32, filters: Filters) -> tuple[Ids, Weights] | None:
+    """Top-p over the whole vocabulary by what is not far below the peak; None if that does not decide it."""
+    reach = math.log(row.size / _UNSEEN) * filters.temperature
+    mask = row >= peak - np.float32(reach)
+    if 8 * np.count_nonzero(mask) > row.size:
+        return None
+    ids = np.flatnonzero(mask)
+    weights = _weights(row[ids], peak, filters.temperature)
+    # Whether it is the same, however much weight up to `_UNSEEN` there is beside these.
     sums = np.cumsum(np.sort(weights)[::-1], dtype=np.float64)
-    least, most = np.searchsorted(sums, [top_p * sums[-1], top_p * (sums[-1] + _UNSEEN)])
-    return bool(least == most)
+    least, most = np.searchsorted(sums, [filters.top_p * sums[-1], filters.top_p * (sums[-1] + _UNSEEN)])
+    if least != most:
+        return None
+    kept_ids, kept_weights = _nucleus(ids, weights, filters.top_p)
+    return (ids if kept_ids is None else kept_ids), kept_weights
+
+
+def _draw_until_in_nucleus(
+    row: Floats, peak: np.float32, filters: Filters, noise: Callable[[int], float]
+) -> int | None:
+    """Draw from all tokens until one is in the nucleus, which needs no order among them; None if none was.
+
+    What comes out is distributed as if only the nucleus were drawn from.
+    """
+    weights = _weights(row, peak, filters.temperature)
+    sums = _block_sums(weights)
+    mass = filters.top_p * float(sums[-1])
+    for attempt in range(_ATTEMPTS):
+        token = _position(weights, noise(attempt), sums)
+        before = float((weights * (weights > weights[token])).sum())
+        before += float(weights[token]) * np.count_nonzero(weights[:token] == weights[token])
+        if before < mass:
+            return token
+    return None
 
 
 def _nucleus(ids: Ids | None, weights: Weights, top_p: float) -> tuple[Ids | None, Weights]:
@@ -166,20 +198,29 @@ def _nucleus(ids: Ids | None, weights: Weights, top_p: float) -> tuple[Ids | Non
     return (some[chosen] if ids is None else ids[some[chosen]]), candidates[chosen]
 
 
-def _position(weights: Weights, noise: float) -> int:
-    """Where `noise` falls when the interval from 0 to 1 is divided in proportion to the weights."""
-    if weights.size <= 4 * _BLOCK:
-        return _first_above(np.cumsum(weights, dtype=np.float64), noise)
-    starts = np.arange(0, weights.size, _BLOCK)
-    sums = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
-    block = _first_above(sums, noise)
+def _position(weights: Weights, noise: float, sums: Doubles | None = None) -> int:
+    """Where `noise` falls when the interval from 0 to 1 is divided in proportion to the weights.
+
+    `sums` are those of `_block_sums`, if they are there already.
+    """
+    if sums is None:
+        sums = _block_sums(weights)
+    block = _first_above(sums, noise * float(sums[-1]))
     before = float(sums[block - 1]) if block else 0.0
     inside = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64) + before
-    target = min(noise * float(sums[-1]), math.nextafter(float(inside[-1]), 0.0))
-    return block * _BLOCK + int(np.searchsorted(inside, target, side="right"))
+    return block * _BLOCK + _first_above(inside, noise * float(sums[-1]))
 
 
-def _first_above(sums: Doubles, noise: float) -> int:
-    """Index of the first sum above `noise` of the last one; what is there has a weight above 0."""
-    target = min(noise * float(sums[-1]), math.nextafter(float(sums[-1]), 0.0))
+def _block_sums(weights: Weights) -> Doubles:
+    """Sums up to the ends of blocks of `_BLOCK` weights: a running sum over all of them takes far longer."""
+    whole = weights.size // _BLOCK * _BLOCK
+    parts = weights[:whole].reshape(-1, _BLOCK).sum(axis=1).astype(np.float64)
+    if whole < weights.size:
+        parts = np.append(parts, float(weights[whole:].sum()))
+    return np.cumsum(parts)
+
+
+def _first_above(sums: Doubles, target: float) -> int:
+    """Index of the first sum above a target, or of the last that grew; what is there has a weight above 0."""
+    target = min(target, math.nextafter(float(sums[-1]), 0.0))
     return int(np.searchsorted(sums, target, side="right"))

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +19,15 @@ import torch
 from moesaic.engine.serving.answer import Answer
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.facts import ModelFacts
+from moesaic.engine.serving.intake import Intake
 from moesaic.engine.serving.interface import EngineStats
-from moesaic.engine.serving.outputs import Chunk, FinishReason, RequestStats, TokenLogprob
+from moesaic.engine.serving.outputs import Chunk, FinishReason, TokenLogprob
 from moesaic.engine.serving.pace import Pace
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.runner import StepRunner
-from moesaic.engine.serving.sampler import RequestSampler, sample
+from moesaic.engine.serving.sampler import sample
 from moesaic.engine.serving.scheduler import Filling, Scheduler, Step, Task
-from moesaic.engine.serving.text import Detokenizer
-from moesaic.engine.serving.token_bytes import token_bytes
-from moesaic.errors import MoesaicError, RequestError, TokenizerError
+from moesaic.errors import MoesaicError
 from moesaic.kvcache.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineOptions"]
 
 _LOG = logging.getLogger("moesaic.serving")
-_PROMPT_TAIL = 8
-"""Last tokens of a prompt, whose text the first of the answer may depend on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +95,7 @@ class Engine:
         self._out: list[tuple[str, Chunk]] = []
         self._finished: Counter[str] = Counter()
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
-        self._token_bytes = None if tokenizer is None else partial(token_bytes, tokenizer)
+        self._intake = Intake(tokenizer, self.defaults, runner.vocab_size, self.context_length)
         self._last_step = clock()
 
     @contextlib.contextmanager
@@ -121,44 +117,15 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Answers that wait for their first step; may be read from any thread."""
-        return len(self._scheduler.waiting)
+        return self._scheduler.num_waiting
 
     def grammar_vocabulary(self) -> GrammarVocabulary:
-        """What grammars are compiled for; made anew.
-
-        Raises:
-            TokenizerError: there is no tokenizer, or it takes no grammars.
-        """
-        from moesaic.engine.serving.grammar import GrammarVocabulary  # what it needs is needed for nothing else
-
-        if self.tokenizer is None:
-            raise TokenizerError("grammars need a tokenizer, and this model has none.")
-        return GrammarVocabulary(self.tokenizer, self.runner.vocab_size, self.defaults.stop_ids)
+        """As `Intake.grammar_vocabulary`."""
+        return self._intake.grammar_vocabulary()
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Refuse what cannot be answered; may be called from any thread.
-
-        Raises:
-            RequestError: the prompt is empty or too long, or something names a token that the model does not have.
-        """
-        if not prompt_ids:
-            raise RequestError("the prompt is empty: nothing to continue.", "prompt")
-        least = 0 if params.max_tokens == 0 else 1
-        if len(prompt_ids) + least > self.context_length:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context is {self.context_length} for prompt and "
-                "answer together: shorten it.",
-                "prompt",
-            )
-        vocab_size = self.runner.vocab_size
-        for name, ids in (
-            ("prompt", prompt_ids),
-            ("stop_token_ids", params.stop_token_ids),
-            ("logit_bias", params.logit_bias),
-        ):
-            if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-                wrong = min(ids) if min(ids) < 0 else max(ids)
-                raise RequestError(f"{name} has token {wrong}: expected 0 to {vocab_size - 1}.", name)
+        """As `Intake.check`; may be called from any thread."""
+        self._intake.check(prompt_ids, params)
 
     def add(
         self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams, matchers: Sequence[Any] = ()
@@ -175,42 +142,10 @@ class Engine:
             RequestError: see `check`.
         """
         self.check(prompt_ids, params)
-        answers = [
-            self._answer(request_id, index, prompt_ids, params, matchers[index] if matchers else None)
-            for index in range(params.n)
-        ]
+        answers = self._intake.answers(request_id, prompt_ids, params, matchers, self._clock())
         self._answers[request_id] = answers
         self._prompt_tokens += len(prompt_ids) * params.n
         self._scheduler.add(answers)
-
-    def _answer(
-        self, request_id: str, index: int, prompt_ids: Sequence[int], params: SamplingParams, matcher: Any
-    ) -> Answer:
-        room = self.context_length - len(prompt_ids)
-        eos_ids = frozenset() if params.ignore_eos else self.defaults.stop_ids
-        sampler = RequestSampler(
-            params,
-            self.defaults.sampling,
-            self.runner.vocab_size,
-            prompt_ids,
-            None if params.seed is None else params.seed + index,
-            matcher,
-            eos_ids=eos_ids,
-            token_bytes=self._token_bytes,
-        )
-        tokenizer = self.tokenizer
-        return Answer(
-            ids=list(prompt_ids),
-            request_id=request_id,
-            index=index,
-            params=params,
-            sampler=sampler,
-            text=None if tokenizer is None else Detokenizer(tokenizer, params, prompt_ids[-_PROMPT_TAIL:]),
-            stop_ids=eos_ids | frozenset(params.stop_token_ids),
-            limit=room if params.max_tokens is None else min(params.max_tokens, room),
-            added=self._clock(),
-            stats=RequestStats(prompt_tokens=len(prompt_ids), seed=sampler.seed),
-        )
 
     def cancel(self, request_id: str) -> None:
         """End a request; its slot and its blocks are free at once. Nothing happens if it has ended."""

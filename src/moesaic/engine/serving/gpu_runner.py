@@ -24,7 +24,7 @@ class GpuStepRunner:
         runner: who computes.
         max_batch: most sequences of a step, which goes in batches of the runner's; with recurrent states no more than
             there are.
-        max_chunk: most tokens of a prefill.
+        max_chunk: most tokens of a prefill, for which the budget of the VRAM has room.
 
     Attributes: as `StepRunner`.
     """

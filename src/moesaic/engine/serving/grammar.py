@@ -70,12 +70,12 @@ class GrammarVocabulary:
 class GrammarMatcher:
     """Where one answer is in its grammar."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher, self._vocab_size = matcher, vocab_size
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
 
     def copy(self) -> GrammarMatcher:
         """Another one at the same place, that goes its own way."""
-        return GrammarMatcher(self._matcher.deep_copy(), self._vocab_size)
+        return GrammarMatcher(self._matcher.deep_copy())
 
     @property
     def is_complete(self) -> bool:
@@ -97,9 +97,7 @@ class GrammarMatcher:
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         self._check()
-        known = min(bits.size, row.size)
-        np.copyto(row[:known], np.float32(-np.inf), where=bits[:known] == 0)
-        row[known:] = -np.inf
+        np.copyto(row, np.float32(-np.inf), where=bits[: row.size] == 0)
 
     def accept(self, token: int) -> None:
         """Go on by a token.
@@ -136,4 +134,4 @@ def compile_grammar(grammar: Grammar, vocabulary: GrammarVocabulary) -> Compiled
         TokenizerError: the tokenizer takes no grammars.
     """
     matcher = build_matcher(grammar, vocabulary.tokenizer())
-    return CompiledGrammar(grammar, GrammarMatcher(matcher, vocabulary.vocab_size))
+    return CompiledGrammar(grammar, GrammarMatcher(matcher))

@@ -14,7 +14,9 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import moesaic
@@ -26,6 +28,7 @@ from moesaic.errors import OverloadedError, RequestError
 
 __all__ = ["GrammarCompiler"]
 
+_WARM_SECONDS = 120.0
 _MARGIN = 1.0
 """Seconds after the deadline in which a worker may still say why it was missed."""
 
@@ -59,6 +62,11 @@ class GrammarCompiler:
         self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
         self._pending = 0
         self._closed = False
+
+    def warm(self) -> None:
+        """Start what the first grammars would wait for, some seconds with a large vocabulary; returns at once."""
+        for _ in self._trials:
+            self._pool.submit(self._warm)
 
     async def compile(self, grammar: Grammar) -> CompiledGrammar:
         """A grammar, compiled off the event loop.
@@ -113,6 +121,28 @@ class GrammarCompiler:
         with self._lock:
             self._pending -= 1
 
+    def _warm(self) -> None:
+        """In a worker: start its process, and make the tokenizer of this one."""
+        with self._trial() as trial:
+            trial.is_ready(time.monotonic() + _WARM_SECONDS)
+        self._vocabulary.tokenizer()
+
+    @contextmanager
+    def _trial(self) -> Iterator[_Trial]:
+        """One that nobody uses; there is one for each worker."""
+        with self._lock:
+            if self._closed:
+                raise OverloadedError("the engine is closing.", self._deadline)
+            trial = self._idle.pop(0)
+        try:
+            yield trial
+        finally:
+            with self._lock:
+                if self._closed:
+                    trial.close()
+                else:
+                    self._idle.append(trial)
+
     def _work(self, grammar: Grammar, end: float) -> CompiledGrammar:
         """In a worker: try, then compile."""
         found = self._find(grammar)  # somebody else's, in the meantime
@@ -120,19 +150,9 @@ class GrammarCompiler:
             return found
         if time.monotonic() >= end:
             raise self._busy()
-        with self._lock:
-            if self._closed:
-                raise OverloadedError("the engine is closing.", self._deadline)
-            trial = self._idle.pop()
-        try:
+        with self._trial() as trial:
             if not trial.run(grammar, end):
                 raise _too_late(self._deadline)
-        finally:
-            with self._lock:
-                if self._closed:
-                    trial.close()
-                else:
-                    self._idle.append(trial)
         compiled = compile_grammar(grammar, self._vocabulary)
         with self._lock:
             self._compiled[grammar] = compiled
@@ -148,18 +168,25 @@ class _Trial:
         self._source = source
         self._process: subprocess.Popen[str] | None = None
 
+    def is_ready(self, end: float) -> bool:
+        """Whether the process runs and has read the tokenizer; it is started if need be, and ended at `end`."""
+        if self._process is not None and self._process.poll() is None:
+            return True
+        self.close()
+        self._process = self._start()
+        if self._ask(self._source.to_json(), end) is None:
+            self.close()
+            return False
+        return True
+
     def run(self, grammar: Grammar, end: float) -> bool:
         """Whether the grammar was compiled before `end`, by the monotonic clock.
 
         Raises:
             RequestError: it was refused.
         """
-        if self._process is None or self._process.poll() is not None:
-            self.close()
-            self._process = self._start()
-            if self._ask(self._source.to_json(), end) is None:
-                self.close()
-                return False
+        if not self.is_ready(end):
+            return False
         asked = {"kind": grammar.kind, "text": grammar.text, "seconds": max(end - time.monotonic(), 1e-3)}
         answer = self._ask(json.dumps(asked), end)
         if answer is None:

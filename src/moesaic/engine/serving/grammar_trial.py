@@ -1,6 +1,6 @@
 """Compiling a grammar, and a process in which it is tried first.
 
-A grammar comes from anybody, and llguidance has inputs that it works on for hours (`multipleOf` a large prime number).
+A grammar comes from anybody, and llguidance has inputs that it works on for hours (`multipleOf` a large number).
 A thread cannot be stopped, but a process can: `python -m moesaic.engine.serving.grammar_trial` compiles what it reads,
 takes some steps, and answers whether all went well; whoever started it ends it when its time is over, and it ends
 itself where the system can. It knows neither torch nor transformers, so that it starts in a moment.
@@ -78,6 +78,8 @@ def _text(grammar: Grammar) -> str:
     if grammar.kind == "lark":
         return llguidance.LLMatcher.grammar_from_lark(grammar.text)
     schema = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
+    if schema.strip() in ("true", "false"):
+        schema = f'{{"allOf": [{schema}]}}'  # options go into an object
     return llguidance.LLMatcher.grammar_from_json_schema(
         schema,
         # Room for any indentation, but not for a model that has nothing to say and goes on with blanks for ever.

@@ -7,20 +7,26 @@ cheaper than as many steps. It chooses neither tokens nor whose turn it is; see 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from moesaic.errors import ConfigError, GenerationError, KernelError, UnsupportedModelError
+from moesaic.kernels import independent_rows
 from moesaic.kernels.paged_stack import PagedStack
 from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
 from moesaic.kvcache.states import StatePool
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.paged_decoder import PagedDecoder, paged_cache_shapes
 
-__all__ = ["PagedRunner", "blocks_in", "paged_runner_for"]
+__all__ = ["IndependentRows", "PagedRunner", "blocks_in", "paged_runner_for"]
 
 BLOCK_SIZE = 64
+
+IndependentRows = Literal["none", "decode", "all"]
+"""In which steps the numbers of a sequence do not depend, to the bit, on what else is in the step. That makes a
+difference only on processors with tiles (AMX), whose products of many tokens round otherwise than those of few: prompts
+are much faster with them."""
 
 
 class PagedRunner:
@@ -33,6 +39,7 @@ class PagedRunner:
         kv_dtype: what the cache stores.
         max_batch: most sequences of a decode step.
         max_chunk: most tokens of a prefill.
+        independent: in which steps rows are independent of each other.
     """
 
     def __init__(
@@ -44,8 +51,9 @@ class PagedRunner:
         kv_dtype: torch.dtype = torch.bfloat16,
         max_batch: int = 64,
         max_chunk: int = 2048,
+        independent: IndependentRows = "decode",
     ) -> None:
-        self.decoder = decoder
+        self.decoder, self._independent = decoder, independent
         self.pool = BlockPool(num_blocks, block_size)
         self.states: StatePool | None = None
         self.max_batch, self.max_chunk = max_batch, max_chunk
@@ -68,7 +76,8 @@ class PagedRunner:
         """Append one token to each sequence; see `StepRunner`."""
         if not 1 <= len(sequences) <= self.max_batch or len(token_ids) != len(sequences):
             raise KernelError(f"{len(sequences)} sequences, {len(token_ids)} tokens: expected 1 to {self.max_batch}.")
-        work = self._start([(sequence, 1) for sequence in sequences], torch.tensor(token_ids, dtype=torch.int64))
+        parts = [(sequence, 1) for sequence in sequences]
+        work = self._start(parts, torch.tensor(token_ids, dtype=torch.int64), self._independent != "none")
         try:
             work.advance(self.num_layers)
             return work.logits()
@@ -82,9 +91,12 @@ class PagedRunner:
         count = sum(len(ids) for _, ids in parts)
         if count > self.max_chunk:
             raise KernelError(f"a prefill of {count} tokens: expected at most {self.max_chunk}.")
-        return self._start([(sequence, len(ids)) for sequence, ids in parts], torch.cat([ids for _, ids in parts]))
+        token_ids = torch.cat([ids for _, ids in parts])
+        return self._start([(sequence, len(ids)) for sequence, ids in parts], token_ids, self._independent == "all")
 
-    def _start(self, parts: list[tuple[PagedSequence, int]], token_ids: torch.Tensor) -> PagedPrefill:
+    def _start(
+        self, parts: list[tuple[PagedSequence, int]], token_ids: torch.Tensor, independent: bool
+    ) -> PagedPrefill:
         if self._stack is None:
             raise KernelError("the runner is closed.")
         for sequence, count in parts:
@@ -94,7 +106,7 @@ class PagedRunner:
                     f"room for {self.max_positions} positions. Use a shorter prompt, or fewer new tokens."
                 )
         hidden = self.decoder.ends.embed(token_ids)
-        return PagedPrefill(self.decoder, self._stack, parts, hidden)
+        return PagedPrefill(self.decoder, self._stack, parts, hidden, independent)
 
     def expert_uses(self) -> tuple[int, int]:
         """There is no cache of experts."""
@@ -117,15 +129,21 @@ class PagedPrefill:
         stack: its layers with their caches.
         parts: sequences, each with its number of new tokens, which it gets now.
         hidden: their embeddings, float32 `[tokens, hidden_size]`, which the layers overwrite.
+        independent: whether rows are independent of each other.
 
     Raises:
         GenerationError: the cache is full; nothing was appended.
     """
 
     def __init__(
-        self, decoder: PagedDecoder, stack: PagedStack, parts: list[tuple[PagedSequence, int]], hidden: torch.Tensor
+        self,
+        decoder: PagedDecoder,
+        stack: PagedStack,
+        parts: list[tuple[PagedSequence, int]],
+        hidden: torch.Tensor,
+        independent: bool,
     ) -> None:
-        self._decoder, self._stack, self._hidden = decoder, stack, hidden
+        self._decoder, self._stack, self._hidden, self._independent = decoder, stack, hidden, independent
         self._before = [(sequence, sequence.length) for sequence, _ in parts]
         self._where = StepInput.build(parts)
         self._angles = decoder.angles(self._where.positions)
@@ -140,7 +158,8 @@ class PagedPrefill:
     def advance(self, num_layers: int) -> None:
         """Go through so many more layers, or those that are left."""
         count = min(num_layers, self.num_layers_left)
-        self._decoder.run(self._stack, self._hidden, self._angles, self._where, self._done, count)
+        with independent_rows(self._independent):
+            self._decoder.run(self._stack, self._hidden, self._angles, self._where, self._done, count)
         self._done += count
 
     @torch.no_grad()
@@ -151,7 +170,8 @@ class PagedPrefill:
         hidden = self._hidden
         if len(hidden) != len(self._before):
             hidden = hidden.index_select(0, self._where.query_start[1:].long() - 1)
-        return self._decoder.ends.logits(hidden)
+        with independent_rows(self._independent):
+            return self._decoder.ends.logits(hidden)
 
     def abandon(self) -> None:
         """Take the new positions back; the work is over."""
@@ -168,6 +188,7 @@ def paged_runner_for(
     kv_dtype: torch.dtype = torch.bfloat16,
     max_batch: int = 64,
     max_chunk: int = 2048,
+    independent: IndependentRows = "decode",
 ) -> PagedRunner | None:
     """A runner for a loaded model; None if the model cannot be paged, so that another runner has to serve it.
 
@@ -178,6 +199,7 @@ def paged_runner_for(
         kv_dtype: what the cache stores: bfloat16, float16 or float32.
         max_batch: most sequences of a decode step.
         max_chunk: most tokens of a prefill.
+        independent: in which steps rows are independent of each other.
     """
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     capacity = num_blocks * block_size
@@ -186,7 +208,13 @@ def paged_runner_for(
     except UnsupportedModelError:
         return None
     return PagedRunner(
-        decoder, num_blocks, block_size=block_size, kv_dtype=kv_dtype, max_batch=max_batch, max_chunk=max_chunk
+        decoder,
+        num_blocks,
+        block_size=block_size,
+        kv_dtype=kv_dtype,
+        max_batch=max_batch,
+        max_chunk=max_chunk,
+        independent=independent,
     )
 
 

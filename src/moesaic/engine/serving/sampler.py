@@ -127,9 +127,10 @@ class RequestSampler:
                 row[self._stop_ids] = stops
         return row
 
-    def noise(self) -> float:
-        """At least 0 and below 1; a function of seed and position."""
-        digest = hashlib.blake2b(self.position.to_bytes(8, "little"), digest_size=8, key=self._key).digest()
+    def noise(self, index: int = 0) -> float:
+        """At least 0 and below 1; a function of seed, position and index."""
+        place = self.position.to_bytes(8, "little") + index.to_bytes(8, "little")
+        digest = hashlib.blake2b(place, digest_size=8, key=self._key).digest()
         return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
     def raw(self, token: int) -> bytes:
@@ -181,7 +182,7 @@ def _sample_row(row: NDArray[np.float32], sampler: RequestSampler, index: int) -
             raise LogitsError("no token is allowed: grammar, bias and minimum length leave none.", index)
     if sampler.filters is None:
         return likeliest
-    return choose(adjusted, sampler.filters, sampler.noise())
+    return choose(adjusted, sampler.filters, sampler.noise)
 
 
 def _logprob(row: NDArray[np.float32], token: int, sampler: RequestSampler) -> TokenLogprob:

@@ -96,7 +96,7 @@ class Scheduler:
 
     Args:
         runner: whose blocks are shared out.
-        max_running: most tasks at once.
+        max_running: most tasks at once; no more than decode in a step.
         pace: how large a piece of a prompt may be.
         cache: contents that are kept, or None.
 
@@ -108,18 +108,28 @@ class Scheduler:
 
     def __init__(self, runner: StepRunner, max_running: int, pace: Pace, cache: PrefixCache | None = None) -> None:
         self._runner, self._pool, self._pace, self._cache = runner, runner.pool, pace, cache
-        self._max_running = min([max_running, *([] if runner.states is None else [runner.states.num_slots])])
+        states = max_running if runner.states is None else runner.states.num_slots
+        self._max_running = min(max_running, runner.max_batch, states)
         self._chunk: Filling | None = None
+        self._may_fit = True  # the first who waits; no need to look again before somebody has given something back
+        self._num_following = 0
         self.waiting: deque[Task] = deque()
         self.running: list[Task] = []
         self.preemptions = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Tasks without blocks; may be read from any thread."""
+        return len(self.waiting) + self._num_following
+
     def add(self, tasks: Sequence[Task]) -> None:
         """Answers to one prompt: the first is filled in, then the others begin with its blocks if they can."""
+        self._may_fit = True
         if self._cache is None:
             self.waiting.extend(tasks)
         else:
             tasks[0].followers = list(tasks[1:])
+            self._num_following += len(tasks) - 1
             self.waiting.append(tasks[0])
 
     def next(self) -> Step:
@@ -139,7 +149,7 @@ class Scheduler:
     def filled(self) -> None:
         """The chunk is through all layers."""
         assert self._chunk is not None
-        parts, self._chunk = self._chunk.parts, None
+        parts, self._chunk, self._may_fit = self._chunk.parts, None, True
         for task, _ in parts:
             if task.missing == 0:
                 self._keep(task)
@@ -156,6 +166,7 @@ class Scheduler:
         self._free(task)
         if task.followers:  # it was never filled in: the next one goes ahead
             ahead, *ahead.followers = task.followers
+            self._num_following -= 1
             self.waiting.appendleft(ahead)
 
     def drop_chunk(self) -> None:
@@ -167,8 +178,7 @@ class Scheduler:
     def _ready(self) -> list[Task]:
         """Who can decode."""
         chunk = self._chunk
-        ready = [task for task in self.running if task.decodes and (chunk is None or task not in chunk)]
-        return ready[: self._runner.max_batch]
+        return [task for task in self.running if task.decodes and (chunk is None or task not in chunk)]
 
     def _next_chunk(self, reserved: int, step: Step) -> Filling | None:
         """Go on with prompts that have begun, and begin new ones while there is room beside the reserved blocks."""
@@ -194,7 +204,7 @@ class Scheduler:
     def _admit(self, reserved: int, step: Step) -> None:
         """Begin with those who wait, as long as all that has begun could be filled in."""
         reserved += sum(self._growth(task, task.missing) for task in self.running if not task.decodes)
-        while self.waiting and len(self.running) < self._max_running:
+        while self.waiting and self._may_fit and len(self.running) < self._max_running:
             needed = self._begin(self.waiting[0], reserved)
             if needed is not None:
                 reserved += needed
@@ -202,7 +212,7 @@ class Scheduler:
                 if task.decodes:  # all but its last token was in the cache
                     self._release_followers(task)
             elif self.running:
-                break
+                self._may_fit = False
             else:
                 step.refused.append(self.waiting.popleft())
 
@@ -251,6 +261,7 @@ class Scheduler:
             self._cache.insert(task.ids[: task.computed], task.sequence.blocks)
 
     def _free(self, task: Task) -> None:
+        self._may_fit = True
         if task.sequence is not None:
             self._keep(task)
             self._runner.forget(task.sequence)
@@ -259,6 +270,7 @@ class Scheduler:
     def _release_followers(self, task: Task) -> None:
         """The answers to the same prompt begin with its blocks."""
         self.waiting.extendleft(reversed(task.followers))
+        self._num_following -= len(task.followers)
         task.followers = []
 
 

@@ -17,7 +17,6 @@ from moesaic.errors import GenerationError
 from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
 from moesaic.kvcache.paged import BlockPool, PagedSequence
 from moesaic.kvcache.states import StatePool
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["SoloRunner"]
 
@@ -39,7 +38,7 @@ class SoloRunner:
     num_layers = 1
 
     def __init__(
-        self, model: Any, num_blocks: int, block_size: int = 16, max_batch: int = 64, max_chunk: int = PREFILL_CHUNK
+        self, model: Any, num_blocks: int, block_size: int = 16, max_batch: int = 64, max_chunk: int = 2048
     ) -> None:
         self._model, self._caches = model, WeakKeyDictionary[PagedSequence, Any]()
         self.pool = BlockPool(num_blocks, block_size)

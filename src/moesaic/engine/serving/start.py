@@ -24,6 +24,7 @@ from moesaic.engine.serving.solo_runner import SoloRunner
 from moesaic.errors import ConfigError, PlanDoesNotFitError
 from moesaic.kernels import set_num_threads
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
+from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["ServingOptions", "engine_of", "make_engine"]
 
@@ -136,7 +137,7 @@ def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tupl
     if hasattr(model, "runner"):
         from moesaic.engine.serving.gpu_runner import GpuStepRunner  # needs Triton
 
-        return GpuStepRunner(model.runner, options.max_batch), ""
+        return GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context)), ""
     nbytes = _cache_bytes(model, plan, options)
     num_blocks = blocks_in(model, nbytes)
     if num_blocks is not None:

@@ -121,8 +121,7 @@ def copy_experts(
         begin = matrix.offset + slot * matrix.stride
         if isinstance(part, PackedTensor) and (count == 1 or matrix.stride == part.matrix_bytes):
             size = count * part.matrix_bytes
-            source = part.data[first * part.matrix_bytes :][:size]
-            arena[begin : begin + size].copy_(source, non_blocking=True)
+            arena.narrow(0, begin, size).copy_(part.data.narrow(0, first * part.matrix_bytes, size), non_blocking=True)
             continue
         for index in range(count):
             _copy_matrix(part, first + index, arena[begin + index * matrix.stride :])

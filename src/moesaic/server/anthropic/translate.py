@@ -117,7 +117,7 @@ def _grammar(body: MessagesBody) -> Grammar | None:
 def _template_arguments(body: CountTokensBody) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     if body.thinking is not None:
-        arguments["enable_thinking"] = body.thinking.type != "disabled"
+        arguments["enable_thinking"] = arguments["thinking"] = body.thinking.type != "disabled"
     if body.output_config is not None and body.output_config.effort is not None:
         arguments["reasoning_effort"] = _EFFORTS[body.output_config.effort]
     return arguments

@@ -148,5 +148,7 @@ OPERATIONS = (
         request=ShowBody,
         response=ShowAnswer,
     ),
-    Operation("GET", "/api/version", version, "Version of the API (Ollama)", "ollama", response=Version),
+    Operation(
+        "GET", "/api/version", version, "Version of the API (Ollama)", "ollama", response=Version, needs_model=False
+    ),
 )

@@ -74,9 +74,11 @@ def _template_arguments(state: ServerState, model: str, think: Think | None) -> 
         return {}
     if think is not False and not state.chat.has_reasoning:
         raise ApiError(400, f"'{model}' does not support thinking.", param="think", code="unsupported")
-    if isinstance(think, bool):
-        return {"enable_thinking": think}
-    return {"enable_thinking": True, "reasoning_effort": "high" if think == "max" else think}
+    thinks = think is not False
+    arguments: dict[str, Any] = {"enable_thinking": thinks, "thinking": thinks}  # templates have the one or the other
+    if isinstance(think, str):
+        arguments["reasoning_effort"] = "high" if think == "max" else think
+    return arguments
 
 
 def _tools(bodies: Sequence[ToolBody]) -> tuple[Tool, ...]:

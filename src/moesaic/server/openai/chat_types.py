@@ -18,7 +18,8 @@ from moesaic.server.openai.unsupported import (
     OnlyOne,
     OnlyText,
 )
-from moesaic.server.openai.usage import StreamOptions, Timings, Usage
+from moesaic.server.openai.usage import StreamOptions, Usage
+from moesaic.server.timings import Timings
 
 __all__ = [
     "ChatBody",

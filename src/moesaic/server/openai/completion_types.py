@@ -10,7 +10,8 @@ from moesaic.server.openai.formats import ResponseFormat
 from moesaic.server.openai.logprobs import CompletionLogprobs
 from moesaic.server.openai.sampling import Count, SamplingFields, TokenId, TopLogprobs
 from moesaic.server.openai.unsupported import OnlyEmpty, OnlyNull, OnlyTrue
-from moesaic.server.openai.usage import StreamOptions, Timings, Usage
+from moesaic.server.openai.usage import StreamOptions, Usage
+from moesaic.server.timings import Timings
 
 __all__ = ["Completion", "CompletionBody", "CompletionChoice"]
 

@@ -22,11 +22,12 @@ from moesaic.server.openai.merge import merged
 from moesaic.server.openai.models import fingerprint, json_response
 from moesaic.server.openai.sampling import make_params
 from moesaic.server.openai.unsupported import refuse
-from moesaic.server.openai.usage import make_timings, make_usage
+from moesaic.server.openai.usage import make_usage
 from moesaic.server.operation import Operation
 from moesaic.server.sse import DONE, event, event_stream
 from moesaic.server.state import Chat, ServerState, state_of
 from moesaic.server.streams import closing, while_connected
+from moesaic.server.timings import make_timings
 
 __all__ = ["OPERATIONS"]
 

@@ -20,7 +20,7 @@ from moesaic.server.openai.unsupported import (
     OnlyOne,
     OnlyStandard,
 )
-from moesaic.server.openai.usage import Timings
+from moesaic.server.timings import Timings
 
 __all__ = [
     "CallItem",

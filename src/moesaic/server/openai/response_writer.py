@@ -26,8 +26,9 @@ from moesaic.server.openai.response_types import (
     ResponseObject,
     ResponseUsage,
 )
-from moesaic.server.openai.usage import make_timings, make_usage
+from moesaic.server.openai.usage import make_usage
 from moesaic.server.sse import event
+from moesaic.server.timings import make_timings
 
 __all__ = ["ResponseWriter"]
 

@@ -1,6 +1,6 @@
-"""Counts and times of an answer, as OpenAI's API has them (`usage`) and as llama.cpp's server does (`timings`).
+"""Counts of an answer's tokens, as OpenAI's API has them (`usage`).
 
-It does not know how they were measured.
+It does not know how they were counted.
 """
 
 from __future__ import annotations
@@ -11,15 +11,7 @@ from msgspec import Struct
 
 from moesaic.engine.serving.outputs import RequestStats
 
-__all__ = [
-    "CompletionTokensDetails",
-    "PromptTokensDetails",
-    "StreamOptions",
-    "Timings",
-    "Usage",
-    "make_timings",
-    "make_usage",
-]
+__all__ = ["CompletionTokensDetails", "PromptTokensDetails", "StreamOptions", "Usage", "make_usage"]
 
 
 class PromptTokensDetails(Struct):
@@ -50,34 +42,6 @@ class StreamOptions(Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class Timings(Struct):
-    """Times of a response. Of several answers at once, the longest time and all their tokens.
-
-    Attributes:
-        queue_ms: until the first step.
-        cache_n: tokens of the prompt that were not computed anew.
-        prompt_n: tokens of the prompt that were.
-        prompt_ms: from the first step to the first token.
-        prompt_per_second: prefill speed; null if it took no time.
-        predicted_n: tokens of the answers.
-        predicted_ms: from the first token to the last.
-        predicted_per_second: decode speed, for the tokens after the first; null if it took no time.
-        expert_hits: routed experts found in the cache on the GPU.
-        expert_lookups: routed experts asked for; 0 without such a cache.
-    """
-
-    queue_ms: float
-    cache_n: int
-    prompt_n: int
-    prompt_ms: float
-    prompt_per_second: float | None
-    predicted_n: int
-    predicted_ms: float
-    predicted_per_second: float | None
-    expert_hits: int
-    expert_lookups: int
-
-
 def make_usage(prompts: Iterable[Iterable[RequestStats]], reasoning_tokens: int = 0) -> Usage:
     """Tokens of one or several prompts.
 
@@ -96,31 +60,3 @@ def make_usage(prompts: Iterable[Iterable[RequestStats]], reasoning_tokens: int 
         PromptTokensDetails(cached),
         CompletionTokensDetails(min(reasoning_tokens, completion)),
     )
-
-
-def make_timings(prompts: Iterable[Iterable[RequestStats]]) -> Timings:
-    """Times of one or several prompts; see `make_usage`."""
-    answers = [list(each) for each in prompts]
-    every = [stats for each in answers for stats in each]
-    usage = make_usage(answers)
-    cached = usage.prompt_tokens_details.cached_tokens
-    computed = usage.prompt_tokens - cached
-    prefill = max((stats.prefill_seconds for stats in every), default=0.0)
-    decode = max((stats.decode_seconds for stats in every), default=0.0)
-    later = sum(max(stats.generated_tokens - 1, 0) for stats in every)
-    return Timings(
-        queue_ms=_ms(max((stats.queue_seconds for stats in every), default=0.0)),
-        cache_n=cached,
-        prompt_n=computed,
-        prompt_ms=_ms(prefill),
-        prompt_per_second=round(computed / prefill, 3) if prefill > 0 else None,
-        predicted_n=usage.completion_tokens,
-        predicted_ms=_ms(decode),
-        predicted_per_second=round(later / decode, 3) if decode > 0 else None,
-        expert_hits=sum(stats.expert_hits for stats in every),
-        expert_lookups=sum(stats.expert_lookups for stats in every),
-    )
-
-
-def _ms(seconds: float) -> float:
-    return round(seconds * 1000, 3)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
-from moesaic.server.parsers.rules import alternatives, arguments_schema, json_rule, quote
+from moesaic.server.parsers.rules import alternatives, arguments_rule, quote
 from moesaic.server.parsers.values import dump_json, load_json, renamed
 
 __all__ = ["DeepSeek", "DeepSeekFenced"]
@@ -76,7 +76,7 @@ class DeepSeek(ToolStyle):
         return "\n".join(rules)
 
     def _body(self, tool: Tool, terminal: Terminal) -> str:
-        return f"{quote(tool.name)} {terminal(_SEPARATOR)} {json_rule(arguments_schema(tool))}"
+        return f"{quote(tool.name)} {terminal(_SEPARATOR)} {arguments_rule(tool)}"
 
 
 class DeepSeekFenced(DeepSeek):
@@ -89,4 +89,4 @@ class DeepSeekFenced(DeepSeek):
 
     def _body(self, tool: Tool, terminal: Terminal) -> str:
         head, tail = quote(f"{tool.name}\n```json\n"), quote("\n```")
-        return f'"function" {terminal(_SEPARATOR)} {head} {json_rule(arguments_schema(tool))} {tail}'
+        return f'"function" {terminal(_SEPARATOR)} {head} {arguments_rule(tool)} {tail}'

@@ -26,8 +26,8 @@ from moesaic.server.parsers.base import (
     ToolStyle,
     Verdict,
 )
-from moesaic.server.parsers.rules import alternatives, arguments_schema, json_rule, quote
-from moesaic.server.parsers.scanner import Markers
+from moesaic.server.parsers.markers import Markers
+from moesaic.server.parsers.rules import alternatives, arguments_rule, quote
 from moesaic.server.parsers.values import load_json
 
 __all__ = ["CHANNELS", "Harmony", "HarmonyParser"]
@@ -66,7 +66,7 @@ class Harmony(ToolStyle):
         head, tail = terminal(f"{_CHANNEL}commentary to=functions."), terminal(f" {_CONSTRAIN}json{_MESSAGE}")
         rules = [f"calls: {alternatives('call', len(tools))}"]
         for index, tool in enumerate(tools):
-            rules.append(f"call_{index}: {head} {quote(tool.name)} {tail} {json_rule(arguments_schema(tool))}")
+            rules.append(f"call_{index}: {head} {quote(tool.name)} {tail} {arguments_rule(tool)}")
         return "\n".join(rules)
 
 

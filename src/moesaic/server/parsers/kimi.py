@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
-from moesaic.server.parsers.rules import alternatives, arguments_schema, json_rule, quote
+from moesaic.server.parsers.rules import alternatives, arguments_rule, quote
 from moesaic.server.parsers.values import load_json
 
 __all__ = ["Kimi"]
@@ -58,5 +58,5 @@ class Kimi(ToolStyle):
         rules.append(f"body: {terminal(_CALL)} {alternatives('call', len(tools))} {terminal(_CALL_END)}")
         for index, tool in enumerate(tools):
             head = f"{quote(f'functions.{tool.name}:')} NUMBER {terminal(_ARGUMENTS)}"
-            rules.append(f"call_{index}: {head} {json_rule(arguments_schema(tool))}")
+            rules.append(f"call_{index}: {head} {arguments_rule(tool)}")
         return "\n".join(rules)

@@ -18,8 +18,7 @@ from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
 from moesaic.server.parsers.rules import (
     alternatives,
-    arguments_schema,
-    json_rule,
+    arguments_rule,
     quote,
 )
 from moesaic.server.parsers.values import call_of, load_json, load_prefix
@@ -70,7 +69,7 @@ class Mistral(ToolStyle):
         rules = [f"calls: {first} body {more}", f"body: {alternatives('call', len(tools))}", "ID: /[A-Za-z0-9]{9}/"]
         for index, tool in enumerate(tools):
             head = f"{quote(tool.name)} ({terminal(_ID)} ID)? {terminal(_ARGUMENTS)}"
-            rules.append(f"call_{index}: {head} {json_rule(arguments_schema(tool))}")
+            rules.append(f"call_{index}: {head} {arguments_rule(tool)}")
         return "\n".join(rules)
 
 
@@ -87,7 +86,7 @@ class MistralList(Mistral):
         for index, tool in enumerate(tools):
             head = quote('{"name": "' + tool.name + '", "arguments": ')
             tail = r'''(", \"id\": \"" ID "\"")? "}"'''
-            rules.append(f"call_{index}: {head} {json_rule(arguments_schema(tool))} {tail}")
+            rules.append(f"call_{index}: {head} {arguments_rule(tool)} {tail}")
         return "\n".join(rules)
 
 

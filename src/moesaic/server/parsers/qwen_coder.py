@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Call, Terminal, ToolStyle, Verdict
-from moesaic.server.parsers.rules import alternatives, parameters, quote
+from moesaic.server.parsers.rules import alternatives, parameters
 from moesaic.server.parsers.values import dump_json, property_schema, typed_value
 
 __all__ = ["QwenCoder"]
@@ -48,12 +48,12 @@ class QwenCoder(ToolStyle):
         opener, closer = terminal("<tool_call>"), terminal("</tool_call>")
         more = f'("\\n" {opener} body)*' if parallel else ""
         rules = [f"calls: {first} body {more}", f'body: "\\n" {alternatives("call", len(tools))} "\\n" {closer}']
+
+        def before(name: str, text: bool) -> str:
+            return terminal(f"<parameter={name}>\n")
+
         for index, tool in enumerate(tools):
-            arguments, needed = parameters(tool, index, _before, "\n</parameter>\n", terminal)
-            head = quote(f"<function={tool.name}>\n")
-            rules += [f'call_{index}: {head} {arguments} "</function>"', *needed]
+            arguments, needed = parameters(tool, index, before, "\n</parameter>\n", terminal)
+            head = terminal(f"<function={tool.name}>\n")
+            rules += [f"call_{index}: {head} {arguments} {terminal('</function>')}", *needed]
         return "\n".join(rules)
-
-
-def _before(name: str, text: bool) -> str:
-    return quote(f"<parameter={name}>\n")

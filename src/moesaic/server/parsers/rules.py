@@ -10,13 +10,17 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from moesaic.engine.serving.grammar_checks import check_grammar
+from moesaic.engine.serving.params import Grammar
+from moesaic.errors import RequestError
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import Terminal
+from moesaic.server.parsers.markers import find_any
 from moesaic.server.parsers.values import kinds_of
 
 __all__ = [
     "alternatives",
-    "arguments_schema",
+    "arguments_rule",
     "call_object",
     "json_rule",
     "marker_terminal",
@@ -33,10 +37,14 @@ def quote(text: str) -> str:
 
 def marker_terminal(special: Mapping[str, int]) -> Terminal:
     """Writes texts such that special tokens in them are named by number: text never matches these."""
-    pattern = re.compile("(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)") + ")")
+    pattern = find_any(special)
 
     def terminal(text: str) -> str:
-        parts = (part for part in pattern.split(text) if part)
+        parts, end = [], 0
+        for found in pattern.finditer(text):
+            parts += [text[end : found.start()], found[0]]
+            end = found.end()
+        parts = [part for part in (*parts, text[end:]) if part]
         return " ".join(f"<[{special[part]}]>" if part in special else quote(part) for part in parts)
 
     return terminal
@@ -52,30 +60,44 @@ def until(text: str, terminal: Terminal) -> str:
     return f": /(.|\\n)*{before}/ {number}{rest}"
 
 
-def json_rule(schema: Any) -> str:
-    """What stands for JSON of a schema."""
-    return f"%json {json.dumps(schema)}"
+def json_rule(schema: Any, *, lenient: bool = False) -> str:
+    """What stands for JSON of a schema.
+
+    Args:
+        schema: as JSON has it.
+        lenient: leave out what llguidance cannot enforce; otherwise the engine refuses the request for it.
+    """
+    if not isinstance(schema, Mapping):
+        schema = {} if schema is True else {"not": {}}
+    guidance = {"lenient": lenient, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,80}"}  # not blanks for ever
+    return f"%json {json.dumps({**schema, 'x-guidance': guidance})}"
 
 
-def arguments_schema(tool: Tool) -> dict[str, Any]:
-    """The schema of a tool's arguments: an object in any case.
+def arguments_rule(tool: Tool) -> str:
+    """What stands for a tool's arguments: JSON of an object in any case.
 
-    What llguidance cannot enforce of it is left out, unless the tool is strict: then the engine refuses the request.
+    Raises:
+        RequestError: the tool is strict, and its schema is too large or refers to other documents.
     """
     schema = {**tool.parameters}
     schema.setdefault("type", "object")
-    return schema if tool.strict else lenient(schema)
+    return _checked_rule(schema, tool)
 
 
-def lenient(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """A schema of which llguidance leaves out what it cannot enforce."""
-    return {**schema, "x-guidance": {"lenient": True}}
+def _checked_rule(schema: dict[str, Any], tool: Tool) -> str:
+    try:
+        check_grammar(Grammar("json_schema", json.dumps(schema)))
+    except RequestError as error:
+        if tool.strict:
+            raise RequestError(f"tool {tool.name!r}: {error}", "tools") from None
+        schema = {key: value for key, value in schema.items() if key == "type"}
+    return json_rule(schema, lenient=not tool.strict)
 
 
 def call_object(tool: Tool, arguments_key: str = "arguments") -> str:
     """An object with a tool's name and its arguments, spelt as templates do."""
     head = '{"name": ' + json.dumps(tool.name) + f', "{arguments_key}": '
-    return f"{quote(head)} {json_rule(arguments_schema(tool))} {quote('}')}"
+    return f"{quote(head)} {arguments_rule(tool)} {quote('}')}"
 
 
 def alternatives(name: str, count: int) -> str:
@@ -123,5 +145,4 @@ def _value(schema: Mapping[str, Any], tool: Tool) -> str | None:
     if not kinds or "string" in kinds:
         return None
     shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
-    full = {**schema, **shared}
-    return json_rule(full if tool.strict else lenient(full))
+    return _checked_rule({**schema, **shared}, tool)

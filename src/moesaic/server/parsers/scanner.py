@@ -5,7 +5,6 @@ The sum of the pieces does not depend on how the answer was cut when it was fed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -19,33 +18,9 @@ from moesaic.server.parsers.base import (
     TextPiece,
     ToolStyle,
 )
+from moesaic.server.parsers.markers import Markers
 
-__all__ = ["Markers", "Scanner"]
-
-
-class Markers:
-    """Finds the first of some markers, and how much of a text's end may be the beginning of one."""
-
-    def __init__(self, markers: Iterable[str]) -> None:
-        texts = sorted({text for text in markers if text}, key=len, reverse=True)
-        self._pattern = re.compile("|".join(map(re.escape, texts)) or "(?!)")
-        self._beginnings = {text[:size] for text in texts for size in range(1, len(text))}
-        self._longest = max(map(len, texts), default=0)
-
-    def first(self, text: str, start: int = 0) -> re.Match[str] | None:
-        """The first marker from `start` on, the longest of those at the same place."""
-        return self._pattern.search(text, start)
-
-    def held(self, text: str) -> int:
-        """How many characters at the end of the text have to wait for what comes next."""
-        for size in range(min(self._longest - 1, len(text)), 0, -1):
-            if text[-size:] in self._beginnings:
-                return size
-        return 0
-
-    def without(self, text: str) -> str:
-        """The text with the markers taken out."""
-        return self._pattern.sub("", text)
+__all__ = ["Scanner"]
 
 
 class Scanner:

@@ -114,7 +114,7 @@ def renamed(value: Any, rename: Callable[[str], str], depth: int = 0) -> Any:
         for key, item in value.items():
             new = key if key in _SCHEMA_WORDS else rename(str(key))
             while new in result:  # blotted out, two of them may become the same
-                new += "x"
+                new += f"x{len(result)}"
             result[new] = renamed(item, rename, depth + 1)
         return result
     if isinstance(value, (list, tuple)):

@@ -1,0 +1,57 @@
+"""How large a piece of a prompt may be, by measured times."""
+
+from __future__ import annotations
+
+from moesaic.engine.serving.pace import MIN_CHUNK, Pace
+
+
+def measured(decode: float, *chunks: tuple[int, float]) -> Pace:
+    """48 layers; chunks of so many tokens took so many seconds per layer."""
+    pace = Pace(48, 2048)
+    for _ in range(5):
+        pace.decoded(decode)
+    for num_tokens, seconds in chunks:
+        pace.advanced(num_tokens, 4, 4 * seconds)
+    return pace
+
+
+def test_nobody_waits() -> None:
+    assert (Pace(48, 2048).chunk(False), Pace(48, 2048).layers(2048, False)) == (2048, 48)
+
+
+def test_layers_fill_the_time_of_a_decode_step() -> None:
+    pace = measured(0.1, (2048, 0.03))
+    assert (pace.chunk(True), pace.layers(2048, True)) == (2048, 3)
+    assert measured(0.1, (2048, 1e-4)).layers(2048, True) == 48
+
+
+def test_a_chunk_shrinks_until_a_layer_fits_and_grows_again() -> None:
+    pace = measured(0.1, (2048, 0.4))
+    assert pace.chunk(True) < 2048
+    assert pace.layers(2048, True) == 1  # what is on its way goes on
+    for _ in range(3):
+        pace.advanced(512, 1, 0.08)
+    assert pace.chunk(True) == 512  # twice as many take at most twice as long: 0.16
+    for _ in range(6):
+        pace.advanced(512, 1, 0.02)
+    assert pace.chunk(True) == 2048
+
+
+def test_what_is_known_of_another_size_is_brought_in_line() -> None:
+    """A short prompt was measured where attention was cheap; long ones show that this has changed."""
+    pace = measured(0.1, (64, 0.01))
+    assert pace.chunk(True) == 512  # 8 times as many, 0.08
+    for _ in range(4):
+        pace.advanced(512, 1, 0.3)
+    assert pace.chunk(True) <= 256
+
+
+def test_nothing_is_known_yet() -> None:
+    pace = Pace(48, 2048)
+    assert (pace.chunk(True), pace.layers(16, True)) == (MIN_CHUNK, 1)
+    pace.decoded(0.1)
+    assert pace.chunk(True) == MIN_CHUNK
+
+
+def test_chunks_never_get_smaller_than_that() -> None:
+    assert measured(0.001, (2048, 4.0)).chunk(True) == MIN_CHUNK

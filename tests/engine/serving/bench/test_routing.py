@@ -10,6 +10,7 @@ from tests.tiny_models import save_tiny
 from transformers import AutoModelForCausalLM
 
 import moesaic
+from moesaic.engine.serving.bench import routing
 from moesaic.engine.serving.bench.routing import distinct_experts
 from moesaic.engine.serving.bench.subject import make_subject, step_bytes
 
@@ -28,7 +29,9 @@ def answers() -> list[tuple[list[int], int]]:
     return [(torch.randint(272, (size + more,), generator=rng).tolist(), size) for size, more in sizes]
 
 
-def test_experts_are_those_of_the_stock_router(folder: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 25, 2048])  # one answer at a time, two, all
+def test_experts_are_those_of_the_stock_router(folder: Path, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "_TOKENS", tokens)
     stock = AutoModelForCausalLM.from_pretrained(folder)
     top_k, steps = stock.config.num_experts_per_tok, 5  # the last token of an answer goes into no step
     chosen: list[list[set[int]]] = [[set() for _ in range(steps)] for _ in range(stock.config.num_hidden_layers)]

@@ -15,6 +15,9 @@ from moesaic.modules import RoutedExperts
 
 __all__ = ["distinct_experts"]
 
+_TOKENS = 2048
+"""That go through the model together."""
+
 
 def distinct_experts(model: Any, names: Sequence[str], answers: Sequence[tuple[list[int], int]]) -> list[float] | None:
     """Different experts that one step of all users chose, mean over the steps of decode.
@@ -35,20 +38,25 @@ def distinct_experts(model: Any, names: Sequence[str], answers: Sequence[tuple[l
     if steps < 1:
         return None
     chosen = [torch.zeros(steps, layer.num_experts, dtype=torch.bool) for layer in layers if layer is not None]
-    where = slice(0)
+    together: Sequence[tuple[list[int], int]] = ()
 
     def note(index: int) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            chosen[index].scatter_(1, inputs[1][where], True)
+            for experts, (_, prompt) in zip(inputs[1].chunk(len(together)), together, strict=True):
+                # The first token after the prompt goes into the first step.
+                chosen[index].scatter_(1, experts[prompt : prompt + steps], True)
 
         return hook
 
     handles = [layer.register_forward_pre_hook(note(index)) for index, layer in enumerate(layers) if layer is not None]
+    longest = max(prompt for _, prompt in answers) + steps
+    count = max(1, _TOKENS // longest)
     try:
         with torch.no_grad():
-            for ids, prompt in answers:
-                where = slice(prompt, prompt + steps)  # the first token after the prompt goes into the first step
-                model.get_decoder()(torch.tensor([ids[: prompt + steps]]), use_cache=False)
+            for start in range(0, len(answers), count):
+                together = answers[start : start + count]
+                rows = [(ids[: prompt + steps] + [0] * longest)[:longest] for ids, prompt in together]
+                model.get_decoder()(torch.tensor(rows), use_cache=False)  # what stands behind an answer changes nothing
     finally:
         for handle in handles:
             handle.remove()

@@ -114,6 +114,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 def test_nothing_is_left_behind(soak_seconds: float) -> None:
     async def main() -> None:
         async with serving() as server:
+            from_others = Held.now().objects  # what other tests in this process hold
             await server.soak(WARM_UP_SHARE * soak_seconds, 1)
             before = Held.now()
             traffic = await server.soak((1 - WARM_UP_SHARE) * soak_seconds, 2)
@@ -123,7 +124,7 @@ def test_nothing_is_left_behind(soak_seconds: float) -> None:
             assert traffic.outcomes["answered"] > traffic.asked / 2
             assert 0 < traffic.outcomes["cancelled"] <= traffic.asked / GIVES_UP
             server.check_engine()
-            assert after.objects == dict.fromkeys((kind.__name__ for kind in OF_REQUESTS), 0)
+            assert all(count <= from_others[kind] for kind, count in after.objects.items()), after.objects
             assert after.tasks == before.tasks
             assert after.descriptors <= before.descriptors
             assert after.resident - before.resident < GROWTH_BYTES

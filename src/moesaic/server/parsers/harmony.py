@@ -17,7 +17,6 @@ from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import (
     Call,
     CallPiece,
-    MarkerPiece,
     Piece,
     ReasoningPiece,
     ReasoningStyle,
@@ -26,6 +25,7 @@ from moesaic.server.parsers.base import (
     ToolStyle,
     Verdict,
 )
+from moesaic.server.parsers.cutter import Cutter
 from moesaic.server.parsers.markers import Markers
 from moesaic.server.parsers.rules import alternatives, arguments_rule, quote
 from moesaic.server.parsers.values import load_json
@@ -70,7 +70,7 @@ class Harmony(ToolStyle):
         return "\n".join(rules)
 
 
-class HarmonyParser:
+class HarmonyParser(Cutter):
     """Cuts a turn into its messages.
 
     Args:
@@ -82,25 +82,16 @@ class HarmonyParser:
     def __init__(
         self, offered: bool, drop: Iterable[str] = (), inside: Literal["analysis", "final"] | None = None
     ) -> None:
+        super().__init__()
         self._drop_texts = frozenset(drop)
         self._header = Markers((_MESSAGE, *self._drop_texts))
         self._body = Markers((_START, _END, _RETURN, _CALL, *self._drop_texts))
         self._offered = offered
-        self._buffer = ""
-        self._end = 0
         self._kind: Literal["header", "analysis", "final", "call"] = inside or "header"
         self._name = ""
         self._scanned = 0
         self._spoken: set[str] = set()
         self._new = False  # nothing of this message was given out
-        self._pieces: list[Piece] = []
-
-    def feed(self, text: str) -> list[Piece]:
-        """Take more of the answer."""
-        self._buffer += text
-        while self._step():
-            pass
-        return self._take()
 
     def finish(self) -> list[Piece]:
         """The answer is over, in the middle of a message or not."""
@@ -179,21 +170,10 @@ class HarmonyParser:
     def _give(self, size: int) -> bool:
         if size <= 0:
             return False
-        text, self._buffer = self._buffer[:size], self._buffer[size:]
-        self._end += size
+        text = self._leave(size)
         if self._new and self._kind in self._spoken:
             text = "\n\n" + text
         self._new = False
         self._spoken.add(self._kind)
         self._pieces.append((ReasoningPiece if self._kind == "analysis" else TextPiece)(text, self._end))
         return True
-
-    def _skip(self, size: int) -> None:
-        if size > 0:
-            self._buffer = self._buffer[size:]
-            self._end += size
-            self._pieces.append(MarkerPiece(self._end))
-
-    def _take(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces

@@ -11,19 +11,19 @@ from typing import Literal
 from moesaic.server.conversation import Tool
 from moesaic.server.parsers.base import (
     CallPiece,
-    MarkerPiece,
     Piece,
     ReasoningPiece,
     ReasoningStyle,
     TextPiece,
     ToolStyle,
 )
+from moesaic.server.parsers.cutter import Cutter
 from moesaic.server.parsers.markers import Markers
 
 __all__ = ["Scanner"]
 
 
-class Scanner:
+class Scanner(Cutter):
     """A parser for every style that marks what it writes.
 
     Args:
@@ -44,6 +44,7 @@ class Scanner:
         drop: Iterable[str] = (),
         interrupts: Iterable[str] = (),
     ) -> None:
+        super().__init__()
         drop, interrupts = tuple(drop), tuple(interrupts)
         self._reasoning = reasoning
         self._style = style
@@ -58,21 +59,11 @@ class Scanner:
         self._state: Literal["start", "reasoning", "text", "block"] = "start"
         if opened:
             self._state = "reasoning"
-        self._buffer = ""
-        self._end = 0  # characters that have left the buffer
         self._blank = True  # nothing of this part was given out yet
         self._trim = opened  # blanks at this part's beginning are dropped
         self._scanned = 0  # so much of a block has no closer, or none that counts
         self._before = ""  # blanks in front of a block, which belong to the text if it is none
         self._called = False
-        self._pieces: list[Piece] = []
-
-    def feed(self, text: str) -> list[Piece]:
-        """Take more of the answer."""
-        self._buffer += text
-        while self._step():
-            pass
-        return self._take()
 
     def finish(self) -> list[Piece]:
         """The answer is over."""
@@ -197,18 +188,7 @@ class Scanner:
             size, before = size - blanks, ""
         if size <= 0:
             return False
-        text, self._buffer = self._buffer[:size], self._buffer[size:]
-        self._end += size
+        text = self._leave(size)
         self._blank = False
         self._pieces.append((ReasoningPiece if self._state == "reasoning" else TextPiece)(before + text, self._end))
         return True
-
-    def _skip(self, size: int) -> None:
-        if size > 0:
-            self._buffer = self._buffer[size:]
-            self._end += size
-            self._pieces.append(MarkerPiece(self._end))
-
-    def _take(self) -> list[Piece]:
-        pieces, self._pieces = self._pieces, []
-        return pieces

@@ -136,8 +136,8 @@ class LLM:
             template: further variables of the chat template, such as `enable_thinking`.
 
         Returns:
-            An output for each conversation, in their order; what the model writes of thoughts and calls is text. Names of
-            special tokens in messages become these tokens, as in transformers; the server takes them as text.
+            An output for each conversation, in their order; what the model writes of thoughts and calls is text. Names
+            of special tokens in messages become these tokens, as in transformers; the server takes them as text.
 
         Raises:
             RequestError: the chat template refuses a conversation, or as `generate`.

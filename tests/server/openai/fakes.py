@@ -13,16 +13,25 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tests.server.fakes import ScriptedEngine
 
-from moesaic.engine.serving.outputs import Chunk
+from moesaic.engine.serving.outputs import Chunk, RequestStats
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.errors import GenerationError, RequestError
-from moesaic.server.conversation import ChatRequest, Event, Finished, TextDelta
+from moesaic.server.conversation import ChatRequest, Event, Finished, TextDelta, ToolCallDelta
 from moesaic.server.errors import ApiError, error_body, to_api_error
 from moesaic.server.openai import chat, completions, models, responses
 from moesaic.server.operation import Operation
 from moesaic.server.plain import tokens
 from moesaic.server.state import ModelInfo, ServerState
 
+STATS = RequestStats(20, 5, 11, 0.001, 0.3, 0.5, 3, 4)
+CALLS: tuple[Event, ...] = (
+    ToolCallDelta(0, 0, id="call_a", name="weather"),
+    ToolCallDelta(0, 0, '{"town":'),
+    ToolCallDelta(0, 0, '"Ulm"}'),
+    ToolCallDelta(0, 1, "{}", id="call_b", name="time"),
+    Finished(0, "tool_calls", STATS),
+)
+"""The end of an answer that calls two tools."""
 OPERATIONS: tuple[Operation, ...] = (
     *models.OPERATIONS,
     *chat.OPERATIONS,

@@ -7,9 +7,9 @@ from typing import Any
 
 import pydantic
 import pytest
-from tests.server.openai.fakes import Served
+from tests.server.openai.fakes import CALLS, STATS, Served
 
-from moesaic.engine.serving.outputs import RequestStats, TokenLogprob
+from moesaic.engine.serving.outputs import TokenLogprob
 from moesaic.engine.serving.params import Grammar
 from moesaic.server.conversation import (
     Event,
@@ -23,7 +23,6 @@ from moesaic.server.conversation import (
     ToolChoice,
 )
 
-STATS = RequestStats(20, 5, 11, 0.001, 0.3, 0.5, 3, 4)
 ASK: dict[str, Any] = {"model": "tiny/moe", "messages": [{"role": "user", "content": "Hi"}]}
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -34,15 +33,11 @@ WEATHER: dict[str, Any] = {
         "strict": True,
     },
 }
-CALLS: list[Event] = [
+EVERYTHING: list[Event] = [
     ReasoningDelta(0, "Let me "),
     ReasoningDelta(0, "see"),
     TextDelta(0, "Looking."),
-    ToolCallDelta(0, 0, id="call_a", name="weather"),
-    ToolCallDelta(0, 0, '{"town":'),
-    ToolCallDelta(0, 0, '"Ulm"}'),
-    ToolCallDelta(0, 1, "{}", id="call_b", name="time"),
-    Finished(0, "tool_calls", STATS),
+    *CALLS,
 ]
 
 
@@ -196,7 +191,7 @@ def test_logprobs_of_half_a_character_and_of_thoughts() -> None:
 
 def test_thoughts_and_calls() -> None:
     served = Served()
-    served.chat.script = CALLS
+    served.chat.script = EVERYTHING
     answer = ask(served, tools=[WEATHER], reasoning_effort="low", parallel_tool_calls=False)
     message = answer.choices[0].message
     assert message.reasoning_content == "Let me see" and message.content == "Looking."
@@ -221,7 +216,7 @@ def test_calls_without_text_have_null_content() -> None:
 
 def test_thoughts_and_calls_in_pieces() -> None:
     served = Served()
-    served.chat.script = CALLS
+    served.chat.script = EVERYTHING
     deltas = [chunk.choices[0].delta for chunk in stream(served, tools=[WEATHER])]
     assert [delta.reasoning_content for delta in deltas if hasattr(delta, "reasoning_content")] == ["Let me ", "see"]
     calls = [call for delta in deltas for call in delta.tool_calls or ()]
@@ -237,7 +232,7 @@ def test_thoughts_and_calls_in_pieces() -> None:
 
 def test_the_clients_own_accumulation() -> None:
     served = Served()
-    served.chat.script = CALLS
+    served.chat.script = EVERYTHING
 
     async def run() -> Any:
         async with served.client.chat.completions.stream(**ASK, tools=[WEATHER]) as events:

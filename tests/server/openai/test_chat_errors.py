@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 from tests.server.openai.fakes import Served
-from tests.server.openai.test_chat import ASK, CALLS, WEATHER, ask, stream
+from tests.server.openai.test_chat import ASK, EVERYTHING, WEATHER, ask, stream
 
 from moesaic.engine.serving.outputs import RequestStats
 from moesaic.errors import RequestError
@@ -219,7 +219,7 @@ def test_what_the_chat_refuses_has_the_apis_names(
 
 def test_thoughts_that_are_no_text_are_counted_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Served()
-    served.chat.script = CALLS
+    served.chat.script = EVERYTHING
 
     def refuse(text: str, add_special_tokens: bool = True) -> list[int]:
         raise RequestError("no text.", "prompt")

@@ -7,9 +7,9 @@ from typing import Any
 
 import pydantic
 import pytest
-from tests.server.openai.fakes import Served
+from tests.server.openai.fakes import CALLS, STATS, Served
 
-from moesaic.engine.serving.outputs import RequestStats, TokenLogprob
+from moesaic.engine.serving.outputs import TokenLogprob
 from moesaic.engine.serving.params import Grammar
 from moesaic.server.conversation import (
     Event,
@@ -19,11 +19,9 @@ from moesaic.server.conversation import (
     TextDelta,
     Tool,
     ToolCall,
-    ToolCallDelta,
     ToolChoice,
 )
 
-STATS = RequestStats(20, 5, 11, 0.001, 0.3, 0.5, 3, 4)
 ASK: dict[str, Any] = {"model": "tiny/moe", "input": "Hi"}
 WEATHER: dict[str, Any] = {
     "type": "function",
@@ -38,11 +36,7 @@ EVERYTHING: list[Event] = [
     TextDelta(0, "Look"),
     TextDelta(0, ""),
     TextDelta(0, "ing."),
-    ToolCallDelta(0, 0, id="call_a", name="weather"),
-    ToolCallDelta(0, 0, '{"town":'),
-    ToolCallDelta(0, 0, '"Ulm"}'),
-    ToolCallDelta(0, 1, "{}", id="call_b", name="time"),
-    Finished(0, "tool_calls", STATS),
+    *CALLS,
 ]
 
 

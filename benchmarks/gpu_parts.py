@@ -84,9 +84,13 @@ class TimedTail:
         self.layer_seconds = self.head_seconds = 0.0
         self.head_calls = 0
 
-    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
+    @property
+    def num_layers(self) -> int:
+        return int(self._tail.num_layers)
+
+    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence, *layers: int) -> torch.Tensor:
         started = time.perf_counter()
-        out: torch.Tensor = self._tail(hidden, sequence)
+        out: torch.Tensor = self._tail(hidden, sequence, *layers)
         if len(hidden) <= self._most:
             self.layer_seconds += time.perf_counter() - started
         return out

@@ -22,6 +22,7 @@ __all__ = [
     "KV_BLOCK",
     "MAX_BATCH",
     "MAX_STATES",
+    "MAX_UPLOADS",
     "NO_STEP",
     "PREFILL_CHUNK",
     "STAGING_BYTES",
@@ -49,9 +50,12 @@ STAGING_BYTES = 384 * 1024**2
 """What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
 STAGING_GROUPS = 4
 """Groups of such experts that are there at a time: while some are multiplied, others are on their way."""
+MAX_UPLOADS = 16
+"""Experts of a layer that a decode step brings to the GPU itself, at most."""
 DRIVER_BYTES = 600 * 1024**2
 """What the driver takes for a process: its context, modules of kernels, their stacks."""
 
+_UPLOAD_PART = 16  # a sixteenth of the cache's slots at most
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
@@ -162,6 +166,11 @@ class VramBudget:
     def cache_experts(self) -> int:
         """Of those, slots of the expert cache: the rest, at most one for each expert in DRAM."""
         return min(self.num_experts, self.num_slots - self.staging_experts)
+
+    @property
+    def upload_experts(self) -> int:
+        """Of those, slots that misses of decode steps pass through where the link is worth it: the cache has fewer."""
+        return min(MAX_UPLOADS, self.cache_experts // _UPLOAD_PART) if self.cache_experts < self.num_experts else 0
 
     @property
     def staging(self) -> int:

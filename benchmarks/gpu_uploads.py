@@ -1,6 +1,6 @@
 """What it gains that decode steps read some missing experts over the link, and that it never costs more than 3%.
 
-    python benchmarks/gpu_uploads.py --out DIR [--subjects deepseek-v3:IQ1_S:4,deepseek-v3:Q4_K:3,qwen3-30b-a3b:IQ1_S:16]
+    python benchmarks/gpu_uploads.py --out DIR [--subjects deepseek-v3:IQ1_S:4,deepseek-v3:Q4_K:3,...]
         [--numbers 0,1,2,3,4,6,8] [--batches 1,4] [--threads 0,2] [--seconds 420] [--vram 24GiB]
 
 No expert cache; routers without favourites, so that every token misses all its experts. First the bytes that land and

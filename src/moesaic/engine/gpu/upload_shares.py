@@ -1,8 +1,8 @@
 """What share of a layer's misses decode steps bring to the GPU: the one with which steps were quickest.
 
-Nobody knows beforehand what the link, the CPU and the memory that both read do to each other, so shares are tried: a few
-steps with another share in turns with as many of the usual one, and the medians decide. What steps of trials take more
-than usual is paid from a credit, a small part of all time, and a trial that goes badly ends at once. Each number of
+Nobody knows beforehand what the link, the CPU and the memory that both read do to each other, so shares are tried: a
+few steps with another share in turns with as many of the usual one, and the medians decide. What steps of trials take
+more than usual is paid from a credit, a small part of all time; a trial that goes badly ends at once. Each number of
 sequences has a share of its own. When steps become much slower or quicker, what was known of other shares is forgotten.
 This module knows neither devices nor experts.
 """

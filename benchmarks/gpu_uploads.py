@@ -26,6 +26,7 @@ import torch
 
 from expert_cache_gpu import ZipfRouters
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.measured_costs import measure_costs
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -39,7 +40,6 @@ from moesaic.modules.gpu.experts import copy_experts, slot_bytes
 from moesaic.modules.gpu.landing import LandingSlots, why_not_readable
 from moesaic.placement.units import parse_size
 from moesaic.placement.vram import MAX_UPLOADS
-from moesaic.quant import get_format
 
 SUBJECTS = "deepseek-v3:IQ1_S:4,qwen3-30b-a3b:IQ1_S:16,deepseek-v3:Q4_K:3"
 PROMISE = 1.03
@@ -80,7 +80,7 @@ class Subject:
     def __init__(self, name: str, vram: int) -> None:
         model_name, weight_format, *layers = name.split(":")
         count = int(layers[0]) if layers else None
-        prepared = prepare_synthetic(model_name, get_format(weight_format), count, "hybrid", vram=vram)
+        prepared = prepare_synthetic(model_name, FormatMix.parse(weight_format), count, "hybrid", vram=vram)
         self.model: Any = load(prepared, progress=False)
         self.runner: ModelRunner = self.model.runner
         runner, decoder = self.runner, self.runner.decoder

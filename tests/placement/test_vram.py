@@ -132,7 +132,14 @@ def test_what_is_left_is_divided_into_slots() -> None:
     for size, staging in ((10 * MIB, 36), (200 * MIB, 4)):
         large = dataclasses.replace(budget, total=100 * GIB, expert_bytes=size)
         assert large.staging_experts == staging
-    assert dataclasses.replace(budget, num_experts=10).cache_experts == 10
+    assert [dataclasses.replace(budget, total=total).upload_experts for total in (355, 360, 1000, 9000)] == [
+        0,
+        0,
+        2,
+        16,
+    ]
+    held = dataclasses.replace(budget, num_experts=10)
+    assert (held.cache_experts, held.upload_experts) == (10, 0)
     full = dataclasses.replace(budget, expert_bytes=0, num_experts=0)
     assert (full.staging_experts, full.cache_experts) == (0, 0)
 
@@ -232,7 +239,8 @@ def test_deepseek_v3_in_words_and_as_json(deepseek: tuple[Plan, Hardware]) -> No
     assert lines["driver"] == ["600.0", "MiB"]
     cache = budget_of(plan, machine).cache_experts
     assert " ".join(lines["expert cache"]) == (
-        f"{cache * 24772608 / GIB:.1f} GiB {cache} experts of 23.6 MiB, {cache / 14848:.1%} of all in DRAM"
+        f"{cache * 24772608 / GIB:.1f} GiB {cache} experts of 23.6 MiB, {cache / 14848:.1%} of all in DRAM, "
+        "up to 16 of them for uploads"
     )
     table = plan.table()
     assert "total: 343.0 GiB of weights in DRAM, 10.7 GiB read per token, cache 0 B" in table

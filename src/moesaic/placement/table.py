@@ -56,6 +56,7 @@ def render_budget(budget: VramBudget) -> str:
     share = budget.cache_experts / budget.num_experts if budget.num_experts else 0.0
     expert = format_bytes(budget.expert_bytes)
     chunk = min(PREFILL_CHUNK, budget.context)
+    passing = f", up to {budget.upload_experts} of them for uploads" if budget.upload_experts else ""
     parts = [
         ("weights", budget.weights, ""),
         ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
@@ -64,7 +65,11 @@ def render_budget(budget: VramBudget) -> str:
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
         ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
-        ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
+        (
+            "expert cache",
+            budget.cache,
+            f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM{passing}",
+        ),
     ]
     lines = [f"VRAM: {format_bytes(budget.total)} to use"]
     lines += [f"  {name:<18}  {format_bytes(size):>10}  {note}".rstrip() for name, size, note in parts if size]

@@ -31,7 +31,7 @@ class UploadStatistics:
     """What uploads did so far.
 
     Attributes:
-        share: of the misses of a step of one sequence, what is brought; None: numbers are fixed.
+        share: of a step's misses, what is brought when nothing is tried; None: numbers are fixed.
         steps: that brought some.
         missing: distinct experts that were missing in these, over all layers.
         brought: of these.
@@ -109,10 +109,10 @@ class MissUploads:
         """The last thing of a step that brings experts: let the CPU see what it did."""
         self._counts.copy_(self.landing.counts, non_blocking=True)
 
-    def statistics(self) -> UploadStatistics:
-        """What they did so far; of steps that are over."""
+    def statistics(self, batch: int = 1) -> UploadStatistics:
+        """What they did so far, in steps that are over; the share is that of `batch` sequences."""
         missing, brought = self._counts.tolist()
-        share = self.shares.usual(1) / ALL if self.fixed is None else None
+        share = self.shares.usual(batch) / ALL if self.fixed is None else None
         return UploadStatistics(share, self._steps, missing, brought)
 
 

@@ -14,8 +14,9 @@ from moesaic.errors import KernelError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.handoff import Mailbox
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.kernels.triton.uploads import Picks, bring_experts
+from moesaic.kernels.triton.uploads import MAX_PICKED, Picks, bring_experts
 from moesaic.modules.gpu.experts import page_lock, slot_layout
+from moesaic.placement.vram import MAX_UPLOADS
 
 ON_GPU = DEVICE == "cuda"
 
@@ -108,3 +109,7 @@ def test_wrong_calls_are_refused() -> None:
     apart = slot_layout(uneven, torch.device(DEVICE), by_matrix=2).kernel
     with pytest.raises(KernelError, match="different distances"):
         bring_experts(landing, gate, up, uneven.down.data, arena, apart)
+
+
+def test_plans_leave_room_for_as_many_as_kernels_take() -> None:
+    assert MAX_PICKED == MAX_UPLOADS

@@ -29,10 +29,9 @@ _TURN = 2  # steps of a trial, then as many of the usual share
 _FEW, _MANY = 4, 16  # steps of a trial before it can be decided, and by which it must
 _GAIN = 0.01  # of a step, what a share must be quicker to be taken
 _CLEAR = 0.7  # of the usual: after a turn of this, no more is needed
-_BAD, _AWFUL = 1.15, 1.5  # times the usual: after a turn, and after a step of this, it is over
-_HOPELESS = 3.0  # times the usual: even a first step may not take that
+_BAD, _AWFUL = 1.15, 2.0  # times the usual: after a turn of this, and after a first step, a trial is over
 _GUESS = 1.2  # times the usual: what an unknown share is expected to take at worst
-_SOON, _LATE = 64, 1024  # steps before something is tried again
+_AT_ONCE, _SOON, _LATE = 8, 64, 1024  # steps before something is tried again
 _PART = 0.5  # of the credit, what trying a share that was slower may take
 _DRIFT = 1.15  # times what steps took after the last trial: other shares are to be tried anew
 
@@ -101,7 +100,10 @@ class _Batch:
 
     def may_be_tried_again(self, share: int) -> bool:
         excess = self.seconds[share] / self.usual() - 1.0
-        return self.steps - self.tried.get(share, 0) >= _TURN * excess / (_PART * _CREDIT)
+        wait = _AT_ONCE if excess < -_GAIN else self.wait
+        return self.steps - self.last >= wait and self.steps - self.tried.get(share, 0) >= _TURN * excess / (
+            _PART * _CREDIT
+        )
 
 
 class UploadShares:
@@ -150,7 +152,7 @@ class UploadShares:
         if is_trial and known.trial is not None and share != known.share:
             known.trial.spent += seconds - usual
             self._earn(-max(0.0, seconds - usual), usual)
-        if is_trial and known.trial is not None and is_first and seconds >= _HOPELESS * usual:
+        if is_trial and known.trial is not None and is_first and seconds >= _AWFUL * usual:
             known.trial.own.append(seconds)
             self._end(known, known.trial, False)
         if not is_quiet or is_first:
@@ -178,7 +180,7 @@ class UploadShares:
             seconds = min(seconds, _MOST * before)
             weight = max(_NEW, 1 / (known.known + 1))
             known.seconds[known.share] = now = before + weight * (seconds - before)
-            known.noise += _NEW * (min(0.5, 1.25 * abs(seconds - before) / before) - known.noise)
+            known.noise += _NEW * (min(0.2, 1.25 * abs(seconds - before) / before) - known.noise)
             if known.known < _READY:
                 known.reference = now
             elif known.trial is None and not 1 / _DRIFT < now / known.reference < _DRIFT:
@@ -207,15 +209,13 @@ class UploadShares:
         for each in (0, self._expected or near[0], *near):
             if each not in known.seconds:
                 return each
-        if known.steps - known.last < known.wait:
-            return None
         again = [each for each in dict.fromkeys((*near, 0)) if each != share and known.may_be_tried_again(each)]
         return min(again, key=lambda each: known.tried.get(each, 0), default=None)
 
     def _judge(self, known: _Batch, trial: _Trial, usual: float) -> None:
         """End a trial when it is clear enough who is quicker."""
         own, other = trial.own, trial.usual
-        if own[-1] >= _AWFUL * usual or (len(own) >= _TURN and min(own) >= _BAD * usual):
+        if min(own, default=0.0) >= (_AWFUL if len(own) < _TURN else _BAD) * usual:
             self._end(known, trial, False)
         elif len(own) >= _TURN and len(other) >= _TURN and max(own) <= _CLEAR * min(other):
             self._end(known, trial, True)

@@ -56,7 +56,6 @@ def render_budget(budget: VramBudget) -> str:
     share = budget.cache_experts / budget.num_experts if budget.num_experts else 0.0
     expert = format_bytes(budget.expert_bytes)
     chunk = min(PREFILL_CHUNK, budget.context)
-    passing = f", up to {budget.upload_experts} of them for uploads" if budget.upload_experts else ""
     parts = [
         ("weights", budget.weights, ""),
         ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
@@ -64,12 +63,9 @@ def render_budget(budget: VramBudget) -> str:
         ("recurrent states", budget.states, f"{MAX_STATES} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
+        ("uploads", budget.uploads, f"{budget.upload_experts} experts of {expert}, in decode"),
         ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
-        (
-            "expert cache",
-            budget.cache,
-            f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM{passing}",
-        ),
+        ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
     ]
     lines = [f"VRAM: {format_bytes(budget.total)} to use"]
     lines += [f"  {name:<18}  {format_bytes(size):>10}  {note}".rstrip() for name, size, note in parts if size]

@@ -5,7 +5,7 @@ What a running model may allocate follows from the same numbers. It knows neithe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
@@ -55,7 +55,7 @@ MAX_UPLOADS = 16
 DRIVER_BYTES = 600 * 1024**2
 """What the driver takes for a process: its context, modules of kernels, their stacks."""
 
-_UPLOAD_PART = 16  # a sixteenth of the cache's slots at most
+_UPLOAD_PART = 32  # of the experts that there is room for, at most one in so many
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
@@ -115,6 +115,7 @@ class VramBudget:
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
+        upload_experts: slots that misses of decode steps pass through.
     """
 
     total: int
@@ -127,6 +128,7 @@ class VramBudget:
     expert_bytes: int
     num_experts: int
     states: int = 0
+    upload_experts: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -145,8 +147,13 @@ class VramBudget:
 
     @property
     def left(self) -> int:
-        """What is left for experts."""
-        return max(0, self.total - self.required)
+        """What is left for experts that stay, or are streamed in prefill."""
+        return max(0, self.total - self.required - self.uploads)
+
+    @property
+    def uploads(self) -> int:
+        """Bytes of the slots that misses of decode steps pass through."""
+        return self.upload_experts * self.expert_bytes
 
     @property
     def num_slots(self) -> int:
@@ -168,11 +175,6 @@ class VramBudget:
         return min(self.num_experts, self.num_slots - self.staging_experts)
 
     @property
-    def upload_experts(self) -> int:
-        """Of those, slots that misses of decode steps pass through where the link is worth it: the cache has fewer."""
-        return min(MAX_UPLOADS, self.cache_experts // _UPLOAD_PART) if self.cache_experts < self.num_experts else 0
-
-    @property
     def staging(self) -> int:
         """Bytes of the staging buffers."""
         return self.staging_experts * self.expert_bytes
@@ -190,7 +192,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
     absorbed = sum(entry.nbytes for entry in plan.entries if entry.device == "gpu" and is_absorbed(entry))
     in_dram = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "cpu"]
     cached = [entry for entry in in_dram if layer_of(entry.module) in plan.gpu_layers]
-    return VramBudget(
+    budget = VramBudget(
         total=total,
         context=context,
         weights=plan.nbytes_on("gpu") - absorbed,
@@ -202,6 +204,9 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         num_experts=sum(entry.num_experts for entry in cached),
         states=MAX_STATES * plan.state_bytes_on("gpu"),
     )
+    # Where all experts stay on the GPU none is missing.
+    has_misses = budget.cache_experts < budget.num_experts
+    return replace(budget, upload_experts=min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0)
 
 
 def is_absorbed(entry: Placement) -> bool:

@@ -90,8 +90,8 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
             if budget.upload_experts:
                 uploads = start_uploads(in_dram, budget.upload_experts, decoder.top_k, device, costs)
         if budget.cache_experts:
-            landing = 0 if isinstance(uploads, str) else uploads.landing.num_slots
-            cache = ExpertCache(in_dram, budget.cache_experts - landing, device)
+            not_passing = budget.upload_experts if isinstance(uploads, str) else 0
+            cache = ExpertCache(in_dram, min(budget.num_experts, budget.cache_experts + not_passing), device)
             cache.fill()
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH, num_states=MAX_STATES)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, uploads)

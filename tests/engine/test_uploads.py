@@ -13,10 +13,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
+from moesaic.engine.gpu.paths import GraphPath
 from moesaic.engine.gpu.shares import Costs
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.upload_shares import ALL, UploadShares
 from moesaic.engine.gpu.uploads import MissUploads, start_uploads
+from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kernels.triton.route import route
 from moesaic.modules.gpu.experts import page_lock, slot_bytes
 from moesaic.modules.gpu.landing import LandingSlots
 
@@ -68,6 +73,18 @@ def test_a_step_is_told_how_many_experts_to_bring(monkeypatch: pytest.MonkeyPatc
         torch.cuda.synchronize()
     done = uploads.statistics()
     assert (done.share, done.steps, done.missing, done.brought) == (None, 2, 7, 5) and seen == [(2, True)]
+
+
+def test_padding_misses_nothing_where_there_is_no_cache() -> None:
+    """A router without a table would leave experts to tokens that are not there, and they would be brought."""
+    uploads = MissUploads(LandingSlots([experts()], 3, 2, DEVICE), UploadShares())
+    exchange = Exchange(None, DEVICE)
+    assert GraphPath(exchange, ExpertSlots(), [0]).table(0) is None
+    table = GraphPath(exchange, ExpertSlots(), [0], uploads).table(0)
+    options = RouteOptions(top_k=2)
+    places = torch.tensor([5, -1], device=DEVICE)
+    chosen = route(torch.randn(2, 6, device=DEVICE), options, slot_of_expert=table, slot_mapping=places)
+    assert (chosen.misses[0] >= 0).all() and (chosen.misses[1] == -1).all() and (chosen.slots == -1).all()
 
 
 def test_large_steps_bring_nothing() -> None:

@@ -38,7 +38,8 @@ class GraphPath:
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
-        return self._slots.table(layer)
+        table = self._slots.table(layer)
+        return self._uploads.landing.nowhere(layer) if table is None and self._uploads is not None else table
 
     def start(self, routed: Routed) -> None:
         """Ask the CPU."""

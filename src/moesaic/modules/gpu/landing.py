@@ -44,6 +44,8 @@ class LandingSlots:
         self.max_distinct = MAX_DECODE_TOKENS * top_k
         self.numbers = torch.zeros(self.max_distinct + 1, dtype=torch.int32, device=device)
         self.counts = torch.zeros(2, dtype=torch.int64, device=device)
+        most = max(experts.num_experts for experts in routed)
+        self._nowhere = torch.full((most,), -1, dtype=torch.int32, device=device)
         self._landing = torch.full((self.num_slots,), -1, dtype=torch.int32, device=device)
         self._slots = torch.full((MAX_DECODE_TOKENS, top_k), -1, dtype=torch.int32, device=device)
 
@@ -51,6 +53,10 @@ class LandingSlots:
     def nbytes(self) -> int:
         """Bytes of VRAM that slots take."""
         return self._arena.numel()
+
+    def nowhere(self, layer: int) -> torch.Tensor:
+        """int32 `[num_experts]`, -1: a table for routers where no cache has one, by which padding misses nothing."""
+        return self._nowhere[: self._routed[layer].num_experts]
 
     def picks(self, num_tokens: int) -> Picks:
         """What the hand-off of a step of so many tokens needs; the next layer overwrites what it chose."""

@@ -259,6 +259,7 @@ def main() -> None:
     model: Any = load(prepared, progress=False)
     runner: ModelRunner = model.runner
     runner.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
+    runner.uploads = None  # what a cache does by itself
     turns, routers = Turns(runner, arguments.tokens), ZipfRouters(runner)
     num_all = sum(experts.num_experts for experts in runner.decoder.routed)
     slots = max(8, round(0.01 * num_all))

@@ -107,10 +107,11 @@ class Subject:
         cache = runner.slots.cache
         # One runner for both: two would have two caches of keys and values, which the budget has no room for.
         with_cache, runner.slots = runner.slots, ExpertSlots()
+        uploads, runner.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
         self._on_gpu(runner, plan, "hybrid", 0)
         if "cache" not in self.task.parts or cache is None:
             return
-        runner.slots, runner._buckets = with_cache, {}
+        runner.slots, runner.uploads, runner._buckets = with_cache, uploads, {}
         runner.server.uses.zero_()
         # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
         whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))

@@ -133,6 +133,8 @@ def test_what_is_left_is_divided_into_slots() -> None:
         large = dataclasses.replace(budget, total=100 * GIB, expert_bytes=size)
         assert large.staging_experts == staging
     assert dataclasses.replace(budget, num_experts=10).cache_experts == 10
+    passing = dataclasses.replace(budget, upload_experts=4)
+    assert (passing.uploads, passing.left, passing.staging_experts, passing.cache_experts) == (40, 760, 36, 40)
     full = dataclasses.replace(budget, expert_bytes=0, num_experts=0)
     assert (full.staging_experts, full.cache_experts) == (0, 0)
 
@@ -214,7 +216,8 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     assert budget.working == working
     assert (budget.expert_bytes, budget.num_experts) == (expert, 58 * 256) == (24772608, 14848)
     left = 24 * GIB - budget.weights - absorbed - budget.kv_cache - working - DRIVER
-    assert budget.cache_experts == left // expert - 16
+    assert budget.upload_experts == left // expert // 32 == 14
+    assert budget.cache_experts == left // expert - 16 - budget.upload_experts
     assert 400 < budget.cache_experts < 520
     assert plan.nbytes_on("cpu") == 58 * 256 * expert + q4_k(vocab, hidden)
     assert plan.bytes_per_token_on("cpu") == 58 * 8 * expert + q4_k(vocab, hidden) // vocab

@@ -63,6 +63,7 @@ def render_budget(budget: VramBudget) -> str:
         ("recurrent states", budget.states, f"{MAX_STATES} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
+        ("uploads", budget.uploads, f"{budget.upload_experts} experts of {expert}, in decode"),
         ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
         ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
     ]

@@ -5,7 +5,7 @@ What a running model may allocate follows from the same numbers. It knows neithe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
@@ -22,6 +22,7 @@ __all__ = [
     "KV_BLOCK",
     "MAX_BATCH",
     "MAX_STATES",
+    "MAX_UPLOADS",
     "NO_STEP",
     "PREFILL_CHUNK",
     "STAGING_BYTES",
@@ -49,9 +50,12 @@ STAGING_BYTES = 384 * 1024**2
 """What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
 STAGING_GROUPS = 4
 """Groups of such experts that are there at a time: while some are multiplied, others are on their way."""
+MAX_UPLOADS = 16
+"""Experts of a layer that a decode step brings to the GPU itself, at most."""
 DRIVER_BYTES = 600 * 1024**2
 """What the driver takes for a process: its context, modules of kernels, their stacks."""
 
+_UPLOAD_PART = 32  # of the experts that there is room for, at most one in so many
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
@@ -111,6 +115,7 @@ class VramBudget:
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
+        upload_experts: slots that misses of decode steps pass through.
     """
 
     total: int
@@ -123,6 +128,7 @@ class VramBudget:
     expert_bytes: int
     num_experts: int
     states: int = 0
+    upload_experts: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -141,8 +147,13 @@ class VramBudget:
 
     @property
     def left(self) -> int:
-        """What is left for experts."""
-        return max(0, self.total - self.required)
+        """What is left for experts that stay, or are streamed in prefill."""
+        return max(0, self.total - self.required - self.uploads)
+
+    @property
+    def uploads(self) -> int:
+        """Bytes of the slots that misses of decode steps pass through."""
+        return self.upload_experts * self.expert_bytes
 
     @property
     def num_slots(self) -> int:
@@ -181,7 +192,7 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
     absorbed = sum(entry.nbytes for entry in plan.entries if entry.device == "gpu" and is_absorbed(entry))
     in_dram = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "cpu"]
     cached = [entry for entry in in_dram if layer_of(entry.module) in plan.gpu_layers]
-    return VramBudget(
+    budget = VramBudget(
         total=total,
         context=context,
         weights=plan.nbytes_on("gpu") - absorbed,
@@ -193,6 +204,9 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         num_experts=sum(entry.num_experts for entry in cached),
         states=MAX_STATES * plan.state_bytes_on("gpu"),
     )
+    # Where all experts stay on the GPU none is missing.
+    has_misses = budget.cache_experts < budget.num_experts
+    return replace(budget, upload_experts=min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0)
 
 
 def is_absorbed(entry: Placement) -> bool:

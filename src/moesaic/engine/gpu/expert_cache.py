@@ -86,6 +86,11 @@ class ExpertCache:
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is copied during the step that has begun."""
+        return self._is_busy
+
     def fill(self) -> None:
         """Give free slots to experts, as many of each layer, and wait until they are there."""
         moves = self.policy.fill([experts.num_experts for experts in self._routed])
@@ -156,17 +161,18 @@ class ExpertCache:
         self._copied += len(self._leaving)
         self._leaving = []
 
-    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int) -> None:
+    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int, way: int = 0) -> None:
         """Take note of what was used, and choose what to copy during the next step.
 
         Args:
             layers: whose uses these are.
             uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
             num_tokens: of the step.
+            way: steps of the same number of tokens and the same way take about the same time.
         """
         guard = self._guard
         if guard is not None:
-            guard.observe(num_tokens, time.perf_counter() - self._began, self._is_busy)
+            guard.observe((num_tokens, way), time.perf_counter() - self._began, self._is_busy)
             if not self._under_way:
                 guard.end()
         self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens

@@ -18,6 +18,7 @@ from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
+from moesaic.engine.gpu.uploads import MissUploads, start_uploads
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
@@ -77,15 +78,23 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
             page_lock(experts)
             in_dram.append(experts)
     cache = staging = shares = None
+    uploads: MissUploads | str = "some layers' experts are all on the GPU" if resident else "there is no expert in DRAM"
     if in_dram and not resident:
-        if budget.cache_experts:
-            cache = ExpertCache(in_dram, budget.cache_experts, device)
-            cache.fill()
+        uploads = "there is no VRAM for experts to pass through"
+        if budget.cache_experts == budget.num_experts:
+            uploads = "the cache has room for all experts"
         if budget.staging_experts:
             staging = StagingBuffers(in_dram, budget.staging_experts, device)
-            shares = ExpertShares(measure_costs(in_dram[0], staging))
+            costs = measure_costs(in_dram[0], staging)
+            shares = ExpertShares(costs)
+            if budget.upload_experts:
+                uploads = start_uploads(in_dram, budget.upload_experts, decoder.top_k, device, costs)
+        if budget.cache_experts:
+            not_passing = budget.upload_experts if isinstance(uploads, str) else 0
+            cache = ExpertCache(in_dram, min(budget.num_experts, budget.cache_experts + not_passing), device)
+            cache.fill()
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH, num_states=MAX_STATES)
-    runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
+    runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, uploads)
     return attach_runner(model, runner)
 
 

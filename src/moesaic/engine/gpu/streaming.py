@@ -19,10 +19,10 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagedGroup, StagingBuffers
 from moesaic.engine.gpu.streams import Mark
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.compiling import num_compiled
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs
 from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kernels.triton.loading import num_loaded
 from moesaic.modules.gpu.step import Routed
 
 __all__ = ["StreamingPath"]
@@ -167,7 +167,7 @@ class StreamingPath(ChunkPath):
 
     def _observe_last(self, layer: int) -> None:
         """Take the times of the layer before, as far as they are known by now."""
-        last, self._chose = self._chose, (layer, num_compiled(), time.perf_counter())
+        last, self._chose = self._chose, (layer, num_loaded(), time.perf_counter())
         if last is not None and (last[0] + 1, last[1]) == self._chose[:2]:
             self._shares.observe_layer(self._chose[2] - last[2])
         if self._pending is not None and self._pending[2].is_passed():

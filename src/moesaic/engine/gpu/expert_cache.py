@@ -86,8 +86,16 @@ class ExpertCache:
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
 
-    def fill(self) -> None:
-        """Give free slots to experts, as many of each layer, and wait until they are there."""
+    def fill(self, uses: np.ndarray | None = None, num_tokens: int = 0) -> None:
+        """Give free slots to experts and wait until they are there.
+
+        Args:
+            uses: int `[layers, num_experts]`, how often each was chosen in a run before, whose busiest get the slots;
+                None: as many of each layer.
+            num_tokens: of that run.
+        """
+        if uses is not None:
+            self.policy.seed(uses, num_tokens)
         moves = self.policy.fill([experts.num_experts for experts in self._routed])
         with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
             for move in moves:

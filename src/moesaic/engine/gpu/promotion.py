@@ -121,15 +121,26 @@ class PromotionPolicy:
         self._allowance -= len(moves)
         return moves
 
-    def fill(self, num_experts: Sequence[int]) -> list[Move]:
-        """Experts for the slots that are free: as many of each layer, whose use is not known yet.
+    def seed(self, uses: np.ndarray, num_tokens: int) -> None:
+        """Begin with what is known from before, as if it had happened just now: at most what scores can be.
 
-        Whoever is chosen more than never may take their places.
+        Args:
+            uses: `[num_layers, num_experts]`, how often each expert was chosen.
+            num_tokens: in how many tokens.
+        """
+        most = self._half_life / np.log(2.0)  # the score of an expert that every token chooses
+        self.score[:] = uses * min(1.0, most / max(1, num_tokens))
+
+    def fill(self, num_experts: Sequence[int]) -> list[Move]:
+        """Experts for the slots that are free: those with the highest scores, then as many of each layer.
+
+        Whoever is chosen more than never may take the places of the latter.
 
         Args:
             num_experts: of each layer.
         """
         order = [(layer, e) for e in range(max(num_experts)) for layer, count in enumerate(num_experts) if e < count]
+        order.sort(key=lambda pair: -self.score[pair])
         held = set(self._holder[self._holder >= 0].tolist())
         outside = (pair for pair in order if pair[0] * self._num_experts + pair[1] not in held)
         moves = []

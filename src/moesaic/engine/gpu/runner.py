@@ -81,6 +81,7 @@ class ModelRunner:
         pool: hands out blocks of the cache.
         states: hands out recurrent states; None if the model has none.
         caches: of every layer on the GPU.
+        served: layers, of those with routed experts, whose experts the CPU is asked for.
         times: see `ExpertServer.serve`; filled by decode steps if it is set.
     """
 
@@ -105,7 +106,7 @@ class ModelRunner:
         self.positions, served = _request_positions(
             [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
         )
-        self._served = served
+        self.served = served
         mailbox = None
         self.server: ExpertServer | None = None
         if served:
@@ -245,7 +246,7 @@ class ModelRunner:
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
         if cache is not None and self.server is not None:  # while the GPU computes what follows the last layer
-            cache.after_step(self._served, self.server.uses.numpy().view(np.uint32), count)
+            cache.after_step(self.served, self.server.uses.numpy().view(np.uint32), count)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):

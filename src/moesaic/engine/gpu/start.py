@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from moesaic.engine.expert_profile import ExpertProfile, shape_of
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.measured_costs import measure_costs
@@ -28,13 +29,16 @@ from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES
 __all__ = ["start_on_gpu"]
 
 
-def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreTrainedModel:
+def start_on_gpu(
+    model: PreTrainedModel, plan: Plan, budget: VramBudget, profile: ExpertProfile | None = None
+) -> PreTrainedModel:
     """Put a model on the GPU as its plan says.
 
     Args:
         model: loaded, all its weights in DRAM; it is changed in place and gives back what it no longer needs.
         plan: says which layers and experts lie on the GPU.
         budget: of the VRAM.
+        profile: of the model's experts, with whose busiest the cache begins.
 
     Returns:
         The model; `generate()` runs on the GPU.
@@ -46,7 +50,7 @@ def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreT
     device = torch.device("cuda", torch.cuda.current_device())
     _limit_memory(budget, device)
     try:
-        return _start(model, plan, budget, device)
+        return _start(model, plan, budget, device, profile)
     except torch.cuda.OutOfMemoryError as error:
         raise PlanDoesNotFitError(
             f"plan '{plan.name}': {budget.total / 2**30:.2f} GiB of VRAM do not suffice: {error}. Use a smaller "
@@ -54,7 +58,9 @@ def start_on_gpu(model: PreTrainedModel, plan: Plan, budget: VramBudget) -> PreT
         ) from error
 
 
-def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch.device) -> PreTrainedModel:
+def _start(
+    model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch.device, profile: ExpertProfile | None
+) -> PreTrainedModel:
     num_blocks = budget.num_blocks
     total_layers = len(model.get_decoder().layers)
     num_layers = len(plan.gpu_layers)
@@ -80,13 +86,16 @@ def _start(model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch
     if in_dram and not resident:
         if budget.cache_experts:
             cache = ExpertCache(in_dram, budget.cache_experts, device)
-            cache.fill()
+            if profile is None:
+                cache.fill()
+            else:
+                cache.fill(profile.uses[: len(in_dram)], profile.num_tokens)
         if budget.staging_experts:
             staging = StagingBuffers(in_dram, budget.staging_experts, device)
             shares = ExpertShares(measure_costs(in_dram[0], staging))
     options = RunnerOptions(num_blocks, KV_BLOCK, max_batch=MAX_BATCH, num_states=MAX_STATES)
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares)
-    return attach_runner(model, runner)
+    return attach_runner(model, runner, shape_of(str(model.config.model_type), plan))
 
 
 def _owner(model: PreTrainedModel, experts: PackedExperts) -> tuple[str, Any]:

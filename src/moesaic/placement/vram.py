@@ -5,10 +5,11 @@ What a running model may allocate follows from the same numbers. It knows neithe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
+from moesaic.placement.lots import VramLots, divide
 from moesaic.placement.roles import layer_of
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class StepSizes:
         vocab_size: logits of a token.
         widest: floats per token that the widest block holds beside hidden states.
         rotary: floats per position of the table of rotary angles.
+        longest: positions of a sequence that the model was made for; 0 if its configuration does not say.
     """
 
     hidden_size: int = 0
@@ -81,6 +83,7 @@ class StepSizes:
     vocab_size: int = 0
     widest: int = 0
     rotary: int = 0
+    longest: int = 0
 
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
@@ -111,6 +114,8 @@ class VramBudget:
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
+        lots: how the last three are divided where memory can be moved between them; None: once and for all.
+        fixed: why not, "" if it can or there is nothing to move.
     """
 
     total: int
@@ -123,6 +128,8 @@ class VramBudget:
     expert_bytes: int
     num_experts: int
     states: int = 0
+    lots: VramLots | None = None
+    fixed: str = ""
 
     @property
     def num_blocks(self) -> int:
@@ -174,14 +181,21 @@ class VramBudget:
         return self.cache_experts * self.expert_bytes
 
 
-def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
-    """The budget of a plan for a GPU of which `total` bytes may be used; None if the plan uses no GPU."""
+def vram_budget(plan: Plan, total: int, context: int, fixed: str = "") -> VramBudget | None:
+    """The budget of a plan for a GPU of which `total` bytes may be used; None if the plan uses no GPU.
+
+    Args:
+        plan: with its entries.
+        total: bytes.
+        context: positions to have room for.
+        fixed: why memory of this GPU cannot be moved, "" if it can.
+    """
     if not plan.uses_gpu:
         return None
     absorbed = sum(entry.nbytes for entry in plan.entries if entry.device == "gpu" and is_absorbed(entry))
     in_dram = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "cpu"]
     cached = [entry for entry in in_dram if layer_of(entry.module) in plan.gpu_layers]
-    return VramBudget(
+    budget = VramBudget(
         total=total,
         context=context,
         weights=plan.nbytes_on("gpu") - absorbed,
@@ -193,6 +207,9 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
         num_experts=sum(entry.num_experts for entry in cached),
         states=MAX_STATES * plan.state_bytes_on("gpu"),
     )
+    on_gpu = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "gpu"]
+    lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH)
+    return replace(budget, fixed=fixed) if fixed and lots is not None else replace(budget, lots=lots)
 
 
 def is_absorbed(entry: Placement) -> bool:

@@ -20,7 +20,6 @@ from moesaic.errors import ConfigError, GenerationError, UnsupportedModelError
 from moesaic.kvcache import CACHE_ARGUMENT, given_cache
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuCausalLM", "PagedCache", "attach_runner"]
 
@@ -121,6 +120,7 @@ class GpuCausalLM:
 
     runner: ModelRunner
     _moesaic_shape: ModelShape | None
+    _moesaic_note: str
 
     def new_cache(self) -> PagedCache:
         """A cache for one batch, as `generate()` takes it."""
@@ -202,7 +202,7 @@ class GpuCausalLM:
             first = columns - len(row)  # padding is on the left
             only_last = len(kept) == 1 and int(kept) == columns - 1
             parts = []
-            for piece in torch.split(row, PREFILL_CHUNK):
+            for piece in torch.split(row, self.runner.options.max_chunk):
                 parts.append(self.runner.prefill([(sequence, piece)], all_logits=not only_last))
             logits = parts[-1] if only_last else torch.cat(parts)
             if only_last:
@@ -219,15 +219,18 @@ def _kept_columns(logits_to_keep: int | torch.Tensor, columns: int) -> torch.Ten
     return torch.arange(columns)[-logits_to_keep:] if logits_to_keep else torch.arange(columns)
 
 
-def attach_runner(model: PreTrainedModel, runner: ModelRunner, shape: ModelShape | None = None) -> PreTrainedModel:
+def attach_runner(
+    model: PreTrainedModel, runner: ModelRunner, shape: ModelShape | None = None, note: str = ""
+) -> PreTrainedModel:
     """Put a runner's forward in front of a loaded model's own; changes the model in place.
 
     Args:
         model: loaded.
         runner: of its layers.
         shape: of its experts, if their use may be saved.
+        note: what people should know of how it runs.
     """
     stock_class = type(model)
     model.__class__ = type(stock_class.__name__, (GpuCausalLM, stock_class), {})
-    model.runner, model._moesaic_shape = runner, shape
+    model.runner, model._moesaic_shape, model._moesaic_note = runner, shape, note
     return model

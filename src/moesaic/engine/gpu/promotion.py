@@ -139,15 +139,50 @@ class PromotionPolicy:
         Args:
             num_experts: of each layer.
         """
-        order = [(layer, e) for e in range(max(num_experts)) for layer, count in enumerate(num_experts) if e < count]
-        order.sort(key=lambda pair: -self.score[pair])
-        held = set(self._holder[self._holder >= 0].tolist())
-        outside = (pair for pair in order if pair[0] * self._num_experts + pair[1] not in held)
+        exists = np.arange(self._num_experts) < np.asarray(num_experts)[:, None]
+        exists.flat[self._holder[self._holder >= 0]] = False
+        layers, experts = np.nonzero(exists)
+        order = np.lexsort((layers, experts, -self.score[layers, experts]))
         moves = []
-        for slot, (layer, expert) in zip(np.flatnonzero(self._holder < 0).tolist(), outside, strict=False):
+        for slot, index in zip(np.flatnonzero(self._holder < 0).tolist(), order.tolist(), strict=False):
+            layer, expert = int(layers[index]), int(experts[index])
             self._holder[slot] = layer * self._num_experts + expert
             moves.append(Move(slot, layer, expert, None))
         return moves
+
+    def resize(self, num_slots: int) -> list[tuple[int, int]]:
+        """Have more slots, which are free, or fewer, without the last ones.
+
+        Of the experts in slots that go, those with high scores take the places of those with lower ones that stay, and
+        the others are in no slot at once. Copies under way to slots that go must not be completed.
+
+        Returns:
+            Slots whose contents have to be copied before the next step, each from where to where.
+        """
+        before = self.num_slots
+        if num_slots >= before:
+            self._holder = np.append(self._holder, np.full(num_slots - before, NOWHERE, np.int64))
+            return []
+        slot_of, slots = self.slot_of.reshape(-1), np.arange(before)
+        there = (self._holder >= 0) & (slot_of[self._holder] == slots)
+        value = np.where(self._holder < 0, -1.0, np.where(there, self.score.ravel()[self._holder], np.inf))
+        going = np.flatnonzero(there[num_slots:]) + num_slots
+        going = going[np.argsort(-value[going], kind="stable")]
+        staying = np.argsort(value[:num_slots], kind="stable")
+        copies = []
+        for source, target in zip(going.tolist(), staying.tolist(), strict=False):
+            if value[source] <= value[target]:
+                break
+            if self._holder[target] >= 0:
+                slot_of[self._holder[target]] = NOWHERE
+            self._holder[target] = self._holder[source]
+            slot_of[self._holder[source]] = target
+            copies.append((source, target))
+        moved = [source for source, _ in copies]
+        rest = np.setdiff1d(going, moved)
+        slot_of[self._holder[rest]] = NOWHERE
+        self._holder = self._holder[:num_slots].copy()
+        return copies
 
     def complete(self, move: Move) -> None:
         """The expert is in its slot."""

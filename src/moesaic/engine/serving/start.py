@@ -148,7 +148,8 @@ def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tupl
 
         path = options.save_expert_profile
         on_close = None if path is None else partial(model.save_expert_profile, path)
-        return GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context), on_close), ""
+        gpu = GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context), on_close)
+        return gpu, model._moesaic_note
     nbytes = _cache_bytes(model, plan, options)
     num_blocks = blocks_in(model, nbytes)
     if num_blocks is not None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from moesaic.errors import GenerationError, KernelError
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes, pool_layers
+from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
+from moesaic.kvcache.pool_memory import pool_layers
 from moesaic.kvcache.step_input import StepInput
 
 

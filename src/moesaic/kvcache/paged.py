@@ -19,7 +19,7 @@ import torch
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kvcache.states import StatePool
 
-__all__ = ["BlockPool", "BlockStore", "KvShape", "PagedSequence", "PoolLayer", "pool_bytes", "pool_layers"]
+__all__ = ["BlockPool", "BlockStore", "KvShape", "PagedSequence", "PoolLayer", "check_dtype", "pool_bytes"]
 
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a pool may store."""
@@ -55,6 +55,12 @@ def pool_bytes(layers: Iterable[KvShape], num_blocks: int, block_size: int, dtyp
     return num_blocks * block_size * dtype.itemsize * sum(layer.width for layer in layers)
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """KernelError if a pool cannot store it."""
+    if dtype not in POOL_DTYPES:
+        raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
+
+
 @dataclass(frozen=True, slots=True)
 class PoolLayer:
     """The memory of one layer, uninitialised: kernels read only positions that have been written.
@@ -77,8 +83,7 @@ class PoolLayer:
         device: torch.device | str = "cpu",
     ) -> PoolLayer:
         """Allocate; KernelError if a pool cannot store the dtype."""
-        if dtype not in POOL_DTYPES:
-            raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
+        check_dtype(dtype)
         if shape.value_dim == 0:
             return cls(torch.empty(num_blocks, block_size, shape.key_dim, dtype=dtype, device=device), None)
         heads = (num_blocks, block_size, shape.kv_heads)
@@ -92,46 +97,6 @@ class PoolLayer:
         for states in (self.keys, self.values):
             if states is not None:
                 states[target] = states[source]
-
-
-def pool_layers(
-    shapes: Sequence[KvShape], memory: torch.Tensor, num_blocks: int, block_size: int, dtype: torch.dtype
-) -> list[PoolLayer]:
-    """Layers whose pools lie in one piece of memory, block after block, each with its keys and values of all layers.
-
-    So the first n blocks of all layers are the first bytes: memory that grows and shrinks at its end gives and takes
-    whole blocks, and wastes nothing between layers.
-
-    Args:
-        shapes: of the layers.
-        memory: uint8, at least `pool_bytes(shapes, num_blocks, block_size, dtype)`, on a multiple of 16.
-        num_blocks: blocks of every layer.
-        block_size: positions of a block.
-        dtype: what is stored.
-
-    Raises:
-        KernelError: a pool cannot store the dtype, or the memory does not suffice.
-    """
-    if dtype not in POOL_DTYPES:
-        raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
-    needed = pool_bytes(shapes, num_blocks, block_size, dtype)
-    if memory.numel() < needed:
-        raise KernelError(f"{num_blocks} blocks take {needed} bytes: the memory has {memory.numel()}.")
-    numbers = memory[:needed].view(dtype)
-    apart, first = block_size * sum(shape.width for shape in shapes), numbers.storage_offset()
-    layers: list[PoolLayer] = []
-    for shape in shapes:
-        parts: list[torch.Tensor | None] = []
-        for dim in (shape.key_dim, shape.value_dim):
-            heads = (num_blocks, block_size, shape.kv_heads, dim)
-            strides = (apart, shape.kv_heads * dim, dim, 1)
-            view = numbers.as_strided(heads, strides, first) if dim else None
-            parts.append(view.squeeze(2) if view is not None and shape.value_dim == 0 else view)
-            first += block_size * shape.kv_heads * dim
-        keys, values = parts
-        assert keys is not None
-        layers.append(PoolLayer(keys, values))
-    return layers
 
 
 class BlockStore(Protocol):
@@ -156,6 +121,7 @@ class BlockPool:
 
     Attributes:
         num_backed: blocks that have memory; the others get it when they are taken.
+        num_own: of those, blocks that keep it.
     """
 
     def __init__(
@@ -164,7 +130,8 @@ class BlockPool:
         if num_blocks < 1 or block_size < 1:
             raise KernelError(f"a pool of {num_blocks} blocks of {block_size} positions: expected at least 1 of each.")
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.num_backed, self._store = num_blocks if num_backed is None else num_backed, store
+        self.num_backed = self.num_own = num_blocks if num_backed is None else num_backed
+        self._store = store
         self._holders = [0] * num_blocks
         self._free = list(range(num_blocks))  # a heap
 

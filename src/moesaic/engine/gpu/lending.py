@@ -17,7 +17,8 @@ import torch
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.virtual_memory import MemoryDriver, MemoryStock, VirtualBuffer
 from moesaic.errors import GenerationError, KernelError
-from moesaic.kvcache.paged import BlockPool, KvShape, PoolLayer, pool_bytes, pool_layers
+from moesaic.kvcache.paged import BlockPool, KvShape, PoolLayer, pool_bytes
+from moesaic.kvcache.pool_memory import pool_layers
 from moesaic.placement.lots import VramLots
 
 __all__ = ["LendingFigures", "VramLending"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from moesaic.engine.gpu.layer_caches import layer_caches
 from moesaic.engine.gpu.lending import VramLending
 from moesaic.engine.gpu.partial_prefill import PartialPrefill
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
@@ -28,7 +29,7 @@ from moesaic.errors import ExpertTimeoutError, GenerationError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer
+from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.decoder import GpuDecoder
@@ -111,7 +112,9 @@ class ModelRunner:
         num_states = options.num_states or options.max_batch
         is_recurrent = any(isinstance(shape, StateShape) for shape in shapes)
         self.states = StatePool(num_states) if is_recurrent else None
-        self.pool, self.caches = _caches(shapes, options, num_states, device, lending)
+        self.pool, self.caches = layer_caches(
+            shapes, options.num_blocks, options.block_size, options.kv_dtype, num_states, device, lending
+        )
         self.positions, served = _request_positions(
             [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
         )
@@ -332,28 +335,6 @@ class ModelRunner:
         self.server.restart()
         self.exchange.restart()
         self._failed.zero_()
-
-
-def _caches(
-    shapes: Sequence[KvShape | StateShape],
-    options: RunnerOptions,
-    num_states: int,
-    device: torch.device,
-    lending: VramLending | None,
-) -> tuple[BlockPool, list[PoolLayer | StateLayer]]:
-    """The pool, and the memory of each layer."""
-    with_keys = [shape for shape in shapes if isinstance(shape, KvShape)]
-    size, dtype = options.block_size, options.kv_dtype
-    if lending is not None:
-        pool, pools = lending.pool(with_keys, size, dtype)
-    else:
-        pool = BlockPool(options.num_blocks, size)
-        pools = [PoolLayer.empty(shape, options.num_blocks, size, dtype, device) for shape in with_keys]
-    following = iter(pools)
-    states = [
-        StateLayer.empty(shape, num_states, device) if isinstance(shape, StateShape) else None for shape in shapes
-    ]
-    return pool, [next(following) if state is None else state for state in states]
 
 
 def _request_positions(on_gpu: list[bool]) -> tuple[list[int | None], list[int]]:

@@ -156,6 +156,8 @@ class Engine:
 
     def step(self) -> list[tuple[str, Chunk]]:
         """Compute, and return what is new of each request."""
+        if self._cache is not None and self.runner.pool.num_backed > self.runner.pool.num_own:
+            self._cache.forget_lent(_LENT_SECONDS)
         step = self._scheduler.next()
         for refused in step.refused:
             _LOG.error("request %s does not fit into the cache although nothing else runs", _owner(refused).request_id)
@@ -165,8 +167,6 @@ class Engine:
         if step.chunk is not None:
             self._fill_in(step, step.chunk)
         self._last_step = self._clock()
-        if self._cache is not None and self.runner.pool.num_backed > self.runner.pool.num_own:
-            self._cache.forget_lent(_LENT_SECONDS)
         out, self._out = self._out, []
         return out
 

@@ -46,7 +46,7 @@ class AutoModelForCausalLM:
             gguf: a GGUF to take the weights and the configuration from instead.
             plan: a template's name (auto, cpu, hybrid, layers, gpu), a placement file, rules, or a plan.
             vram: memory of the GPU to use at most, in bytes or as in "24GiB"; what is free, less a margin, if None.
-            context: tokens of cache to leave room for; on a GPU no more fit.
+            context: tokens of cache to leave room for; on a GPU no more fit, unless experts can lend them memory.
             threads: threads of the kernels, at least 1; None takes MOESAIC_THREADS or the physical cores.
             progress: True draws a bar, False is silent, a function is called with (bytes done, bytes in all).
             offline: take from the hub only what is on this computer.

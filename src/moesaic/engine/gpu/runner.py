@@ -165,8 +165,13 @@ class ModelRunner:
         self._check_lengths([length + len(ids) for length, (_, ids) in zip(before, parts, strict=True)])
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         token_ids = torch.cat([ids for _, ids in parts])
-        hidden = self.decoder.embed(token_ids).to(self.decoder.device)
-        path, on_end = self._chunk_path(len(token_ids))
+        try:
+            hidden = self.decoder.embed(token_ids).to(self.decoder.device)
+            path, on_end = self._chunk_path(len(token_ids))
+        except BaseException:
+            for (sequence, _), length in zip(parts, before, strict=True):
+                sequence.undo(length)
+            raise
         longest = max(len(ids) for _, ids in parts)
         cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
         return PartialPrefill(self.decoder, self._step(step_input, longest, path), path, cut, hidden, on_end)

@@ -41,7 +41,8 @@ class ServingOptions:
 
     Attributes:
         gguf, tokenizer, plan, vram, threads, offline: as for `AutoModelForCausalLM` and `AutoTokenizer`.
-        context: most tokens of prompt and answer; None: the model's, or what fits. On a GPU, of all requests together.
+        context: most tokens of prompt and answer; None: the model's, or what fits. On a GPU the cache begins with room
+            for so many, of all requests together.
         kv_cache: bytes of the cache on the CPU; None: a quarter of what is free, and at least one `context`.
         max_batch: most answers at once.
         prefix_cache: whether beginnings that were computed are kept.

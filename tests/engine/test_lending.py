@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,6 +104,14 @@ class Subject:
             decoder, options, ExpertSlots(cache=self.cache), staging, FixedShares([1, 3]), self.lending
         )
         attach_runner(self.model, self.runner)
+        self.hits, self._serve = 0, self.runner.server.serve
+        if not ON_GPU:
+            self.runner.server.serve = self._counted  # type: ignore[method-assign]
+
+    def _counted(self, num_tokens: int, **more: Any) -> None:
+        """Serve a layer, and count the choices that the CPU was not asked for."""
+        self._serve(num_tokens, **more)
+        self.hits += int((self.runner.server.mailbox.experts[:num_tokens] < 0).sum())
 
     def check_slots(self) -> int:
         """Every slot in the tables holds the bytes of its expert; how many there are."""
@@ -159,6 +168,7 @@ def test_a_pool_that_grows_in_decode_and_gives_back(family: str, monkeypatch: py
     assert subject.check_slots() == back.num_slots
     statistics = subject.cache.statistics()
     assert statistics.hit_rate > 0.2 and statistics.num_slots == back.num_slots
+    assert ON_GPU or statistics.hit_rate == subject.hits / int(subject.cache.policy.uses.sum())
     sequence.free()
     work = runner.start_prefill([(sequence, inputs(1, 12, seed=7)[0])])
     assert lending.figures().staging and subject.check_slots() <= lending.num_slots
@@ -179,7 +189,14 @@ def test_what_cannot_be_lent_is_refused_and_nothing_changes() -> None:
     sequence = runner.new_sequence()
     with pytest.raises(GenerationError, match="cache is full"):
         sequence.append(runner.pool.num_blocks * OPTIONS.block_size + 1)
+    uses = np.random.default_rng(1).permutation(lending.lots.num_experts).reshape(len(subject.experts), -1)
+    subject.cache.policy.seed(uses, 1)
+    held = [set(np.flatnonzero(subject.cache.held(layer))) for layer in range(len(subject.experts))]
     sequence.append(runner.pool.num_blocks * OPTIONS.block_size)
+    if not ON_GPU:  # where one lot holds all experts they have it to the end
+        left = [uses[layer, each] for layer in range(len(uses)) for each in np.flatnonzero(subject.cache.held(layer))]
+        before = sorted(uses[layer, each] for layer, experts in enumerate(held) for each in experts)
+        assert 1 <= len(left) < len(before) and sorted(left) == before[-len(left) :]  # the most used ones stay
     assert not lending.figures().staging  # prefill's buffers, which are idle, go before experts do
     lending.begin_streaming()
     assert lending.figures().staging and lending.num_slots == lending.lots.slots(lending.lots.least) >= 1

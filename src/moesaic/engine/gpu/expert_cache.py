@@ -96,6 +96,7 @@ class ExpertCache:
         self._began, self._is_busy = 0.0, False  # when the step began, and whether something was copied during it
         self._steps_per_decision = steps_per_decision
         self._steps = self._tokens = 0  # since the policy was asked last
+        self._source: tuple[Sequence[int], np.ndarray] | None = None  # uses, and of which layers
 
     def fill(self, uses: np.ndarray | None = None, num_tokens: int = 0) -> None:
         """Give free slots to experts and wait until they are there.
@@ -122,6 +123,7 @@ class ExpertCache:
         self._leaving, self.policy, self._most = [], policy, policy.num_slots
         self._joining.clear()
         self._steps = self._tokens = self._copied = 0
+        self._source = None
         self._guard = None if self._guard is None else CopyGuard()
         self._enter()
 
@@ -140,6 +142,7 @@ class ExpertCache:
         before = self.policy.num_slots
         if num_slots == before:
             return
+        self._record()  # by the slots that there were
         self.wait()
         for source, target in self.policy.resize(num_slots):
             self._slot(target).copy_(self._slot(source), non_blocking=True)
@@ -208,7 +211,8 @@ class ExpertCache:
 
         Args:
             layers: whose uses these are.
-            uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around.
+            uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around. The
+                array is kept, and read again before slots go or come.
             num_tokens: of the step.
         """
         guard = self._guard
@@ -216,15 +220,11 @@ class ExpertCache:
             guard.observe(num_tokens, time.perf_counter() - self._began, self._is_busy)
             if not self._under_way and not self._joining:
                 guard.end()
-        self._steps, self._tokens = self._steps + 1, self._tokens + num_tokens
+        self._steps, self._tokens, self._source = self._steps + 1, self._tokens + num_tokens, (layers, uses)
         # With a guard, after a step without copies: what copies cost is seen beside those.
         if self._steps < self._steps_per_decision or (guard is not None and self._is_busy):
             return
-        num_tokens, self._steps, self._tokens = self._tokens, 0, 0
-        new = np.zeros_like(self._seen)
-        new[layers] = uses - self._seen[layers]
-        self._seen[layers] = uses
-        self.policy.record(new.astype(np.int64), num_tokens)
+        self._record()
         busy = {move.slot for move, _ in self._under_way} | {move.slot for move in self._joining}
         if guard is None:
             self._leaving = self.policy.moves(busy)
@@ -232,6 +232,17 @@ class ExpertCache:
         asked = time.perf_counter()
         self._leaving = self.policy.moves(busy, guard.allowance())
         guard.spend(time.perf_counter() - asked)
+
+    def _record(self) -> None:
+        """Tell the policy what was used since it was told last."""
+        if self._source is None:
+            return
+        num_tokens, self._steps, self._tokens = self._tokens, 0, 0
+        layers, uses = self._source
+        new = np.zeros_like(self._seen)
+        new[layers] = uses - self._seen[layers]
+        self._seen[layers] = uses
+        self.policy.record(new.astype(np.int64), num_tokens)
 
     def wait(self) -> None:
         """Let all copies that were begun end, and enter them."""

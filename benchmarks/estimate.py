@@ -17,11 +17,11 @@ from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.decode_probe import Probe, measure_overhead
 from moesaic.engine.decode_work import decode_work
 from moesaic.engine.estimate import divide
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import load
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.placement import detect_hardware
-from moesaic.quant import get_format
 
 PROMPT_TOKENS, NEW_TOKENS = 16, 33  # as `moesaic bench decode`
 
@@ -44,7 +44,7 @@ class Result:
 
 def compare(model: str, name: str, num_layers: int, turns: int) -> Result:
     hardware = detect_hardware()
-    prepared = prepare_synthetic(model, get_format(name), num_layers, "cpu")
+    prepared = prepare_synthetic(model, FormatMix.parse(name), num_layers, "cpu")
     work = decode_work(prepared)
     runs = TimedRuns(load(prepared, progress=False), "decode", PROMPT_TOKENS, NEW_TOKENS)
     runs.run()

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu import expert_cache
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.promotion import PromotionPolicy
@@ -39,7 +40,6 @@ from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load
 from moesaic.kernels import num_threads, set_num_threads
 from moesaic.placement.units import parse_size
-from moesaic.quant import get_format
 from routing import zipf_log_probabilities
 
 SIZES = (0.03, 0.06, 0.12, 0.25)
@@ -254,11 +254,12 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     model_name, weight_format, *layers = arguments.subject.split(":")
     prepared = prepare_synthetic(
-        model_name, get_format(weight_format), int(layers[0]) if layers else None, "hybrid", vram=arguments.vram
+        model_name, FormatMix.parse(weight_format), int(layers[0]) if layers else None, "hybrid", vram=arguments.vram
     )
     model: Any = load(prepared, progress=False, lends=False)  # caches of several sizes are made beside it
     runner: ModelRunner = model.runner
     runner.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
+    runner.uploads = None  # what a cache does by itself
     turns, routers = Turns(runner, arguments.tokens), ZipfRouters(runner)
     num_all = sum(experts.num_experts for experts in runner.decoder.routed)
     slots = max(8, round(0.01 * num_all))

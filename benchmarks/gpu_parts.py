@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.presets import get_preset
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.modules.linear import PackedLinear
-from moesaic.quant import get_format
 
 GIB = 2**30
 
@@ -84,9 +84,13 @@ class TimedTail:
         self.layer_seconds = self.head_seconds = 0.0
         self.head_calls = 0
 
-    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
+    @property
+    def num_layers(self) -> int:
+        return int(self._tail.num_layers)
+
+    def __call__(self, hidden: torch.Tensor, sequence: PagedSequence, *layers: int) -> torch.Tensor:
         started = time.perf_counter()
-        out: torch.Tensor = self._tail(hidden, sequence)
+        out: torch.Tensor = self._tail(hidden, sequence, *layers)
         if len(hidden) <= self._most:
             self.layer_seconds += time.perf_counter() - started
         return out
@@ -127,7 +131,12 @@ def memory(task: Task, report: Report) -> None:
     layers = task.layers or get_preset(task.model).num_layers
     longest = max(task.prefill, default=512)
     plan = prepare_synthetic(
-        task.model, get_format(task.weight_format), layers, "hybrid", vram=task.vram, context=max(4096, longest + 1)
+        task.model,
+        FormatMix.parse(task.weight_format),
+        layers,
+        "hybrid",
+        vram=task.vram,
+        context=max(4096, longest + 1),
     ).plan
     command = [
         *("prefill", "--synthetic", task.model, "--format", task.weight_format, "--layers", str(layers)),

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from gpu_parts import GIB
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu import prefill as prefill_module
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.start import start_on_gpu
@@ -35,7 +36,6 @@ from moesaic.engine.presets import get_preset
 from moesaic.kernels.packed import PackedTensor
 from moesaic.placement.units import parse_size
 from moesaic.placement.vram import PREFILL_CHUNK
-from moesaic.quant import get_format
 
 
 class Watch:
@@ -125,7 +125,7 @@ def host_profile(bench: GpuTimedRuns) -> str:
 
 def load_model(arguments: argparse.Namespace, layers: int, context: int) -> tuple[Any, int]:
     """On the GPU; and bytes of its routed experts."""
-    fmt, vram = get_format(arguments.format), parse_size(arguments.vram)
+    fmt, vram = FormatMix.parse(arguments.format), parse_size(arguments.vram)
 
     def prepared(plan: str) -> Any:
         chosen = None if plan == "cpu" else vram

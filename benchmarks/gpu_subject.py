@@ -22,6 +22,7 @@ import torch
 
 from gpu_parts import GIB, Report, Snapshot, Task, TimedTail, memory
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.bench import gpu_figures
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
@@ -35,7 +36,6 @@ from moesaic.kernels import active_isa, num_threads, read_bandwidth
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES
-from moesaic.quant import get_format
 
 DECODE_PROMPT = 16
 
@@ -45,7 +45,7 @@ class Subject:
 
     def __init__(self, task: Task, report: Report, started: float) -> None:
         self.task, self.report, self._started = task, report, started
-        self.fmt, self.context = get_format(task.weight_format), max((4096, *(n + 64 for n in task.prefill)))
+        self.fmt, self.context = FormatMix.parse(task.weight_format), max((4096, *(n + 64 for n in task.prefill)))
         self.total_layers = get_preset(task.model).num_layers
         self.num_layers = task.layers or self.total_layers
         self.device = torch.device("cuda")
@@ -107,10 +107,11 @@ class Subject:
         cache = runner.slots.cache
         # One runner for both: two would have two caches of keys and values, which the budget has no room for.
         with_cache, runner.slots = runner.slots, ExpertSlots()
+        uploads, runner.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
         self._on_gpu(runner, plan, "hybrid", 0)
         if "cache" not in self.task.parts or cache is None:
             return
-        runner.slots, runner._buckets = with_cache, {}
+        runner.slots, runner.uploads, runner._buckets = with_cache, uploads, {}
         runner.server.uses.zero_()
         # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
         whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))

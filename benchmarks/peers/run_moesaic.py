@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     args = parser.parse_args()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(args.file, threads=args.threads, progress=False)
+    model = AutoModelForCausalLM.from_pretrained(args.file, plan="cpu", threads=args.threads, progress=False)
     prefill, decode = [], []
     for run in range(args.repeat + 1):  # the first warms up
         cache = GrowingCache(model.config)

@@ -11,10 +11,10 @@ from pathlib import Path
 from random_blocks import random_blocks
 
 from moesaic.engine.bench import prepare_synthetic
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared
 from moesaic.models.families import family_for
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
-from moesaic.quant import get_format
 from moesaic.quant.quantize import WRITABLE_FORMATS
 from moesaic.weights.gguf_writer import GgufWriter
 from moesaic.weights.synthetic import SyntheticCheckpoint
@@ -43,14 +43,15 @@ class Recipe:
 
 
 def recipe(preset: str, weight_format: str, num_layers: int) -> Recipe:
-    """The first `num_layers` MoE layers of `preset` with all matrices (but routers) in `weight_format`.
+    """The first `num_layers` MoE layers of `preset` with matrices as `FormatMix.parse` says.
 
     Raises:
         MoesaicError: the format or the preset is unknown, or they do not go together.
     """
-    chosen = get_format(weight_format)
-    prepared = prepare_synthetic(preset, chosen, num_layers, "auto")
-    if chosen not in WRITABLE_FORMATS:  # no quantiser: random bytes that stand for weights of a usual size
+    mix = FormatMix.parse(weight_format)
+    prepared = prepare_synthetic(preset, mix, num_layers, "cpu")
+    for chosen in {mix.experts, mix.others} - set(WRITABLE_FORMATS):
+        # There is no quantiser: random bytes that stand for weights of a usual size.
         checkpoint = prepared.checkpoint
         assert isinstance(checkpoint, SyntheticCheckpoint)
         checkpoint._pools[chosen.name] = random_blocks(chosen.name, _NUM_BLOCKS)

@@ -32,6 +32,8 @@ from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.upload_shares import UploadShares
+from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.engine.loader import load, prepare
 from moesaic.engine.session import Session
 from moesaic.errors import ConfigError, GenerationError, KernelError, UnsupportedModelError
@@ -39,7 +41,8 @@ from moesaic.kernels import PackedTensor
 from moesaic.modules import RoutedExperts
 from moesaic.modules.gpu import attention as gpu_attention
 from moesaic.modules.gpu.decoder import GpuDecoder
-from moesaic.modules.gpu.experts import ResidentExperts
+from moesaic.modules.gpu.experts import ResidentExperts, page_lock
+from moesaic.modules.gpu.landing import LandingSlots
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -110,11 +113,23 @@ def on_gpu(
     options: RunnerOptions = OPTIONS,
     num_layers: int | None = None,
     slots: Callable[[GpuDecoder], ExpertSlots] = lambda decoder: ExpertSlots(),
+    uploads: Callable[[GpuDecoder], MissUploads | str] = lambda decoder: "",
 ) -> PreTrainedModel:
     model = load_small(family)
     decoder = GpuDecoder(model, DEVICE, max_positions=512, dtype=torch.float32, num_layers=num_layers)
     chosen = RunnerOptions(options.num_blocks, options.block_size, options.kv_dtype, options.max_batch, graphs)
-    return attach_runner(model, ModelRunner(decoder, chosen, slots(decoder)))
+    return attach_runner(model, ModelRunner(decoder, chosen, slots(decoder), uploads=uploads(decoder)))
+
+
+def some_uploads(decoder: GpuDecoder) -> MissUploads:
+    """One of two missing experts comes to the GPU, two of three, ..."""
+    experts = [each for each in decoder.routed if each is not None]
+    if ON_GPU:
+        for each in experts:
+            page_lock(each)
+    uploads = MissUploads(LandingSlots(experts, 3, decoder.top_k, DEVICE), UploadShares())
+    uploads.fixed = [max(0, missing - 1) for missing in range(uploads.landing.max_distinct + 1)]
+    return uploads
 
 
 def eager_cache(decoder: GpuDecoder) -> ExpertSlots:
@@ -170,9 +185,13 @@ def test_many_sequences_in_a_step(family: str, mode: str) -> None:
 
 
 def check_together(
-    family: str, mode: str, count: int, slots: Callable[[GpuDecoder], ExpertSlots] = lambda decoder: ExpertSlots()
+    family: str,
+    mode: str,
+    count: int,
+    slots: Callable[[GpuDecoder], ExpertSlots] = lambda decoder: ExpertSlots(),
+    uploads: Callable[[GpuDecoder], MissUploads | str] = lambda decoder: "",
 ) -> None:
-    ours = on_gpu(family, mode == "graph", replace(OPTIONS, max_batch=32), slots=slots)
+    ours = on_gpu(family, mode == "graph", replace(OPTIONS, max_batch=32), slots=slots, uploads=uploads)
     stock, runner = checkpoint_of(family)[0], ours.runner
     rows = [inputs(1, 3 + index % 8, seed=index)[0] for index in range(count)]
     sequences = [runner.new_sequence() for _ in rows]
@@ -204,6 +223,48 @@ def test_a_cache_that_changes_all_the_time_changes_nothing(family: str, mode: st
     check_pieces(checkpoint_of(family)[0], ours, num_steps=5)
     statistics = ours.runner.slots.cache.statistics()
     assert 0.05 < statistics.hit_rate < 1 and statistics.copied >= 5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", CHOSEN if ON_GPU else ["deepseek_v3", "gpt_oss"])
+def test_misses_that_come_to_the_gpu_change_nothing(family: str, mode: str) -> None:
+    """Without a cache, and beside one that changes all the time; some experts have biases."""
+    slots = eager_cache if family == "deepseek_v3" else lambda decoder: ExpertSlots()
+    ours = on_gpu(family, mode == "graph", slots=slots, uploads=some_uploads)
+    check_pieces(checkpoint_of(family)[0], ours, num_steps=3)
+    done = ours.runner.uploads.statistics()
+    assert done.steps >= 3 and done.missing > done.brought > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_misses_of_several_sequences_come_to_the_gpu(mode: str) -> None:
+    check_together("qwen3_moe", mode, 5, uploads=some_uploads)
+
+
+def test_uploads_are_tried_and_steps_stay_right() -> None:
+    """Without the interpreter's times, which say nothing: the share that is expected is taken at once."""
+    ours = on_gpu("qwen3_moe", ON_GPU, uploads=some_uploads)
+    uploads = ours.runner.uploads
+    uploads.fixed = None
+    uploads.shares = Scripted([0, 4, 8, 0])
+    check_pieces(checkpoint_of("qwen3_moe")[0], ours, num_steps=4)
+    done = uploads.statistics()
+    assert uploads.shares.observed >= 4 and done.steps >= 2 and 0 < done.brought < done.missing
+
+
+class Scripted(UploadShares):
+    """Shares in turns."""
+
+    def __init__(self, shares: list[int]) -> None:
+        super().__init__()
+        self.turns, self.observed = shares, 0
+
+    def begin(self, batch: int, is_quiet: bool = True) -> int:
+        return self.turns[self.observed % len(self.turns)]
+
+    def observe(self, seconds: float, is_quiet: bool = True) -> None:
+        assert 0 < seconds < 60
+        self.observed += 1
 
 
 @pytest.mark.parametrize("mode", MODES)

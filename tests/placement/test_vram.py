@@ -136,6 +136,8 @@ def test_what_is_left_is_divided_into_slots() -> None:
         large = dataclasses.replace(budget, total=100 * GIB, expert_bytes=size)
         assert large.staging_experts == staging
     assert dataclasses.replace(budget, num_experts=10).cache_experts == 10
+    passing = dataclasses.replace(budget, upload_experts=4)
+    assert (passing.uploads, passing.left, passing.staging_experts, passing.cache_experts) == (40, 760, 36, 40)
     full = dataclasses.replace(budget, expert_bytes=0, num_experts=0)
     assert (full.staging_experts, full.cache_experts) == (0, 0)
 
@@ -217,7 +219,8 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     assert budget.working == working
     assert (budget.expert_bytes, budget.num_experts) == (expert, 58 * 256) == (24772608, 14848)
     left = 24 * GIB - budget.weights - absorbed - budget.kv_cache - working - DRIVER
-    assert budget.cache_experts == left // expert - 16
+    assert budget.upload_experts == left // expert // 32 == 14
+    assert budget.cache_experts == left // expert - 16 - budget.upload_experts
     assert 400 < budget.cache_experts < 520
     assert plan.nbytes_on("cpu") == 58 * 256 * expert + q4_k(vocab, hidden)
     assert plan.bytes_per_token_on("cpu") == 58 * 8 * expert + q4_k(vocab, hidden) // vocab
@@ -267,8 +270,9 @@ def test_what_the_experts_can_lend(deepseek: tuple[Plan, Hardware]) -> None:
     assert lots is not None and dataclasses.replace(budget, lots=None, fixed=fixed.fixed) == fixed
     lot, block = 16 * MIB, 64 * 61 * 576 * 2
     positions = get_preset("deepseek-v3").values["max_position_embeddings"]
-    assert lots.rotary_positions == positions
-    angles = (positions - 6144) * 2 * 64 * 4
+    could = ((fixed.kv_cache + fixed.left) // lot - 26) * lot // block * 64
+    assert lots.rotary_positions == min(positions, could) > 150_000
+    angles = (lots.rotary_positions - 6144) * 2 * 64 * 4
     assert lots.total == (fixed.kv_cache + fixed.left - angles) // lot
     assert (lots.keys, lots.staging, lots.least) == (26, 24, 2)
     assert lots.num_blocks == (lots.total - 26) * lot // block
@@ -276,7 +280,7 @@ def test_what_the_experts_can_lend(deepseek: tuple[Plan, Hardware]) -> None:
     assert lots.most_keys + lots.staging + lots.least <= lots.total
     text = render_budget(budget)
     assert f"room for {(lots.num_blocks - 32) * 64} tokens in all, and for 16 experts on their way in prefill" in text
-    sizes = budget.weights + budget.absorbed + budget.working + budget.driver + angles + lots.nbytes
+    sizes = budget.weights + budget.absorbed + budget.working + budget.driver + budget.uploads + angles + lots.nbytes
     assert 0 <= budget.total - sizes < lot
     assert json.loads(json.dumps(dataclasses.asdict(budget)))["lots"]["num_blocks"] == lots.num_blocks
 

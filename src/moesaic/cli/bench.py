@@ -108,6 +108,12 @@ def _gpu_lines(gpu: GpuFigures) -> list[str]:
     lines = [f"plan: {gpu.strategy} on {gpu.device}, {gpu.vram_peak / 2**30:.2f} GiB of VRAM at most"]
     if gpu.num_slots:
         lines.append(f"expert cache: {gpu.num_slots} experts, {gpu.hit_rate:.1%} hits")
+    if gpu.no_uploads:
+        lines.append(f"uploads: none, since {gpu.no_uploads}")
+    elif gpu.uploads is not None and gpu.upload_share is not None:
+        lines.append(
+            f"uploads: {gpu.uploads:.2f} missing experts of a layer in a step, {gpu.upload_share:.1%} of the misses"
+        )
     if gpu.step_seconds is not None and gpu.experts_seconds is not None and gpu.between_seconds is not None:
         lines.append(
             f"a step: {gpu.step_seconds * 1e3:.2f} ms, of which experts on the CPU {gpu.experts_seconds * 1e3:.2f} ms, "

@@ -78,7 +78,12 @@ def add_any_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a model as for 'moesaic run'")
     parser.set_defaults(optional_positional="model")
     parser.add_argument("--synthetic", metavar="PRESET", help="random weights of these dimensions; 'list' shows all")
-    parser.add_argument("--format", default="Q4_K", metavar="F", help="weight format of a synthetic model (Q4_K)")
+    parser.add_argument(
+        "--format",
+        default="Q4_K",
+        metavar="F",
+        help="weight format of a synthetic model (Q4_K); IQ1_S+Q4_K: experts and the rest",
+    )
     parser.add_argument("--layers", type=positive_int, metavar="N", help="layers of a synthetic model (default: all)")
     add_threads_argument(parser)
     _add_source_arguments(parser)

@@ -119,7 +119,7 @@ def _json(plan: Plan, budget: VramBudget | None, bandwidths: Bandwidths) -> str:
     more: dict[str, object] = {"vram_budget": None, "bandwidths": asdict(bandwidths), "roofline": None}
     if budget is not None:
         derived = ("num_blocks", "required", "shortfall", "staging_experts", "staging", "cache_experts", "cache")
-        more["vram_budget"] = asdict(budget) | {name: getattr(budget, name) for name in derived}
+        more["vram_budget"] = asdict(budget) | {name: getattr(budget, name) for name in (*derived, "uploads")}
     roofline = decode_roofline(plan, bandwidths)
     if roofline is not None:
         more["roofline"] = asdict(roofline) | {"tokens_per_second": roofline.tokens_per_second}

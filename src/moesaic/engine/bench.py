@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moesaic.engine.bench_checks import check_batch, check_context, check_trace
 from moesaic.engine.expert_profile import check_profile_use
+from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
 from moesaic.engine.timed_runs import TimedRuns, What
@@ -23,7 +24,7 @@ from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.models import build_meta_model, synthetic_checkpoint
 from moesaic.placement import DEFAULT_CONTEXT, Hardware, Plan, Rules, detect_hardware
-from moesaic.quant import WeightFormat, get_format
+from moesaic.quant import WeightFormat
 
 if TYPE_CHECKING:
     from moesaic.engine.gpu.bench import GpuFigures
@@ -116,7 +117,7 @@ def measure(
         what: decode (`num_tokens` after a prompt) or prefill (the prompt).
         model: MODEL as for `AutoModelForCausalLM.from_pretrained`; or
         preset: name of one of `presets.PRESETS`.
-        weight_format: of a synthetic model's matrices.
+        weight_format: of a synthetic model's matrices, as `FormatMix.parse` takes it.
         num_layers: layers of a synthetic model; all if None.
         num_tokens: tokens to decode in a run, at least 1.
         prompt_tokens: tokens of the prompt, at least 1.
@@ -266,8 +267,8 @@ def prepare_subject(
 ) -> tuple[Prepared, int]:
     """What a bench or an estimate is of, a preset's synthetic weights or a model, and how many layers all of it has."""
     if preset is not None:
-        fmt = get_format(weight_format)
-        made = prepare_synthetic(preset, fmt, num_layers, plan, vram=vram, context=context, hardware=hardware)
+        mix = FormatMix.parse(weight_format)
+        made = prepare_synthetic(preset, mix, num_layers, plan, vram=vram, context=context, hardware=hardware)
         return made, get_preset(preset).num_layers
     assert model is not None
     prepared = prepare(model, gguf=gguf, plan=plan, vram=vram, context=context, offline=offline, hardware=hardware)
@@ -276,7 +277,7 @@ def prepare_subject(
 
 def prepare_synthetic(
     preset: str,
-    weight_format: WeightFormat,
+    weight_format: WeightFormat | FormatMix,
     num_layers: int | None,
     plan: str | Rules,
     *,
@@ -286,20 +287,14 @@ def prepare_synthetic(
 ) -> Prepared:
     """A model of a preset's dimensions with random weights, ready to load; every expert gets memory of its own.
 
-    All matrices have `weight_format`, apart from routers (F32).
+    All matrices have `weight_format`, or what a mix says of them, apart from routers (F32).
 
     Raises:
         ConfigError, UnsupportedFormatError: as for `measure`.
     """
     config = get_preset(preset).config(num_layers)
-
-    def format_of(name: str, shape: tuple[int, ...]) -> WeightFormat:
-        if name.endswith((".gate.weight", ".router.weight")):
-            return get_format("F32")
-        weight_format.row_bytes(shape[-1])  # raises where rows are no whole number of blocks
-        return weight_format
-
-    checkpoint = synthetic_checkpoint(build_meta_model(config), format_of, name=preset, seed=_SEED)
+    mix = weight_format if isinstance(weight_format, FormatMix) else FormatMix(weight_format, weight_format)
+    checkpoint = synthetic_checkpoint(build_meta_model(config), mix.of, name=preset, seed=_SEED)
     return prepare_checkpoint(checkpoint, plan, config=config, vram=vram, context=context, hardware=hardware)
 
 

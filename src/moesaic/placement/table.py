@@ -90,7 +90,7 @@ def _render_lots(budget: VramBudget, lots: VramLots) -> str:
 
 def _fixed_parts(budget: VramBudget) -> list[tuple[str, int, str]]:
     chunk = min(PREFILL_CHUNK, budget.context)
-    keys = 0 if budget.lots is not None else budget.kv_cache
+    keys, expert = 0 if budget.lots is not None else budget.kv_cache, format_bytes(budget.expert_bytes)
     return [
         ("weights", budget.weights, ""),
         ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
@@ -98,6 +98,7 @@ def _fixed_parts(budget: VramBudget) -> list[tuple[str, int, str]]:
         ("recurrent states", budget.states, f"{MAX_STATES} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
+        ("uploads", budget.uploads, f"{budget.upload_experts} experts of {expert}, in decode"),
     ]
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "KV_BLOCK",
     "MAX_BATCH",
     "MAX_STATES",
+    "MAX_UPLOADS",
     "NO_STEP",
     "PREFILL_CHUNK",
     "STAGING_BYTES",
@@ -50,9 +51,12 @@ STAGING_BYTES = 384 * 1024**2
 """What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
 STAGING_GROUPS = 4
 """Groups of such experts that are there at a time: while some are multiplied, others are on their way."""
+MAX_UPLOADS = 16
+"""Experts of a layer that a decode step brings to the GPU itself, at most."""
 DRIVER_BYTES = 600 * 1024**2
 """What the driver takes for a process: its context, modules of kernels, their stacks."""
 
+_UPLOAD_PART = 32  # of the experts that there is room for, at most one in so many
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
@@ -114,6 +118,7 @@ class VramBudget:
         expert_bytes: the largest expert in DRAM, its matrices on 64-byte boundaries: a slot of the expert cache.
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
+        upload_experts: slots that misses of decode steps pass through.
         lots: how the last three are divided where memory can be moved between them; None: once and for all.
         fixed: why not, "" if it can or there is nothing to move.
     """
@@ -128,6 +133,7 @@ class VramBudget:
     expert_bytes: int
     num_experts: int
     states: int = 0
+    upload_experts: int = 0
     lots: VramLots | None = None
     fixed: str = ""
 
@@ -148,8 +154,13 @@ class VramBudget:
 
     @property
     def left(self) -> int:
-        """What is left for experts."""
-        return max(0, self.total - self.required)
+        """What is left for experts that stay, or are streamed in prefill."""
+        return max(0, self.total - self.required - self.uploads)
+
+    @property
+    def uploads(self) -> int:
+        """Bytes of the slots that misses of decode steps pass through."""
+        return self.upload_experts * self.expert_bytes
 
     @property
     def num_slots(self) -> int:
@@ -207,6 +218,10 @@ def vram_budget(plan: Plan, total: int, context: int, fixed: str = "") -> VramBu
         num_experts=sum(entry.num_experts for entry in cached),
         states=MAX_STATES * plan.state_bytes_on("gpu"),
     )
+    # Where all experts stay on the GPU none is missing.
+    has_misses = budget.cache_experts < budget.num_experts
+    uploads = min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0
+    budget = replace(budget, upload_experts=uploads)
     on_gpu = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "gpu"]
     lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH)
     return replace(budget, fixed=fixed) if fixed and lots is not None else replace(budget, lots=lots)

@@ -32,10 +32,13 @@ class GpuFigures:
         vram_bandwidth: GB/s that the GPU reads from its memory.
         num_slots: experts that the expert cache has room for.
         hit_rate: share of chosen experts that were in it.
+        uploads: experts that a layer brought to the GPU in a step, mean; None if that was not measured.
+        upload_share: of the misses, what is brought at last; None if nothing ever is.
+        no_uploads: why nothing ever is.
         step_seconds: of a decode step, median.
         experts_seconds: of that, the CPU computed experts.
         between_seconds: of that, from an answer of the CPU to the next request: attention, router, hand-off.
-        dram_bytes: read by the CPU for a step's tokens, but for experts found in the cache.
+        dram_bytes: read for a step's tokens by the CPU or over the link: not experts found in the cache.
         vram_bytes: read by the GPU, with them.
         roofline_seconds: the limit of a step.
         roofline_share: of the limit in what was measured.
@@ -47,6 +50,9 @@ class GpuFigures:
     vram_bandwidth: float
     num_slots: int
     hit_rate: float
+    uploads: float | None
+    upload_share: float | None
+    no_uploads: str
     step_seconds: float | None
     experts_seconds: float | None
     between_seconds: float | None
@@ -70,7 +76,12 @@ def gpu_figures(
     """
     cache = runner.slots.cache
     before = None if cache is None else (int(cache.policy.hits.sum()), int(cache.policy.uses.sum()))
+    uploads = runner.uploads
+    brought = 0 if uploads is None else uploads.statistics().brought
     shares = bench.profile() if bench.what == "decode" else None
+    served = 0 if runner.server is None else len(runner.server.layers)
+    num_steps = served * (bench.new_tokens - 1) if shares is not None else 0
+    done = None if uploads is None else uploads.statistics(bench.batch)
     hit_rate = 0.0
     if cache is not None and before is not None:
         uses = int(cache.policy.uses.sum()) - before[1]
@@ -81,7 +92,6 @@ def gpu_figures(
         experts = sum(e.bytes_per_token for e in plan.entries if e.role == "experts" and e.device == "cpu")
         dram_bytes = round(plan.bytes_per_token_on("cpu") - hit_rate * experts)
         vram_bytes = round(plan.bytes_per_token_on("gpu") + hit_rate * experts)
-        served = 0 if runner.server is None else len(runner.server.layers)
         longest = max(dram_bytes / read_bandwidth, vram_bytes / vram_bandwidth) / _GIGA
         roofline = longest + served * _HANDOFF_SECONDS
     return GpuFigures(
@@ -91,6 +101,9 @@ def gpu_figures(
         vram_bandwidth=vram_bandwidth,
         num_slots=0 if cache is None else cache.policy.num_slots,
         hit_rate=hit_rate,
+        uploads=(done.brought - brought) / num_steps if done is not None and num_steps else None,
+        upload_share=None if done is None else done.share,
+        no_uploads=runner.no_uploads,
         step_seconds=None if shares is None else shares.step,
         experts_seconds=None if shares is None else shares.experts,
         between_seconds=None if shares is None else shares.between,

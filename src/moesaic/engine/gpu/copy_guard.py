@@ -7,6 +7,8 @@ wants and however slow the link is. This module knows neither devices nor expert
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 __all__ = ["CopyGuard"]
 
 _SHARE = 0.015  # of all time
@@ -29,8 +31,8 @@ class CopyGuard:
 
     def __init__(self, share: float = _SHARE) -> None:
         self._share = share
-        self._clean: dict[int, tuple[float, int]] = {}  # mean of steps without copies, and how many there were
-        self._steps: dict[int, int] = {}
+        self._clean: dict[Hashable, tuple[float, int]] = {}  # mean of steps without copies, and how many there were
+        self._steps: dict[Hashable, int] = {}
         self._credit = 0.0
         self._most = 0.0
         self._burst, self._lasted, self._excess, self._largest = 0, 0, 0.0, _FIRST // 2
@@ -45,11 +47,11 @@ class CopyGuard:
         """So many copies begin."""
         self._burst += copies
 
-    def observe(self, bucket: int, seconds: float, is_busy: bool) -> None:
+    def observe(self, bucket: Hashable, seconds: float, is_busy: bool) -> None:
         """A step is over.
 
         Args:
-            bucket: steps of the same number take about the same time.
+            bucket: steps of the same one take about the same time.
             seconds: that it took.
             is_busy: whether something was copied during it.
         """

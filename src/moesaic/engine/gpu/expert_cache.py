@@ -98,6 +98,11 @@ class ExpertCache:
         self._steps = self._tokens = 0  # since the policy was asked last
         self._source: tuple[Sequence[int], np.ndarray] | None = None  # uses, and of which layers
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is copied during the step that has begun."""
+        return self._is_busy
+
     def fill(self, uses: np.ndarray | None = None, num_tokens: int = 0) -> None:
         """Give free slots to experts and wait until they are there.
 
@@ -206,7 +211,7 @@ class ExpertCache:
             self._guard.begin(len(moves))
         self._copied += len(moves)
 
-    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int) -> None:
+    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int, way: int = 0) -> None:
         """Take note of what was used, and choose what to copy during the next step.
 
         Args:
@@ -214,10 +219,11 @@ class ExpertCache:
             uses: uint32 `[layers, num_experts]`, how often each was chosen since the beginning; it may wrap around. The
                 array is kept, and read again before slots go or come.
             num_tokens: of the step.
+            way: steps of the same number of tokens and the same way take about the same time.
         """
         guard = self._guard
         if guard is not None:
-            guard.observe(num_tokens, time.perf_counter() - self._began, self._is_busy)
+            guard.observe((num_tokens, way), time.perf_counter() - self._began, self._is_busy)
             if not self._under_way and not self._joining:
                 guard.end()
         self._steps, self._tokens, self._source = self._steps + 1, self._tokens + num_tokens, (layers, uses)

@@ -67,7 +67,7 @@ class VramLending:
         self._stock = MemoryStock(driver, lots.lot_bytes, lots.total)
         self._keys = VirtualBuffer(self._stock, lots.most_keys, lots.keys)
         self._staging = VirtualBuffer(self._stock, lots.staging, lots.staging) if lots.staging else None
-        most = min(lots.most_experts, lots.total)
+        most = min(lots.most_experts, 2 * lots.total)  # `take_over` may bring some
         self._experts = VirtualBuffer(self._stock, most, min(most, self._stock.num_free))
         self._cache: ExpertCache | None = None
         self._pool: BlockPool | None = None
@@ -93,6 +93,17 @@ class VramLending:
     def nbytes(self) -> int:
         """Bytes of VRAM that the three have together; PyTorch's allocator does not know of them."""
         return self._stock.nbytes
+
+    def take_over(self, nbytes: int) -> int:
+        """Have as many whole lots as that memory makes, which somebody else was to have; bytes of all lots then.
+
+        Raises:
+            KernelError: the device has less memory.
+        """
+        num_lots = nbytes // self.lots.lot_bytes
+        self._stock.num_lots += num_lots
+        self._experts.resize(min(self._experts.num_lots, self._experts.num_mapped + num_lots))
+        return self._stock.num_lots * self.lots.lot_bytes
 
     def lend_from(self, cache: ExpertCache) -> None:
         """The lender; without one nothing can be lent."""

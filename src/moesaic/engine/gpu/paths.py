@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.kernels.handoff import ExpertServer
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.modules.gpu.step import Routed
@@ -23,20 +24,32 @@ class GraphPath:
         exchange: the GPU's side of the mailbox.
         slots: experts on the GPU.
         positions: of each layer, the position of its request in a step; None for layers without requests.
+        uploads: brings some misses to the GPU; None: all are the CPU's.
     """
 
-    def __init__(self, exchange: Exchange, slots: ExpertSlots, positions: list[int | None]) -> None:
-        self._exchange, self._slots, self._positions = exchange, slots, positions
+    def __init__(
+        self,
+        exchange: Exchange,
+        slots: ExpertSlots,
+        positions: list[int | None],
+        uploads: MissUploads | None = None,
+    ) -> None:
+        self._exchange, self._slots, self._positions, self._uploads = exchange, slots, positions, uploads
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
-        return self._slots.table(layer)
+        table = self._slots.table(layer)
+        return self._uploads.landing.nowhere(layer) if table is None and self._uploads is not None else table
 
     def start(self, routed: Routed) -> None:
         """Ask the CPU."""
         position = self._positions[routed.layer]
-        if position is not None:
+        if position is None:
+            return
+        if self._uploads is None:
             self._exchange.hand_off(position, routed.hidden, routed.chosen, routed.misses, routed.weights)
+        else:
+            self._uploads.hand_off(self._exchange, position, routed)
 
     def finish(
         self,
@@ -49,6 +62,8 @@ class GraphPath:
         """Compute what lies on the GPU, and add everything up."""
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
+        if self._uploads is not None and position is not None:
+            cached = self._uploads.compute(routed, cached)
         self._answer(position)
         self._exchange.take_back(position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale)
 
@@ -66,6 +81,7 @@ class EagerPath(GraphPath):
         server: serves the requests.
         num_tokens: of the step that are no padding.
         timeout: seconds to wait for a request.
+        uploads: as `GraphPath`.
     """
 
     def __init__(
@@ -76,8 +92,9 @@ class EagerPath(GraphPath):
         server: ExpertServer,
         num_tokens: int,
         timeout: float,
+        uploads: MissUploads | None = None,
     ) -> None:
-        super().__init__(exchange, slots, positions)
+        super().__init__(exchange, slots, positions, uploads)
         self._server, self._num_tokens, self._timeout = server, num_tokens, timeout
 
     def _answer(self, position: int | None) -> None:

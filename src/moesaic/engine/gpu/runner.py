@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.step_buffers import StepBuffers
 from moesaic.engine.gpu.streaming import StreamingPath
+from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.errors import ExpertTimeoutError, GenerationError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
@@ -68,11 +69,11 @@ class RunnerOptions:
 
 @dataclass(slots=True)
 class _Bucket:
-    """The buffers of decode steps of up to so many sequences, and the graph that reads and writes them."""
+    """The buffers of decode steps of up to so many sequences, and the graphs that read and write them."""
 
     buffers: StepBuffers
     out: torch.Tensor  # logits, or what the tail goes on with
-    graph: torch.cuda.CUDAGraph | None = None
+    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # without uploads, and with
 
 
 class ModelRunner:
@@ -84,6 +85,7 @@ class ModelRunner:
         slots: routed experts on the GPU; none if None.
         staging: buffers for experts that are streamed to the GPU in prefill; None: the CPU computes all of them.
         shares: who computes which experts in prefill, with `staging`.
+        uploads: brings misses of decode steps to the GPU; if all are the CPU's, why.
         lending: memory of the cache and the buffers, which moves between them; None: each has its own.
 
     Attributes:
@@ -93,6 +95,7 @@ class ModelRunner:
         lending: as given.
         served: layers, of those with routed experts, whose experts the CPU is asked for.
         times: see `ExpertServer.serve`; filled by decode steps if it is set.
+        uploads: as given, or None; then no_uploads says why.
     """
 
     def __init__(
@@ -102,10 +105,13 @@ class ModelRunner:
         slots: ExpertSlots | None = None,
         staging: StagingBuffers | None = None,
         shares: ExpertShares | None = None,
+        uploads: MissUploads | str = "nobody asked for it",
         lending: VramLending | None = None,
     ) -> None:
         self.decoder, self.options, self.slots = decoder, options, slots or ExpertSlots()
         self._staging, self.shares = staging, shares
+        self.uploads = None if isinstance(uploads, str) else uploads
+        self.no_uploads = uploads if isinstance(uploads, str) else ""
         self._chunk_buffers, self.lending = ChunkBuffers(decoder.device), lending
         device = decoder.device
         shapes = [layer.attention.cache_shape for layer in decoder.layers]
@@ -265,21 +271,24 @@ class ModelRunner:
         return twin
 
     def _run(self, bucket: _Bucket, count: int) -> None:
-        cache = self.slots.cache
+        cache, uploads, began = self.slots.cache, self._uploads_of(count), time.perf_counter()
         if cache is not None:
             cache.before_step()
-        if bucket.graph is None:
-            self._decode_step(bucket, self._eager_path(count))
+        is_quiet = cache is None or not cache.is_busy
+        brings = uploads is not None and uploads.before_step(count, is_quiet)
+        if not bucket.graphs:
+            self._decode_step(bucket, self._eager_path(count, brings), brings)
             if cache is not None:
                 cache.during_step()
         else:
-            bucket.graph.replay()
+            bucket.graphs[brings].replay()
             if cache is not None:
                 cache.during_step()
             if self.server is not None:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
         if cache is not None and self.server is not None:  # while the GPU computes what follows the last layer
-            cache.after_step(self.served, self.server.uses.numpy().view(np.uint32), count)
+            uses, way = self.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
+            cache.after_step(self.served, uses, count, way)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):
@@ -287,10 +296,16 @@ class ModelRunner:
                 f"the CPU did not answer the GPU within {self.options.timeout:g} s: the computer is overloaded or the "
                 "process was stopped. The request failed; the next one may be tried."
             )
+        if uploads is not None:
+            uploads.after_step(time.perf_counter() - began, is_quiet)
         if self.lending is not None:
             self.lending.after_step()
 
-    def _decode_step(self, bucket: _Bucket, path: ExpertPath) -> None:
+    def _uploads_of(self, num_tokens: int) -> MissUploads | None:
+        """Who brings misses in steps of so many tokens."""
+        return self.uploads if self.uploads is not None and self.uploads.takes(self._size(num_tokens)) else None
+
+    def _decode_step(self, bucket: _Bucket, path: ExpertPath, brings: bool) -> None:
         """What a graph holds."""
         with torch.no_grad():
             hidden = bucket.buffers.hidden.clone()  # a graph is replayed on the same input
@@ -298,21 +313,27 @@ class ModelRunner:
             bucket.out.copy_(hidden if self.decoder.tail is not None else self.decoder.logits(hidden))
             self.exchange.advance(0 if self.server is None else len(self.server.layers))
             self._failed.copy_(self.exchange.failed, non_blocking=True)
+            if brings and self.uploads is not None:
+                self.uploads.report()
 
     def _step(self, step_input: StepInput, max_query_len: int, path: ExpertPath) -> GpuStep:
         return GpuStep(step_input, self.caches, self.decoder.angles, max_query_len, path)
 
-    def _eager_path(self, num_tokens: int) -> ExpertPath:
+    def _eager_path(self, num_tokens: int, brings: bool) -> ExpertPath:
         if self.server is None:
             return GraphPath(self.exchange, self.slots, self.positions)
-        return EagerPath(self.exchange, self.slots, self.positions, self.server, num_tokens, self.options.timeout)
+        uploads, timeout = self.uploads if brings else None, self.options.timeout
+        return EagerPath(self.exchange, self.slots, self.positions, self.server, num_tokens, timeout, uploads)
 
     def _bucket(self, count: int) -> _Bucket:
         """The smallest bucket with room for `count` sequences."""
-        size = min(1 << (count - 1).bit_length(), self.options.max_batch)
+        size = self._size(count)
         if size not in self._buckets:
             self._buckets[size] = self._make_bucket(size)
         return self._buckets[size]
+
+    def _size(self, count: int) -> int:
+        return min(1 << (count - 1).bit_length(), self.options.max_batch)
 
     def _make_bucket(self, size: int) -> _Bucket:
         device, decoder = self.decoder.device, self.decoder
@@ -322,12 +343,17 @@ class ModelRunner:
             torch.zeros(size, width, device=device),
         )
         if self.options.graphs and device.type == "cuda":
-            self._decode_step(bucket, self._eager_path(size))  # compiles every kernel; all is padding
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._decode_step(bucket, GraphPath(self.exchange, self.slots, self.positions))
-            bucket.graph = graph
+            pool = torch.cuda.graph_pool_handle()  # only one of the graphs runs at a time
+            for brings in (False, True)[: 1 if self._uploads_of(size) is None else 2]:
+                self._decode_step(
+                    bucket, self._eager_path(size, brings), brings
+                )  # compiles every kernel; all is padding
+                torch.cuda.synchronize()
+                path = GraphPath(self.exchange, self.slots, self.positions, self.uploads if brings else None)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self._decode_step(bucket, path, brings)
+                bucket.graphs[brings] = graph
         return bucket
 
     def _recover(self) -> None:

@@ -24,10 +24,12 @@ _NEW = 0.4  # weight of the newest observation
 _MOST = 2.0  # an observation counts at most so many times what was expected: it may have waited for a compiler
 _FORGET = 0.004  # of what a cost exceeds its start by, per layer in which nothing was seen of it
 _SLACK = 1.3  # what is expected to take so many times the best is not tried
+_SURPRISE = 0.75  # unless it is expected to take less than this of what the best has shown to take
 _GAIN = 0.9  # of what one of them takes alone, what both may take for it to be worth while
 _CAUTION = 0.25  # of what the CPU is expected to be able to do, what it gets until it has shown it
 _TRIAL = 4  # layers of a trial; the first of them shares its time with what was done before
 _TRIAL_EVERY = 96  # layers
+_PATIENCE = 4  # times as long until what was slow is tried the next time
 _AHEAD = 0.7  # of a share that may change
 _OLD = 0.25  # of what was seen of a layer's experts before, what still counts
 _EXPECT_EVERY = 8  # layers
@@ -72,6 +74,7 @@ class _Record:
     age: int = 0  # layers since that was expected
     left: int = 0  # layers of the trial that is going on
     since: int = 0  # layers since the last one
+    waits: dict[Split, tuple[int, int]] = field(default_factory=dict)  # questions until what was slow is tried again
 
     def take(self) -> Split:
         """Who gets this layer's experts; chooses who will get the next's."""
@@ -83,19 +86,34 @@ class _Record:
         if self.left > 0 and current is not None and current in self.expected:
             self.left -= 1
             return current
-        least = min(self.expected.values())
-        likely = [split for split, seconds in self.expected.items() if seconds <= _SLACK * least]
-        unknown = [split for split in likely if split not in self.seconds]
+        known = {split: self.seconds[split] for split in self.expected if split in self.seconds}
+        # What is known may be slower than it was expected to be, and then something else may be the best.
+        limit = max(_SLACK * min(self.expected.values()), _SURPRISE * min(known.values(), default=0.0))
+        likely = [split for split, seconds in self.expected.items() if seconds <= limit]
+        unknown = [split for split in likely if split not in known]
         self.since += 1
         if unknown:
             return self._try(min(unknown, key=lambda split: (split != "gpu", self.expected[split])))
-        best = min(likely, key=lambda split: self.seconds[split])
+        best = min(known, key=lambda split: known[split])
         if self.since >= _TRIAL_EVERY:
-            others = [s for s in likely if s != best and self.seconds[s] <= _SLACK * self.seconds[best]]
-            if others:
-                return self._try(others[0])
             self.since = 0
+            for split in likely:
+                if split != best and (known[split] <= _SLACK * known[best] or self._is_due(split)):
+                    return self._try(split)
         return best
+
+    def _is_due(self, split: Split) -> bool:
+        """Whether to forget that something expected to be quick was slow, which may have had a reason that is gone.
+
+        It is asked once in a while, and says so after four times as many questions each time.
+        """
+        left, every = self.waits.get(split, (1, 1))
+        if left > 1:
+            self.waits[split] = left - 1, every
+            return False
+        self.waits[split] = _PATIENCE * every, _PATIENCE * every
+        self.seconds.pop(split), self.times.pop(split)
+        return True
 
     def _try(self, split: Split) -> Split:
         self.left, self.since = _TRIAL - 1, 0

@@ -22,6 +22,7 @@ from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
+from moesaic.engine.gpu.uploads import MissUploads, start_uploads
 from moesaic.errors import KernelError, PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
@@ -83,17 +84,24 @@ def _start(
             page_lock(experts)
             in_dram.append(experts)
     lending = cache = staging = shares = None
+    uploads: MissUploads | str = "some layers' experts are all on the GPU" if resident else "there is no expert in DRAM"
     if in_dram and not resident:
+        uploads = "there is no VRAM for experts to pass through"
+        if budget.cache_experts == budget.num_experts:
+            uploads = "the cache has room for all experts"
         lending = None if lots is None else _lending(lots, budget, device)
-        cache = _cache(in_dram, budget, device, lending)
+        if budget.staging_experts:
+            memory = None if lending is None else lending.staging
+            staging = StagingBuffers(in_dram, budget.staging_experts, device, memory)
+            costs = measure_costs(in_dram[0], staging)
+            shares = ExpertShares(costs)
+            if budget.upload_experts:
+                uploads = start_uploads(in_dram, budget.upload_experts, decoder.top_k, device, costs)
+        cache = _cache(in_dram, budget, device, lending, budget.upload_experts if isinstance(uploads, str) else 0)
         if cache is not None and profile is not None:
             cache.fill(profile.uses[: len(in_dram)], profile.num_tokens)
         elif cache is not None:
             cache.fill()
-        if budget.staging_experts:
-            memory = None if lending is None else lending.staging
-            staging = StagingBuffers(in_dram, budget.staging_experts, device, memory)
-            shares = ExpertShares(measure_costs(in_dram[0], staging))
     options = RunnerOptions(
         budget.num_blocks,
         KV_BLOCK,
@@ -102,7 +110,7 @@ def _start(
         max_positions=max_positions,
         max_chunk=min(PREFILL_CHUNK, budget.context),
     )
-    runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, lending)
+    runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, uploads, lending)
     note = f"VRAM is divided once, and nothing of it can be lent: {budget.fixed}." if budget.fixed else ""
     return attach_runner(model, runner, shape_of(str(model.config.model_type), plan), note)
 
@@ -121,10 +129,20 @@ def _lending(lots: VramLots, budget: VramBudget, device: torch.device) -> VramLe
 
 
 def _cache(
-    in_dram: list[PackedExperts], budget: VramBudget, device: torch.device, lending: VramLending | None
+    in_dram: list[PackedExperts],
+    budget: VramBudget,
+    device: torch.device,
+    lending: VramLending | None,
+    not_passing: int,
 ) -> ExpertCache | None:
+    """The cache, with the memory of so many experts that were to pass through VRAM in decode and do not."""
     if lending is None:
-        return ExpertCache(in_dram, budget.cache_experts, device) if budget.cache_experts else None
+        num_slots = min(budget.num_experts, budget.cache_experts + not_passing)
+        return ExpertCache(in_dram, num_slots, device) if budget.cache_experts else None
+    if not_passing:
+        torch.cuda.empty_cache()
+    nbytes = lending.take_over(not_passing * budget.expert_bytes)
+    _limit_memory(budget.total - nbytes, device)
     cache = ExpertCache(in_dram, lending.num_slots, device, arena=lending.experts)
     lending.lend_from(cache)
     return cache

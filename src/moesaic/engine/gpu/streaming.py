@@ -19,6 +19,7 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagedGroup, StagingBuffers
 from moesaic.engine.gpu.streams import Mark
 from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.compiling import num_compiled
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs
 from moesaic.kernels.triton.handoff import Exchange
@@ -53,7 +54,9 @@ class StreamingPath(ChunkPath):
         self._staging, self._shares = staging, shares
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
-        self._chose: tuple[int, float] | None = None  # the layer before, and when its router's choice was known
+        self._chose: tuple[int, int, float] | None = (
+            None  # the layer before, kernels compiled, when its choice was known
+        )
         if num_rows > MAX_DECODE_TOKENS:
             self._set_out(0, num_rows)
 
@@ -164,9 +167,9 @@ class StreamingPath(ChunkPath):
 
     def _observe_last(self, layer: int) -> None:
         """Take the times of the layer before, as far as they are known by now."""
-        last, self._chose = self._chose, (layer, time.perf_counter())
-        if last is not None and last[0] + 1 == layer:
-            self._shares.observe_layer(self._chose[1] - last[1])
+        last, self._chose = self._chose, (layer, num_compiled(), time.perf_counter())
+        if last is not None and (last[0] + 1, last[1]) == self._chose[:2]:
+            self._shares.observe_layer(self._chose[2] - last[2])
         if self._pending is not None and self._pending[2].is_passed():
             count, begun, done = self._pending
             self._shares.observe_uploads(count, done.seconds_since(begun))

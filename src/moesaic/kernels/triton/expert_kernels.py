@@ -165,6 +165,7 @@ def decode_down_kernel(
     PADDED_K: tl.constexpr,
     F: tl.constexpr,
     BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     ITEMS: tl.constexpr,
 ) -> None:
     """Weighted sum over a token's experts of 16 rows of down. Lanes share out the items of all its experts in slots."""
@@ -203,4 +204,7 @@ def decode_down_kernel(
                 e = tl.load(experts + token * TOP_K + j).to(tl.int64)
                 scaled = tl.load(bias + e * rows + r, mask=r < rows, other=0.0)
                 result += tl.load(weights + token * TOP_K + j) * scaled
-    tl.store(out + token.to(tl.int64) * out_stride + r, result, mask=r < rows)
+    target = out + token.to(tl.int64) * out_stride + r
+    if ADDS:
+        result += tl.load(target, mask=r < rows, other=0.0)
+    tl.store(target, result, mask=r < rows)

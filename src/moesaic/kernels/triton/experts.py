@@ -219,6 +219,7 @@ def experts_decode(
     arena: torch.Tensor,
     layout: ExpertLayout,
     out: torch.Tensor | None = None,
+    accumulate: bool = False,
 ) -> torch.Tensor:
     """Weighted sum of each token's experts that have slots; made for few tokens, float32 throughout.
 
@@ -232,9 +233,10 @@ def experts_decode(
         arena: uint8 `[n]`, the slots, aligned to 64 bytes.
         layout: where slots are.
         out: float32 `[tokens, hidden]`, overwritten.
+        accumulate: add to `out` instead.
 
     Returns:
-        float32 `[tokens, hidden]`, zeros for a token none of whose experts has a slot.
+        float32 `[tokens, hidden]`, zeros (or what `out` was) for a token none of whose experts has a slot.
 
     Raises:
         KernelError: a tensor is not as described.
@@ -251,7 +253,8 @@ def experts_decode(
     if num_tokens > MAX_DECODE_TOKENS:
         raise KernelError(f"{num_tokens} tokens: experts_decode takes up to {MAX_DECODE_TOKENS}; use ExpertPairs.")
     if out is None:
-        out = torch.empty(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)
+        make = torch.zeros if accumulate else torch.empty
+        out = make(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)
     if num_tokens == 0:
         return out
     views = views_of(arena)
@@ -264,7 +267,7 @@ def experts_decode(
     decode_down_kernel[(num_panels, num_tokens)](
         inner, inner.stride(0), slots, experts, weights, views.words, views.halves, views.bytes, grid_of(form, views),
         MAGIC, bias, out, out.stride(0), offset, stride, panel, items, down.rows, down.cols, top_k,
-        triton.next_power_of_2(top_k), form, has_bias, 8 * warps, num_warps=warps,
+        triton.next_power_of_2(top_k), form, has_bias, accumulate, 8 * warps, num_warps=warps,
     )  # fmt: skip
     return out
 

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from moesaic.kernels.handoff import Mailbox
 from moesaic.kernels.triton.elementwise import combine
+from moesaic.kernels.triton.uploads import Picks, pick
 
 __all__ = ["Exchange"]
 
@@ -23,8 +24,9 @@ _SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
 def _hand_off(
     hidden_ptr, chosen_ptr, experts_ptr, weights_ptr,
     box_hidden_ptr, box_chosen_ptr, box_experts_ptr, box_weights_ptr,
-    requested_ptr, base_ptr, position, num_values, num_choices,
-    BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+    requested_ptr, base_ptr, slots_ptr, landing_ptr, numbers_ptr, counts_ptr,
+    position, num_values, num_choices, num_slots,
+    BLOCK: tl.constexpr, CHOICES: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, num_values, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -33,7 +35,13 @@ def _hand_off(
     choice = tl.arange(0, CHOICES)
     inside = choice < num_choices
     tl.store(box_chosen_ptr + choice, tl.load(chosen_ptr + choice, mask=inside), mask=inside)
-    tl.store(box_experts_ptr + choice, tl.load(experts_ptr + choice, mask=inside), mask=inside)
+    if SLOTS > 0:
+        experts = pick(
+            experts_ptr, slots_ptr, landing_ptr, numbers_ptr, counts_ptr, num_choices, num_slots, CHOICES, SLOTS
+        )
+    else:
+        experts = tl.load(experts_ptr + choice, mask=inside)
+    tl.store(box_experts_ptr + choice, experts, mask=inside)
     tl.store(box_weights_ptr + choice, tl.load(weights_ptr + choice, mask=inside), mask=inside)
     number = tl.load(base_ptr) + position + 1
     # All threads' stores come before the barrier, and with it before the release of the one that stores the number.
@@ -83,7 +91,13 @@ class Exchange:
         self.max_polls = max(1, min(round(seconds / seconds_per_poll), 2**31 - 1))
 
     def hand_off(
-        self, position: int, hidden: torch.Tensor, chosen: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
+        self,
+        position: int,
+        hidden: torch.Tensor,
+        chosen: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        picks: Picks | None = None,
     ) -> None:
         """Ask for experts.
 
@@ -91,14 +105,18 @@ class Exchange:
             position: which request of the step this is, from 0 on.
             hidden: float32 `[tokens, hidden_size]`, contiguous.
             chosen: int64 `[tokens, top_k]`, the router's choice.
-            experts: int64 `[tokens, top_k]`, those that the CPU computes, and -1 in the other places.
+            experts: int64 `[tokens, top_k]`, those that do not lie on the GPU, and -1 in the other places.
             weights: float32 `[tokens, top_k]`.
+            picks: which of these experts the GPU brings to itself; all are the CPU's if None.
         """
         box = self._box()
+        num_slots = 0 if picks is None else len(picks.landing)
+        outs = [chosen] * 4 if picks is None else [picks.slots, picks.landing, picks.numbers, picks.counts]
         _hand_off[(1,)](
             hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts, box.weights,
-            box.requested, self.base, position, hidden.numel(), chosen.numel(),
-            BLOCK=4096, CHOICES=triton.next_power_of_2(chosen.numel()), num_warps=16,
+            box.requested, self.base, *outs, position, hidden.numel(), chosen.numel(), num_slots, BLOCK=4096,
+            CHOICES=triton.next_power_of_2(chosen.numel()), SLOTS=triton.next_power_of_2(num_slots) if num_slots else 0,
+            num_warps=16,
         )  # fmt: skip
 
     def take_back(

@@ -101,7 +101,7 @@ class Subject:
         staging = StagingBuffers(self.experts, NUM_STAGED, DEVICE, self.lending.staging)
         options = replace(OPTIONS, max_positions=512, graphs=ON_GPU)
         self.runner = ModelRunner(
-            decoder, options, ExpertSlots(cache=self.cache), staging, FixedShares([1, 3]), self.lending
+            decoder, options, ExpertSlots(cache=self.cache), staging, FixedShares([1, 3]), lending=self.lending
         )
         attach_runner(self.model, self.runner)
         self.hits, self._serve = 0, self.runner.server.serve

@@ -70,6 +70,22 @@ MOESAIC_INLINE vb cut_to_bf16_pairs(vf even, vf odd) {
     return {_mm512_mask_blend_epi16(0xaaaaaaaau, down, _mm512_castps_si512(odd))};
 }
 
+// The same, rounded to nearest (halves away from zero).
+MOESAIC_INLINE vb round_to_bf16_pairs(vf even, vf odd) {
+    const __m512i half = _mm512_set1_epi32(0x8000);
+    return cut_to_bf16_pairs(_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(even), half)),
+                             _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(odd), half)));
+}
+
+// 32 values of 16 bits from each: pairs (a, b) in lanes. `low` has the first four of every eight, `high` the others.
+MOESAIC_INLINE void interleave_16(vb a, vb b, vf& low, vf& high) {
+    low = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a.v, b.v));
+    high = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a.v, b.v));
+}
+
+// x 2^n, for whole n.
+MOESAIC_INLINE vf times_power_of_two(vf x, vf n) { return _mm512_scalef_ps(x, n); }
+
 // 16 floats to bfloat16, to nearest even.
 MOESAIC_INLINE void store_as_bf16(uint16_t* p, vf x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));

@@ -84,6 +84,7 @@ struct AttentionPartial {
 
 constexpr int64_t kAttentionRows = 64;      // rows of a task, at most
 constexpr int64_t kAttentionKeyBlock = 64;  // keys between two updates of the running maximum, at most
+constexpr int64_t kTileKeys = 256;          // the same by tiles, exactly, counted from a task's first key
 
 // Vectors have 16 lanes; buffers of our own are padded to whole vectors so that no loop needs a tail.
 static constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
@@ -143,8 +144,20 @@ struct AttentionKernels {
     void (*fold)(const AttentionArgs& a, int64_t num_rows, const AttentionPartial& into, const AttentionPartial& from);
     // Merges the partial results of a task's rows over all key ranges, adds the sinks, divides, writes a.out.
     void (*finish)(const AttentionArgs& a, const AttentionTask& task, const AttentionPartial* partials, int64_t count);
+    // The same as the first two by tiles, for tasks of any number of rows; null where there are none.
+    int64_t (*tile_scratch_floats)(const AttentionArgs& a, int64_t num_rows);
+    void (*tile_partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch,
+                         const AttentionPartial& result);
 };
 MOESAIC_DECLARE_KERNELS(AttentionKernels, attention_kernels)
+
+// Whether a batch row with so many queries goes by tiles: parts of prompts on a bfloat16 cache without a mask, unless
+// the calling thread wants independent_rows(). Single tokens, and the few that remain of a prompt, never do.
+bool goes_by_tiles(const AttentionArgs& a, int64_t num_queries);
+
+// Rows of a task by tiles: many, because what they share is prepared for each task anew, but few enough for about
+// `num_tasks` tasks out of `num_rows` rows.
+int64_t tile_task_rows(const AttentionArgs& a, int64_t num_rows, int64_t num_tasks);
 
 // Computes a.out for all batch rows, heads and queries, on the thread pool.
 void attention(const AttentionArgs& a);

@@ -341,10 +341,17 @@ void finish(const AttentionArgs& a, const AttentionTask& task, const AttentionPa
     }
 }
 
+#ifdef MOESAIC_HAS_TILES
+#include "ops/tile_attention.h"
+#else
+constexpr int64_t (*tile_scratch_floats)(const AttentionArgs&, int64_t) = nullptr;
+constexpr void (*tile_partial)(const AttentionArgs&, const AttentionTask&, float*, const AttentionPartial&) = nullptr;
+#endif
+
 }  // namespace
 
 const AttentionKernels& attention_kernels() {
-    static constexpr AttentionKernels kernels{scratch_floats, partial, fold, finish};
+    static constexpr AttentionKernels kernels{scratch_floats, partial, fold, finish, tile_scratch_floats, tile_partial};
     return kernels;
 }
 

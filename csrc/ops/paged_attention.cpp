@@ -3,7 +3,8 @@
 // The keys of a row are cut into segments at places that are the same for every sequence, and the partial results of
 // its segments are always folded together from the first to the last. So it makes no difference to the result whether
 // one thread goes through all segments of a row or each is a task of its own, and that may depend on what keeps the
-// threads busy: sequences of very different lengths in decode steps, or the rows of a long prompt.
+// threads busy: sequences of very different lengths in decode steps, or the rows of a long prompt. Rows that go by
+// tiles have longer segments, which makes them fewer results to fold; among themselves the same holds for them.
 #include <algorithm>
 #include <atomic>
 #include <bit>
@@ -18,23 +19,24 @@ namespace moesaic {
 
 namespace {
 
-constexpr int64_t kShortestSegment = 256;  // a multiple of kAttentionKeyBlock
-constexpr int64_t kSegmentsPerOctave = 8;  // a power of two
+constexpr int64_t kShortestSegment = 256;       // a multiple of kAttentionKeyBlock
+constexpr int64_t kShortestTileSegment = 2048;  // a multiple of kTileKeys
+constexpr int64_t kSegmentsPerOctave = 8;       // a power of two
 constexpr int64_t kEqualSegments = 2 * kSegmentsPerOctave;
 // A row task is cut at its segments if it takes more than the n-th part of what each thread has to do.
 constexpr int64_t kLargestShare = 3;
-// What a key costs apart from the rows that look at it, in rows.
-constexpr int64_t kRowsPerKey = 16;
+// What a key costs apart from the rows that look at it, in rows, and how much faster those are by tiles.
+constexpr int64_t kRowsPerKey = 16, kTileSpeedup = 8;
 
 // The first sixteen segments are equal; from there on every doubling of the length has eight.
-int64_t segment_begin(int64_t segment) {
-    if (segment <= kEqualSegments) return segment * kShortestSegment;
+int64_t segment_begin(int64_t segment, int64_t shortest) {
+    if (segment <= kEqualSegments) return segment * shortest;
     const int64_t octave = (segment - kEqualSegments) / kSegmentsPerOctave;
-    return ((segment % kSegmentsPerOctave + kSegmentsPerOctave) * 2 * kShortestSegment) << octave;
+    return ((segment % kSegmentsPerOctave + kSegmentsPerOctave) * 2 * shortest) << octave;
 }
 
-int64_t segment_of(int64_t key) {
-    const int64_t units = key / kShortestSegment;
+int64_t segment_of(int64_t key, int64_t shortest) {
+    const int64_t units = key / shortest;
     if (units < kEqualSegments) return units;
     const int64_t octave = std::bit_width(static_cast<uint64_t>(units / kEqualSegments)) - 1;
     return kEqualSegments + octave * kSegmentsPerOctave + (units >> (octave + 1)) - kSegmentsPerOctave;
@@ -43,6 +45,7 @@ int64_t segment_of(int64_t key) {
 // Some rows of one sequence and KV head, with all keys that they see.
 struct RowTask {
     AttentionTask task;
+    bool by_tiles;
     int64_t first_segment, num_segments;
     int64_t cost;
     int64_t results;  // offset of the partial results of the segments, where they are tasks of their own
@@ -54,11 +57,18 @@ struct Item {
     int64_t cost;
 };
 
+int64_t shortest_segment(bool by_tiles) { return by_tiles ? kShortestTileSegment : kShortestSegment; }
+
 AttentionTask segment_task(const RowTask& rows, int64_t segment) {
     AttentionTask task = rows.task;
-    task.key_begin = std::max(task.key_begin, segment_begin(rows.first_segment + segment));
-    task.key_end = std::min(task.key_end, segment_begin(rows.first_segment + segment + 1));
+    const int64_t shortest = shortest_segment(rows.by_tiles), number = rows.first_segment + segment;
+    task.key_begin = std::max(task.key_begin, segment_begin(number, shortest));
+    task.key_end = std::min(task.key_end, segment_begin(number + 1, shortest));
     return task;
+}
+
+int64_t cost_of(int64_t num_keys, int64_t num_rows, bool by_tiles) {
+    return num_keys * ((by_tiles ? num_rows / kTileSpeedup : num_rows) + kRowsPerKey);
 }
 
 int64_t partial_floats(const AttentionArgs& a, int64_t num_rows) {
@@ -69,19 +79,36 @@ AttentionPartial partial_at(float* memory, int64_t num_rows) {
     return {memory, memory + padded(num_rows), memory + 2 * padded(num_rows)};
 }
 
-RowTask row_task(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t row, int64_t num_rows) {
+// How the rows of a sequence are cut.
+struct RowCut {
+    int64_t num_rows, rows_of_task;
+    bool by_tiles;
+};
+
+RowCut cut_rows(const AttentionArgs& a, int64_t sequence, int64_t num_threads) {
+    const int64_t num_queries = num_queries_of(a, sequence), num_rows = num_queries * a.group;
+    if (!goes_by_tiles(a, num_queries)) return {num_rows, kAttentionRows, false};
+    // Long sequences are cut at their segments too.
+    const int64_t num_segments = std::max<int64_t>(a.pages->num_keys[sequence] / kShortestTileSegment, 1);
+    return {num_rows, tile_task_rows(a, num_rows * a.num_kv_heads * num_segments, kLargestShare * num_threads), true};
+}
+
+RowTask row_task(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t row, const RowCut& cut) {
     RowTask rows{};
     AttentionTask& task = rows.task;
     task.batch = sequence;
     task.kv_head = kv_head;
     task.row_begin = row;
-    task.num_rows = std::min(kAttentionRows, num_rows - row);
-    const int64_t step = key_step(a);
+    task.num_rows = std::min(cut.rows_of_task, cut.num_rows - row);
+    const int64_t step = cut.by_tiles ? kTileKeys : key_step(a);
     task.key_begin = visible_keys(a, sequence, row / a.group).begin / step * step;
     task.key_end = visible_keys(a, sequence, (row + task.num_rows - 1) / a.group).end;
-    rows.first_segment = segment_of(task.key_begin);
-    rows.num_segments = task.key_end > task.key_begin ? segment_of(task.key_end - 1) + 1 - rows.first_segment : 0;
-    rows.cost = (task.key_end - task.key_begin + kAttentionKeyBlock) * (task.num_rows + kRowsPerKey);
+    rows.by_tiles = cut.by_tiles;
+    const int64_t shortest = shortest_segment(cut.by_tiles);
+    rows.first_segment = segment_of(task.key_begin, shortest);
+    rows.num_segments =
+        task.key_end > task.key_begin ? segment_of(task.key_end - 1, shortest) + 1 - rows.first_segment : 0;
+    rows.cost = cost_of(task.key_end - task.key_begin + kAttentionKeyBlock, task.num_rows, cut.by_tiles);
     return rows;
 }
 
@@ -90,14 +117,18 @@ struct Work {
     std::vector<RowTask> rows;
     std::vector<Item> items;
     int64_t num_results = 0;  // floats
+    // The rows that a task has at most, with and without tiles; 0: there are none such.
+    int64_t largest_task = 0, largest_tile_task = 0;
 
     Work(const AttentionArgs& a, int64_t num_threads) {
         int64_t total = 0;
         for (int64_t sequence = 0; sequence < a.batch; ++sequence) {
-            const int64_t num_rows = num_queries_of(a, sequence) * a.group;
-            for (int64_t row = 0; row < num_rows; row += kAttentionRows) {
+            const RowCut cut = cut_rows(a, sequence, num_threads);
+            int64_t& largest_of_kind = cut.by_tiles ? largest_tile_task : largest_task;
+            largest_of_kind = std::max(largest_of_kind, std::min(cut.num_rows, cut.rows_of_task));
+            for (int64_t row = 0; row < cut.num_rows; row += cut.rows_of_task) {
                 for (int64_t head = 0; head < a.num_kv_heads; ++head) {
-                    rows.push_back(row_task(a, sequence, head, row, num_rows));
+                    rows.push_back(row_task(a, sequence, head, row, cut));
                     total += rows.back().cost;
                 }
             }
@@ -121,7 +152,7 @@ struct Work {
         num_results += task.num_segments * partial_floats(a, task.task.num_rows);
         for (int64_t i = 0; i < task.num_segments; ++i) {
             const AttentionTask part = segment_task(task, i);
-            items.push_back({index, i, (part.key_end - part.key_begin) * (part.num_rows + kRowsPerKey)});
+            items.push_back({index, i, cost_of(part.key_end - part.key_begin, part.num_rows, task.by_tiles)});
         }
     }
 };
@@ -132,13 +163,14 @@ class Runner {
         : a_(a),
           work_(work),
           kernels_(attention_kernels()),
-          scratch_floats_(kernels_.scratch_floats(a)),
+          scratch_floats_(scratch_floats(a, work)),
+          result_floats_(partial_floats(a, std::max(work.largest_task, work.largest_tile_task))),
           results_(caller_scratch(work.num_results)),
           finished_(std::make_unique<std::atomic<int64_t>[]>(work.rows.size())) {}
 
     // Takes items until none are left.
     void work(Counter& counter) {
-        float* scratch = thread_scratch(scratch_floats_ + 2 * partial_floats(a_, kAttentionRows));
+        float* scratch = thread_scratch(scratch_floats_ + 2 * result_floats_);
         for (int64_t index, end; counter.next(index, end);) {
             const Item& item = work_.items[index];
             if (item.segment < 0) {
@@ -150,14 +182,25 @@ class Runner {
     }
 
   private:
+    static int64_t scratch_floats(const AttentionArgs& a, const Work& work) {
+        const AttentionKernels& kernels = attention_kernels();
+        const int64_t of_tiles =
+            work.largest_tile_task > 0 ? kernels.tile_scratch_floats(a, work.largest_tile_task) : 0;
+        return std::max(of_tiles, work.largest_task > 0 ? kernels.scratch_floats(a) : 0);
+    }
+
+    void partial(const RowTask& rows, const AttentionTask& task, float* scratch, const AttentionPartial& result) const {
+        (rows.by_tiles ? kernels_.tile_partial : kernels_.partial)(a_, task, scratch, result);
+    }
+
     void whole(const RowTask& rows, float* scratch) const {
         const int64_t num_rows = rows.task.num_rows;
         float* memory = scratch + scratch_floats_;
         const AttentionPartial total = partial_at(memory, num_rows);
-        const AttentionPartial part = partial_at(memory + partial_floats(a_, num_rows), num_rows);
-        kernels_.partial(a_, rows.num_segments > 0 ? segment_task(rows, 0) : rows.task, scratch, total);
+        const AttentionPartial part = partial_at(memory + result_floats_, num_rows);
+        partial(rows, rows.num_segments > 0 ? segment_task(rows, 0) : rows.task, scratch, total);
         for (int64_t i = 1; i < rows.num_segments; ++i) {
-            kernels_.partial(a_, segment_task(rows, i), scratch, part);
+            partial(rows, segment_task(rows, i), scratch, part);
             kernels_.fold(a_, num_rows, total, part);
         }
         kernels_.finish(a_, rows.task, &total, 1);
@@ -170,7 +213,7 @@ class Runner {
         auto result = [&](int64_t i) {
             return partial_at(results_ + rows.results + i * partial_floats(a_, num_rows), num_rows);
         };
-        kernels_.partial(a_, segment_task(rows, item.segment), scratch, result(item.segment));
+        partial(rows, segment_task(rows, item.segment), scratch, result(item.segment));
         if (finished_[item.row_task].fetch_add(1, std::memory_order_acq_rel) + 1 < rows.num_segments) return;
         const AttentionPartial total = result(0);
         for (int64_t i = 1; i < rows.num_segments; ++i) kernels_.fold(a_, num_rows, total, result(i));
@@ -180,7 +223,7 @@ class Runner {
     const AttentionArgs& a_;
     const Work& work_;
     const AttentionKernels& kernels_;
-    const int64_t scratch_floats_;
+    const int64_t scratch_floats_, result_floats_;
     float* results_;
     std::unique_ptr<std::atomic<int64_t>[]> finished_;
 };

@@ -9,18 +9,19 @@ import torch
 
 from moesaic import _native
 from moesaic.errors import KernelError
-from moesaic.kernels import ops
+from moesaic.kernels import independent_rows, ops
 
 TOLERANCE = 2e-6  # of the largest value: float32 sums in another order
 
 
 @pytest.fixture(params=_native.isas(), autouse=True)
 def isa(request):
-    """Every test of this module runs on each instruction set that this machine has."""
+    """Every test of this module runs on each instruction set that this machine has, without tiles."""
     torch.manual_seed(0)
     before = _native.active_isa()
     _native.set_isa(request.param)
-    yield request.param
+    with independent_rows():
+        yield request.param
     _native.set_isa(before)
 
 

@@ -8,6 +8,7 @@ from tests.kernels.test_ops_attention import check
 
 from moesaic import _native
 from moesaic.errors import KernelError
+from moesaic.kernels import independent_rows
 from moesaic.kernels.paged_attention import paged_attention, paged_latent_attention
 
 LENGTHS = [1, 5, 64, 65, 700, 130]
@@ -16,10 +17,11 @@ QUERIES = [1, 5, 1, 3, 1, 40]
 
 @pytest.fixture(params=_native.isas(), autouse=True)
 def isa(request):
-    """Every test of this module runs on each instruction set that this machine has."""
+    """Every test of this module runs on each instruction set that this machine has, without tiles."""
     before = _native.active_isa()
     _native.set_isa(request.param)
-    yield request.param
+    with independent_rows():
+        yield request.param
     _native.set_isa(before)
 
 

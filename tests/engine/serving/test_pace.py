@@ -55,3 +55,22 @@ def test_nothing_is_known_yet() -> None:
 
 def test_chunks_never_get_smaller_than_that() -> None:
     assert measured(0.001, (2048, 4.0)).chunk(True) == MIN_CHUNK
+
+
+def test_decoding_that_prefill_slows_down_leaves_less_for_prefill() -> None:
+    pace = Pace(48, 2048)
+    pace.advanced(64, 48, 48 * 0.001)
+    for _ in range(40):
+        pace.decoded(0.1, 4)
+    assert pace.layers(64, True) == 48
+    for _ in range(40):
+        pace.decoded(0.14, 3, alone=False)  # of 200 ms there are 60 left
+    pace.advanced(64, 1, 0.02)
+    pace.advanced(64, 1, 0.02)
+    assert 0.05 < pace._allowed() < 0.0601
+    for _ in range(40):
+        pace.decoded(0.3, 4, alone=False)  # twice the usual is over: prompts go on all the same
+    assert abs(pace._allowed() - 0.075) < 1e-9
+    for _ in range(40):
+        pace.decoded(0.3, 9, alone=False)  # what is usual for so many is not known
+    assert abs(pace._allowed() - 0.3) < 1e-9

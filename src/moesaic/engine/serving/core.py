@@ -163,7 +163,7 @@ class Engine:
             _LOG.error("request %s does not fit into the cache although nothing else runs", _owner(refused).request_id)
             self._end(_owner(refused), "error")
         if step.decode:
-            self._decode([_owner(task) for task in step.decode])
+            self._decode([_owner(task) for task in step.decode], step.chunk is None)
         if step.chunk is not None:
             self._fill_in(step, step.chunk)
         self._last_step = self._clock()
@@ -198,7 +198,7 @@ class Engine:
             self._cache.clear()
         self.runner.close()
 
-    def _decode(self, answers: list[Answer]) -> None:
+    def _decode(self, answers: list[Answer], alone: bool) -> None:
         before = self._clock()
         self._start(answers, before)
         try:
@@ -206,7 +206,7 @@ class Engine:
         except MoesaicError as error:
             self._failed(answers, error)
             return
-        self._pace.decoded(self._clock() - before)
+        self._pace.decoded(self._clock() - before, len(answers), alone)
         self._choose(answers, logits)
 
     def _fill_in(self, step: Step, chunk: Filling) -> None:

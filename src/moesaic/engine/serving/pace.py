@@ -1,7 +1,8 @@
 """How large a piece of a prompt may be, so that those who wait for their next token hardly notice it.
 
 A step of the engine decodes, and may bring prompts some layers further. Both are measured. What prompts get of a step
-follows from the median time that decoding takes. It knows times, and neither requests nor models.
+follows from the median time that decoding takes, and from what it took while no prompt came: a prompt slows the others'
+steps down too, by what it displaces from caches. It knows times, and neither requests nor models.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ __all__ = ["Pace"]
 MIN_CHUNK = 16
 """Fewest tokens that a chunk is cut down to."""
 _WINDOW = 31
+_LEAST = 0.25
+"""Of what decoding takes, what prompts get at least: they have to end some time."""
 
 
 class Pace:
@@ -28,11 +31,24 @@ class Pace:
     def __init__(self, num_layers: int, max_chunk: int, slowdown: float = 2.0) -> None:
         self._num_layers, self._max_chunk, self._slowdown = num_layers, max_chunk, slowdown
         self._decodes: deque[float] = deque(maxlen=_WINDOW)
+        self._alone: dict[
+            int, deque[float]
+        ] = {}  # of steps without prefill, by the number of sequences, a power of two
+        self._bucket = 0  # of the last step
         self._layer_seconds: dict[int, float] = {}  # of a layer, by the chunk's size, a power of two
 
-    def decoded(self, seconds: float) -> None:
-        """A decode step took so long."""
+    def decoded(self, seconds: float, num_sequences: int = 1, alone: bool = True) -> None:
+        """A decode step took so long.
+
+        Args:
+            seconds: without sampling.
+            num_sequences: that got a token.
+            alone: whether no prompt was on its way.
+        """
         self._decodes.append(seconds)
+        self._bucket = _bucket(num_sequences)
+        if alone:
+            self._alone.setdefault(self._bucket, deque(maxlen=_WINDOW)).append(seconds)
 
     def advanced(self, num_tokens: int, num_layers: int, seconds: float) -> None:
         """A chunk of so many tokens went through so many layers.
@@ -65,7 +81,11 @@ class Pace:
 
     def _allowed(self) -> float:
         """Seconds of a step for prefill."""
-        return statistics.median(self._decodes) * (self._slowdown - 1) if self._decodes else 0.0
+        if not self._decodes:
+            return 0.0
+        now = statistics.median(self._decodes)
+        usual = min(now, statistics.median(self._alone.get(self._bucket, self._decodes)))
+        return max(_LEAST * now, self._slowdown * usual - now)
 
     def _layer(self, num_tokens: int) -> float:
         """At most so many seconds takes a layer."""

@@ -116,11 +116,11 @@ def test_a_cards_memory_moves_between_addresses_that_a_graph_knows() -> None:
     graph.replay()
     assert out.tolist() == [9 * lot, lot]
     assert before - torch.cuda.mem_get_info()[0] >= stock.nbytes == 6 * lot
-    del first_lot, last, graph
     torch.cuda.synchronize()
-    del first, second, stock
+    held = torch.cuda.mem_get_info()[0]
+    del first_lot, last, graph, each, first, second, stock
     gc.collect()
-    assert before - torch.cuda.mem_get_info()[0] < 6 * lot
+    assert torch.cuda.mem_get_info()[0] - held >= 6 * lot
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -131,8 +131,6 @@ def test_a_card_without_so_much_memory_says_so() -> None:
     size = torch.cuda.get_device_properties(0).total_memory // driver.granularity * driver.granularity
     with pytest.raises(KernelError, match=r"cuMemCreate failed with 2"):
         driver.create(2 * size)
-    with pytest.raises(KernelError, match=r"cuMemMap failed"):
-        driver.map(0, 0, driver.granularity)
 
 
 def test_a_computer_without_a_driver_says_why() -> None:

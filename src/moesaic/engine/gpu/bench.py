@@ -28,7 +28,8 @@ class GpuFigures:
     Attributes:
         device: the card's name.
         strategy: how modules were placed.
-        vram_peak: most bytes of VRAM that tensors took, since the process began, and those that can be lent.
+        vram_peak: most bytes of VRAM that tensors took, since the process began; where memory can be lent, since it was
+            divided, with all that can be lent.
         vram_bandwidth: GB/s that the GPU reads from its memory.
         num_slots: experts that the expert cache has room for.
         hit_rate: share of chosen experts that were in it.

@@ -118,6 +118,7 @@ def _start(
 def _lending(lots: VramLots, budget: VramBudget, device: torch.device) -> VramLending:
     """The memory that moves; PyTorch's allocator has no more than the rest from now on."""
     torch.cuda.empty_cache()  # what loading took beside the weights
+    torch.cuda.reset_peak_memory_stats(device)  # lots come on top of what is there from now on
     _limit_memory(budget.total - lots.nbytes, device)
     try:
         return VramLending(CudaMemory(device), lots)

@@ -256,7 +256,7 @@ def main() -> None:
     prepared = prepare_synthetic(
         model_name, FormatMix.parse(weight_format), int(layers[0]) if layers else None, "hybrid", vram=arguments.vram
     )
-    model: Any = load(prepared, progress=False)
+    model: Any = load(prepared, progress=False, lends=False)  # caches of several sizes are made beside it
     runner: ModelRunner = model.runner
     runner.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
     runner.uploads = None  # what a cache does by itself

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.engine.pairs import relative_error
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from moesaic.engine.answer import Sampling
+from moesaic.engine.expert_profile import ModelShape, read_profile
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.promotion import PromotionPolicy
@@ -34,7 +36,7 @@ from moesaic.engine.gpu.upload_shares import UploadShares
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.engine.loader import load, prepare
 from moesaic.engine.session import Session
-from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
+from moesaic.errors import ConfigError, GenerationError, KernelError, UnsupportedModelError
 from moesaic.kernels import PackedTensor
 from moesaic.modules import RoutedExperts
 from moesaic.modules.gpu import attention as gpu_attention
@@ -365,3 +367,27 @@ def test_what_a_gpu_cannot_do_is_refused() -> None:
     ours = on_gpu("qwen3_moe")
     with pytest.raises(UnsupportedModelError, match="output_attentions"):
         ours(inputs(batch=1, length=4), output_attentions=True)
+
+
+def test_the_use_of_experts_is_saved_and_the_next_cache_begins_with_it(tmp_path: Path) -> None:
+    ours = on_gpu("qwen3_moe", slots=eager_cache)
+    experts = [each.num_experts for each in ours.runner.decoder.routed]
+    ours._moesaic_shape = ModelShape("qwen3_moe", tuple(experts))
+    ids, cache = inputs(batch=1, length=8), ours.new_cache()
+    with torch.no_grad():
+        ours(ids[:, :3], past_key_values=cache)
+        for index in range(3, 8):
+            ours(ids[:, index : index + 1], past_key_values=cache)
+    ours.save_expert_profile(tmp_path / "experts.json")
+    profile = read_profile(tmp_path / "experts.json", ours._moesaic_shape)
+    assert profile.num_tokens == 5
+    assert profile.uses.sum(axis=1).tolist() == [5 * ours.runner.decoder.top_k] * len(experts)
+    following = eager_cache(ours.runner.decoder).cache
+    assert following is not None
+    following.fill(profile.uses, profile.num_tokens)
+    held = np.stack([following.held(layer) for layer in range(len(experts))])
+    assert held.sum() == 5
+    assert profile.uses[held].min() >= profile.uses[~held].max()
+    ours._moesaic_shape = None
+    with pytest.raises(ConfigError, match="no use of them"):
+        ours.save_expert_profile(tmp_path / "experts.json")

@@ -122,3 +122,33 @@ def test_free_slots_are_filled_evenly_and_given_up_to_whoever_is_used() -> None:
 
 def test_there_may_be_more_slots_than_experts() -> None:
     assert len(PromotionPolicy(2, 4, num_slots=9).fill([4, 3])) == 7
+
+
+def test_with_fewer_slots_the_busiest_stay() -> None:
+    policy = PromotionPolicy(2, 4, num_slots=6, share=1.0)
+    for move in policy.fill([4, 4]):
+        policy.complete(move)
+    assert policy.slot_of.tolist() == [[0, 2, 4, -1], [1, 3, 5, -1]]
+    policy.seed(np.array([[5, 1, 9, 0], [4, 0, 2, 7]]), 1)
+    copies = policy.resize(3)
+    assert copies == [(4, 2)]  # (0, 2) takes the place of (0, 1); (1, 2) is worth less than what stays
+    assert policy.slot_of.tolist() == [[0, -1, 2, -1], [1, -1, -1, -1]]
+    assert policy.num_slots == 3
+    assert policy.resize(5) == []
+    moves = policy.fill([4, 4])
+    assert [(move.slot, move.layer, move.expert) for move in moves] == [(3, 1, 3), (4, 1, 2)]
+    assert policy.resize(1) == [(2, 0)] and policy.num_slots == 1  # those on their way are not moved
+    assert policy.slot_of.tolist() == [[-1, -1, 0, -1], [-1] * 4]
+
+
+def test_slots_of_copies_under_way_are_not_given_to_those_that_move() -> None:
+    policy = PromotionPolicy(1, 6, num_slots=4, share=1.0)
+    for move in policy.fill([6]):
+        policy.complete(move)
+    use(policy, 5, times=30)
+    (move,) = policy.moves()
+    assert move.slot == 0
+    policy.seed(np.array([[0, 1, 1, 50, 0, 60]]), 1)
+    assert policy.resize(2) == [(3, 1)]
+    policy.complete(move)
+    assert policy.slot_of.tolist() == [[-1, -1, -1, 1, -1, 0]]

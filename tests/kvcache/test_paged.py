@@ -7,6 +7,7 @@ import torch
 
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
+from moesaic.kvcache.pool_memory import pool_layers
 from moesaic.kvcache.step_input import StepInput
 
 
@@ -135,3 +136,61 @@ def test_a_step_that_does_not_fit_changes_nothing(sequences):
         with pytest.raises(error, match=message):
             call()
         assert [s.length for s in sequences] == lengths and first.pool.num_free == free
+
+
+class Store:
+    """Memory for up to `most` blocks, some at a time."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.asked = most, []
+
+    def extend(self, num_blocks: int) -> int:
+        self.asked.append(num_blocks)
+        if num_blocks > self.most:
+            raise GenerationError("there is no memory")
+        return min(self.most, -(-num_blocks // 3) * 3)
+
+
+def test_blocks_get_memory_when_they_are_taken():
+    store = Store(7)
+    pool = BlockPool(10, 16, store, num_backed=3)
+    assert (pool.num_free, pool.num_free_backed, pool.end) == (10, 3, 0)
+    assert pool.take(2) == [0, 1] and store.asked == []
+    assert pool.take(2) == [2, 3] and store.asked == [4]
+    assert (pool.num_backed, pool.num_free, pool.num_free_backed, pool.end) == (6, 6, 2, 4)
+    pool.give_back([0, 1])
+    assert pool.take(1) == [0]  # the lowest, so that the last become free
+    with pytest.raises(GenerationError, match="no memory"):
+        pool.take(6)
+    assert (pool.num_backed, pool.num_free, pool.end) == (6, 7, 4)
+    assert pool.take(4) == [1, 4, 5, 6] and pool.num_backed == 7
+    pool.give_back([6, 5])
+    assert pool.end == 5
+    with pytest.raises(GenerationError, match="7 blocks of 16 positions are needed and 5 of 10 are free"):
+        pool.take(7)
+
+
+def test_layers_share_one_piece_of_memory_block_after_block():
+    shapes = [KvShape(2, 8, 6), KvShape.latent(12, 4), KvShape(1, 16, 16)]
+    memory = torch.zeros(pool_bytes(shapes, 5, 4, torch.float32) + 64, dtype=torch.uint8)[64:]
+    layers = pool_layers(shapes, memory, 5, 4, torch.float32)
+    own = [PoolLayer.empty(shape, 5, 4, torch.float32) for shape in shapes]
+    numbers = iter(range(1, 1000))
+    for layer, expected in zip(layers, own, strict=True):
+        for name in ("keys", "values"):
+            ours, theirs = getattr(layer, name), getattr(expected, name)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                assert ours.shape == theirs.shape and ours.stride()[1:] == theirs.stride()[1:]
+                ours.fill_(next(numbers))
+    for index in range(5):  # whole blocks follow each other
+        size = memory.numel() // 5
+        block = memory[index * size : (index + 1) * size].view(torch.float32)
+        assert sorted(set(block.tolist())) == [1, 2, 3, 4, 5]
+        assert [int((block == number).sum()) for number in range(1, 6)] == [64, 48, 64, 64, 64]
+    layers[0].copy(torch.tensor([1]), torch.tensor([3]))
+    assert bool((layers[1].keys == 3).all())
+    with pytest.raises(KernelError, match="6 blocks take"):
+        pool_layers(shapes, memory, 6, 4, torch.float32)
+    with pytest.raises(KernelError, match="float64"):
+        pool_layers(shapes, memory, 1, 4, torch.float64)

@@ -105,3 +105,32 @@ def test_only_an_empty_sequence_without_a_state_adopts(pool: BlockPool) -> None:
         sequence.adopt(blocks)
     with pytest.raises(KernelError, match="recurrent state"):
         PagedSequence(pool, StatePool(1)).adopt(blocks)
+
+
+class Lender:
+    def extend(self, num_blocks: int) -> int:
+        return num_blocks
+
+
+def test_what_lies_in_lent_memory_is_forgotten_when_nobody_uses_it() -> None:
+    now = [0.0]
+    pool = BlockPool(8, 4, Lender(), num_backed=2)
+    cache = PrefixCache(pool, lambda: now[0])
+    first = filled(pool, cache, list(range(100, 112)))
+    assert first == [0, 1, 2] and pool.num_backed == 3
+    now[0] = 50.0
+    second = filled(pool, cache, list(range(200, 208)))
+    assert second == [3, 4]
+    assert cache.forget_lent(100.0) == 0
+    now[0] = 101.0
+    assert cache.forget_lent(100.0) == 1  # block 2; the others are the pool's own, or were used later
+    assert (len(cache), pool.end) == (4, 5)
+    assert cache.match(list(range(100, 113))) == [0, 1]
+    held = cache.match(list(range(200, 209)))
+    now[0] = 300.0
+    assert cache.forget_lent(100.0) == 0  # somebody uses them
+    pool.give_back(held)
+    assert cache.forget_lent(100.0) == 0  # it has looked just now
+    now[0] = 320.0
+    assert cache.forget_lent(100.0) == 2
+    assert pool.end == 2

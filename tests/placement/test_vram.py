@@ -15,8 +15,10 @@ from moesaic.engine.presets import get_preset
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.models import WeightMap
 from moesaic.placement import Gpu, Hardware, Plan, VramBudget, load_plan, make_plan
+from moesaic.placement.lots import divide
 from moesaic.placement.rules import parse_rules
 from moesaic.placement.table import render_budget
+from moesaic.placement.vram import NO_STEP, StepSizes
 from moesaic.quant import get_format
 
 GIB, MIB = 1024**3, 1024**2
@@ -56,6 +58,7 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
         driver=DRIVER,
         expert_bytes=expert,
         num_experts=24,
+        fixed="its driver was not asked",
     )
     assert plan.pinned_bytes() == (1000 + 32) * (2 * 256 * 4 + 3 * 20)
     dram = 3 * 8 * expert + 4 * 512 * 256
@@ -254,3 +257,57 @@ def test_deepseek_v3_on_less(deepseek: tuple[Plan, Hardware]) -> None:
         made = prepare_synthetic("deepseek-v3", q4, None, "auto", vram=vram, hardware=machine).plan
         assert made.strategy == strategy
     assert dataclasses.replace(plan, vram=required - 1).vram_budget(machine).shortfall == 1  # type: ignore[union-attr]
+
+
+def test_what_the_experts_can_lend(deepseek: tuple[Plan, Hardware]) -> None:
+    plan, machine = deepseek
+    fixed = budget_of(plan, machine)
+    assert (fixed.lots, fixed.fixed) == (None, "its driver was not asked")
+    assert render_budget(fixed).endswith("nothing of it can be lent: its driver was not asked")
+    able = dataclasses.replace(machine, gpus=(dataclasses.replace(machine.gpus[0], fixed_memory=""),))
+    budget = budget_of(plan, able)
+    lots = budget.lots
+    assert lots is not None and dataclasses.replace(budget, lots=None, fixed=fixed.fixed) == fixed
+    lot, block = 16 * MIB, 64 * 61 * 576 * 2
+    positions = get_preset("deepseek-v3").values["max_position_embeddings"]
+    could = ((fixed.kv_cache + fixed.left) // lot - 26) * lot // block * 64
+    assert lots.rotary_positions == min(positions, could) > 150_000
+    angles = (lots.rotary_positions - 6144) * 2 * 64 * 4
+    assert lots.total == (fixed.kv_cache + fixed.left - angles) // lot
+    assert (lots.keys, lots.staging, lots.least) == (26, 24, 2)
+    assert lots.num_blocks == (lots.total - 26) * lot // block
+    assert lots.first_slots == (lots.total - 26) * lot // 24772608
+    assert lots.most_keys + lots.staging + lots.least <= lots.total
+    text = render_budget(budget)
+    assert f"room for {(lots.num_blocks - 32) * 64} tokens in all, and for 16 experts on their way in prefill" in text
+    sizes = budget.weights + budget.absorbed + budget.working + budget.driver + budget.uploads + angles + lots.nbytes
+    assert 0 <= budget.total - sizes < lot
+    assert json.loads(json.dumps(dataclasses.asdict(budget)))["lots"]["num_blocks"] == lots.num_blocks
+
+
+def test_nothing_is_lent_where_nothing_is_cached(tiny: Tiny, with_gpu: Hardware) -> None:
+    able = dataclasses.replace(with_gpu, gpus=(dataclasses.replace(with_gpu.gpus[0], fixed_memory=""),))
+    for name in ("gpu", "layers"):
+        budget = budget_of(make_plan(*tiny("mixtral"), load_plan(name), able, vram=GIB), able)
+        assert (budget.lots, budget.fixed) == (None, "")
+    tight = budget_of(make_plan(*tiny("mixtral"), load_plan("hybrid"), able, vram=GIB), able)
+    least = dataclasses.replace(tight, total=tight.required + 2 * tight.expert_bytes, lots=None)
+    assert divide(least, NO_STEP, 64, 32) is None  # no room for two lots
+    assert divide(dataclasses.replace(least, total=0), NO_STEP, 64, 32) is None
+
+
+@pytest.mark.parametrize("lot", [1000, 4096, 65536])
+def test_lots_are_never_more_than_there_is(lot: int) -> None:
+    for left in range(20_000, 2_000_000, 97_531):
+        required = VramBudget(0, 640, 100, 0, 42 * 3000, 15, 5, expert_bytes=2500, num_experts=300)
+        budget = dataclasses.replace(required, total=required.required + left)
+        lots = divide(budget, StepSizes(rotary=2, longest=4000), 64, 32, lot)
+        if lots is None:
+            continue
+        angles = (lots.rotary_positions - 42 * 64) * 8
+        assert lots.nbytes + angles <= budget.kv_cache + left
+        assert lots.keys + lots.staging + lots.least <= lots.total
+        assert lots.most_keys + lots.staging + lots.least <= max(lots.total, lots.keys + lots.staging + lots.least)
+        assert lots.num_blocks >= lots.first_blocks == 42 and lots.num_blocks * 3000 <= lots.most_keys * lot
+        assert lots.staging * lot >= budget.staging and lots.slots(lots.least) >= 1
+        assert lots.num_blocks <= max(42, 32 * 64) and lots.rotary_positions <= 4000

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli import bench_serve
-from moesaic.cli.options import add_any_model_arguments, add_budget_arguments, list_presets, positive_int
+from moesaic.cli.options import (
+    add_any_model_arguments,
+    add_budget_arguments,
+    add_profile_arguments,
+    list_presets,
+    positive_int,
+)
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for what, text in _SINGLE.items():
         single = whats.add_parser(what, help=f"tokens per second, {text}", description=DESCRIPTION)
         _add_single_arguments(single)
+        if what == "decode":
+            add_profile_arguments(single)
         single.set_defaults(measure=_run_single)
     serve = whats.add_parser("serve", help=bench_serve.HELP, description=bench_serve.DESCRIPTION)
     bench_serve.add_arguments(serve)
@@ -89,6 +97,8 @@ def _run_single(arguments: argparse.Namespace) -> int:
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
         trace=arguments.trace,
+        expert_profile=getattr(arguments, "expert_profile", None),
+        save_expert_profile=getattr(arguments, "save_expert_profile", None),
     )
     print(json.dumps(asdict(result), indent=2) if arguments.json else _render(result))
     return 0

@@ -8,6 +8,7 @@ __all__ = [
     "add_any_model_arguments",
     "add_budget_arguments",
     "add_model_arguments",
+    "add_profile_arguments",
     "add_threads_argument",
     "byte_size",
     "list_presets",
@@ -57,6 +58,18 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--context", type=positive_int, metavar="N", help="tokens of cache to leave room for (default: 4096)"
+    )
+
+
+def add_profile_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add what a run knows of experts from an earlier one, and what it leaves for the next."""
+    parser.add_argument(
+        "--expert-profile",
+        metavar="FILE",
+        help="begin with the experts on the GPU that an earlier run used most, as it saved them",
+    )
+    parser.add_argument(
+        "--save-expert-profile", metavar="FILE", help="at the end, save how often each expert was used in decode"
     )
 
 

@@ -9,7 +9,7 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_model_arguments, add_threads_argument, positive_int
+from moesaic.cli.options import add_model_arguments, add_profile_arguments, add_threads_argument, positive_int
 from moesaic.cli.terminal import printable, stream
 from moesaic.errors import ConfigError
 
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
     sampling.add_argument("--seed", type=int, metavar="S", help="for the same answer again")
+    add_profile_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
 
 
@@ -55,6 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.perf_counter()
     session = _load(arguments)
     load_seconds = time.perf_counter() - started
+    code = _converse(session, arguments, prompt, sampling, load_seconds)
+    if arguments.save_expert_profile is not None:
+        session.model.save_expert_profile(arguments.save_expert_profile)
+    return code
+
+
+def _converse(
+    session: Session, arguments: argparse.Namespace, prompt: str | None, sampling: Sampling, load_seconds: float
+) -> int:
+    """One answer, or a conversation; the exit code."""
     if prompt is None:
         from moesaic.cli.chat import chat
 
@@ -121,7 +132,10 @@ def _load(arguments: argparse.Namespace) -> Session:
         threads=arguments.threads,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
+        expert_profile=arguments.expert_profile,
     )
+    if arguments.save_expert_profile is not None and not hasattr(model, "save_expert_profile"):
+        raise ConfigError("--save-expert-profile: the model runs on no GPU, so there is no cache of experts.")
     return Session(model, tokenizer)
 
 

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_model_arguments, add_threads_argument, byte_size, positive_int
+from moesaic.cli.options import (
+    add_model_arguments,
+    add_profile_arguments,
+    add_threads_argument,
+    byte_size,
+    positive_int,
+)
 from moesaic.cli.terminal import printable
 from moesaic.config import read_settings
 from moesaic.errors import ConfigError
@@ -23,7 +29,19 @@ DESCRIPTION = (
     "/api/chat, /api/generate and what belongs to them; /health, /metrics, /openapi.json. Only this computer is served "
     "unless --host and a key are given."
 )
-_SERVING = ("gguf", "tokenizer", "plan", "vram", "context", "threads", "offline", "kv_cache", "max_batch")
+_SERVING = (
+    "gguf",
+    "tokenizer",
+    "plan",
+    "vram",
+    "context",
+    "threads",
+    "offline",
+    "kv_cache",
+    "max_batch",
+    "expert_profile",
+    "save_expert_profile",
+)
 _DEFAULT_PORT = 8671
 _DRAIN_SECONDS = 30
 
@@ -39,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-batch", type=positive_int, metavar="N", help="most answers at a time (default: 64)")
     engine.add_argument("--max-waiting", type=positive_int, metavar="N", help="most that wait for them (default: 256)")
     engine.add_argument("--kv-cache", type=byte_size, metavar="SIZE", help="memory for what requests have read so far")
+    add_profile_arguments(engine)
     engine.add_argument(
         "--on-engine-failure",
         choices=("exit", "restart"),

@@ -37,6 +37,7 @@ class AutoModelForCausalLM:
         threads: int | None = None,
         progress: Progress = True,
         offline: bool = False,
+        expert_profile: str | Path | None = None,
     ) -> PreTrainedModel:
         """Load a model on packed weights; `generate()` works as in transformers.
 
@@ -45,10 +46,12 @@ class AutoModelForCausalLM:
             gguf: a GGUF to take the weights and the configuration from instead.
             plan: a template's name (auto, cpu, hybrid, layers, gpu), a placement file, rules, or a plan.
             vram: memory of the GPU to use at most, in bytes or as in "24GiB"; what is free, less a margin, if None.
-            context: tokens of cache to leave room for; on a GPU no more fit.
+            context: tokens of cache to leave room for; on a GPU no more fit, unless experts can lend them memory.
             threads: threads of the kernels, at least 1; None takes MOESAIC_THREADS or the physical cores.
             progress: True draws a bar, False is silent, a function is called with (bytes done, bytes in all).
             offline: take from the hub only what is on this computer.
+            expert_profile: a file from `model.save_expert_profile(file)`, with whose busiest experts the cache of
+                experts on a GPU begins.
 
         Raises:
             MoesaicError: the model cannot be found, read, placed or run; see `moesaic.errors`.
@@ -56,7 +59,7 @@ class AutoModelForCausalLM:
         if threads is not None:
             set_num_threads(threads)
         prepared = prepare(model, gguf=gguf, plan=plan, vram=parse_vram(vram), context=context, offline=offline)
-        return load(prepared, progress=progress)
+        return load(prepared, progress=progress, expert_profile=expert_profile)
 
 
 def parse_vram(vram: int | str | None) -> int | None:

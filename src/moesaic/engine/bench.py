@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from moesaic.engine.bench_checks import check_batch, check_context, check_trace
+from moesaic.engine.expert_profile import check_profile_use
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
@@ -107,6 +108,8 @@ def measure(
     offline: bool = False,
     progress: bool = False,
     trace: Path | None = None,
+    expert_profile: str | Path | None = None,
+    save_expert_profile: str | Path | None = None,
 ) -> BenchResult:
     """Load or build a model and measure it.
 
@@ -128,6 +131,8 @@ def measure(
         offline: as for `from_pretrained`.
         progress: as for `from_pretrained`.
         trace: file for a Chrome trace of a few decode steps on a GPU.
+        expert_profile: as for `from_pretrained`.
+        save_expert_profile: file to write the use of experts to.
 
     Raises:
         ConfigError: an unknown preset, or more layers than it has; a trace of something else than decode on a GPU.
@@ -156,15 +161,20 @@ def measure(
     check_context(prepared.config, prompt_tokens + new_tokens)
     check_batch(batch, prepared.plan)
     check_trace(trace, what, prepared.plan)
+    if save_expert_profile is not None:
+        check_profile_use(prepared.plan, "--save-expert-profile")
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
     vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0
-    bench = _timed_runs(load(prepared, progress=progress), what, prompt_tokens, new_tokens, batch)
+    loaded = load(prepared, progress=progress, expert_profile=expert_profile)
+    bench = _timed_runs(loaded, what, prompt_tokens, new_tokens, batch)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))
     if trace is not None and not isinstance(bench, TimedRuns):
         from moesaic.engine.gpu.trace import write_trace
 
         write_trace(bench, trace)
+    if save_expert_profile is not None:
+        loaded.save_expert_profile(save_expert_profile)
     name = preset or str(model)
     return _result(
         prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_rate

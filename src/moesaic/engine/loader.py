@@ -15,6 +15,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
 from moesaic.engine.causal_lm import finish_model
+from moesaic.engine.expert_profile import ExpertProfile, check_profile_use, read_profile, shape_of
+from moesaic.engine.gpu.cuda_memory import why_not
 from moesaic.engine.packing import Progress, run_jobs
 from moesaic.errors import CheckpointError
 from moesaic.kernels import binds_memory, num_threads
@@ -138,7 +140,8 @@ def this_computer(with_gpus: bool) -> Hardware:
     hardware = detect_hardware()
     gpus = detect_gpus() if with_gpus else ()
     problem = _gpu_problem() if gpus else ""
-    return replace(hardware, gpus=tuple(replace(gpu, problem=gpu.problem or problem) for gpu in gpus))
+    known = [gpu if gpu.problem or problem else replace(gpu, fixed_memory=why_not(gpu.index)) for gpu in gpus]
+    return replace(hardware, gpus=tuple(replace(gpu, problem=gpu.problem or problem) for gpu in known))
 
 
 def _gpu_problem() -> str:
@@ -150,7 +153,13 @@ def _gpu_problem() -> str:
     return ""
 
 
-def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
+def load(
+    prepared: Prepared,
+    *,
+    progress: Progress = True,
+    expert_profile: str | Path | None = None,
+    lends: bool = True,
+) -> PreTrainedModel:
     """Read and pack the weights of a prepared model and connect it to the kernels.
 
     Peak memory is the plan's bytes plus the pages of the tensors being read: nothing is expanded, and every page of the
@@ -159,6 +168,8 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     Args:
         prepared: from `prepare`; its checkpoint is closed, so it can be loaded once.
         progress: see `packing.Progress`.
+        expert_profile: a file with whose busiest experts the cache on a GPU begins.
+        lends: whether that cache lends memory, if the GPU's can be moved.
 
     Returns:
         The model in eval mode, float32 activations, its `generation_config` that of the checkpoint if it has one.
@@ -168,7 +179,9 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
         PlanError: the plan needs a GPU and there is none that can be used.
         CheckpointError: a tensor is damaged.
         UnsupportedModelError: the model needs something that the kernels do not have.
+        ConfigError: the profile is none of this model, or the plan uses no GPU.
     """
+    profile = None if expert_profile is None else _profile(prepared, expert_profile)
     hardware = this_computer(prepared.plan.uses_gpu)
     prepared.plan.check_fits(hardware)
     budget = prepared.plan.vram_budget(hardware)
@@ -186,6 +199,13 @@ def load(prepared: Prepared, *, progress: Progress = True) -> PreTrainedModel:
     model.generation_config = generation_config_for(checkpoint, model.generation_config)
     if budget is None:
         return model
+    if not lends:
+        budget = replace(budget, lots=None, fixed="that was not wanted")
     from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
 
-    return start_on_gpu(model, prepared.plan, budget)
+    return start_on_gpu(model, prepared.plan, budget, profile)
+
+
+def _profile(prepared: Prepared, path: str | Path) -> ExpertProfile:
+    check_profile_use(prepared.plan, "expert profile")
+    return read_profile(path, shape_of(str(prepared.config.model_type), prepared.plan))

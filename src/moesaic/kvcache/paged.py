@@ -8,8 +8,10 @@ This module does not know what computes attention.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ import torch
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kvcache.states import StatePool
 
-__all__ = ["BlockPool", "KvShape", "PagedSequence", "PoolLayer", "pool_bytes"]
+__all__ = ["BlockPool", "BlockStore", "KvShape", "PagedSequence", "PoolLayer", "check_dtype", "pool_bytes"]
 
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What a pool may store."""
@@ -53,6 +55,12 @@ def pool_bytes(layers: Iterable[KvShape], num_blocks: int, block_size: int, dtyp
     return num_blocks * block_size * dtype.itemsize * sum(layer.width for layer in layers)
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """KernelError if a pool cannot store it."""
+    if dtype not in POOL_DTYPES:
+        raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
+
+
 @dataclass(frozen=True, slots=True)
 class PoolLayer:
     """The memory of one layer, uninitialised: kernels read only positions that have been written.
@@ -75,8 +83,7 @@ class PoolLayer:
         device: torch.device | str = "cpu",
     ) -> PoolLayer:
         """Allocate; KernelError if a pool cannot store the dtype."""
-        if dtype not in POOL_DTYPES:
-            raise KernelError(f"a cache of {dtype}: expected one of {', '.join(map(str, POOL_DTYPES))}.")
+        check_dtype(dtype)
         if shape.value_dim == 0:
             return cls(torch.empty(num_blocks, block_size, shape.key_dim, dtype=dtype, device=device), None)
         heads = (num_blocks, block_size, shape.kv_heads)
@@ -92,25 +99,56 @@ class PoolLayer:
                 states[target] = states[source]
 
 
+class BlockStore(Protocol):
+    """Memory behind the first blocks of a pool, which comes when it is needed."""
+
+    def extend(self, num_blocks: int) -> int:
+        """Have memory behind so many blocks at least; behind how many there is now.
+
+        Raises:
+            GenerationError: there is none.
+        """
+
+
 class BlockPool:
-    """Hands out the numbers of blocks; a block is free when nobody holds it.
+    """Hands out the numbers of blocks, the lowest first; a block is free when nobody holds it.
 
     Args:
         num_blocks: blocks of every layer.
         block_size: positions of a block.
+        store: memory behind the blocks, if not all of them have it from the beginning.
+        num_backed: blocks that do; all if None.
+
+    Attributes:
+        num_backed: blocks that have memory; the others get it when they are taken.
+        num_own: of those, blocks that keep it.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, store: BlockStore | None = None, num_backed: int | None = None
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise KernelError(f"a pool of {num_blocks} blocks of {block_size} positions: expected at least 1 of each.")
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.num_backed = self.num_own = num_blocks if num_backed is None else num_backed
+        self._store = store
         self._holders = [0] * num_blocks
-        self._free = list(range(num_blocks - 1, -1, -1))  # taken from the end
+        self._free = list(range(num_blocks))  # a heap
 
     @property
     def num_free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that nobody holds, those that would have to get memory first among them."""
         return len(self._free)
+
+    @property
+    def num_free_backed(self) -> int:
+        """Blocks that nobody holds and that have memory."""
+        return self.num_backed - (self.num_blocks - len(self._free))
+
+    @property
+    def end(self) -> int:
+        """The number behind the last block that is held."""
+        return next((block + 1 for block in range(self.num_backed - 1, -1, -1) if self._holders[block]), 0)
 
     def blocks_for(self, length: int) -> int:
         """Blocks that so many positions take."""
@@ -124,14 +162,21 @@ class BlockPool:
         """Numbers of `count` blocks, held once.
 
         Raises:
-            GenerationError: fewer are free; none is taken.
+            GenerationError: fewer are free, or there is no memory for them after all; none is taken.
         """
         if count > len(self._free):
             raise GenerationError(
                 f"The cache is full: {count} blocks of {self.block_size} positions are needed and {len(self._free)} of "
                 f"{self.num_blocks} are free. Use a smaller context, fewer requests at once, or a larger cache."
             )
-        taken = [self._free.pop() for _ in range(count)]
+        taken = [heapq.heappop(self._free) for _ in range(count)]
+        if taken and taken[-1] >= self.num_backed and self._store is not None:
+            try:
+                self.num_backed = self._store.extend(taken[-1] + 1)
+            except BaseException:
+                for block in taken:
+                    heapq.heappush(self._free, block)
+                raise
         for block in taken:
             self._holders[block] = 1
         return taken
@@ -150,7 +195,7 @@ class BlockPool:
                 raise KernelError(f"block {block} is given back, but nobody holds it.")
             self._holders[block] -= 1
             if self._holders[block] == 0:
-                self._free.append(block)
+                heapq.heappush(self._free, block)
 
 
 class PagedSequence:

@@ -8,15 +8,17 @@ what a block stores, nor when there is need for room.
 from __future__ import annotations
 
 import hashlib
+import time
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from moesaic.kvcache.paged import BlockPool
 
 __all__ = ["PrefixCache"]
 
 _DIGEST_BYTES = 20
+_LOOKS = 8
 
 
 class PrefixCache:
@@ -24,10 +26,13 @@ class PrefixCache:
 
     Args:
         pool: where the blocks are.
+        clock: seconds from any start.
     """
 
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
+    def __init__(self, pool: BlockPool, clock: Callable[[], float] = time.monotonic) -> None:
+        self._pool, self._clock = pool, clock
+        self._used: dict[int, float] = {}  # when a block was used last
+        self._looked = clock()
         self._blocks: OrderedDict[bytes, int] = OrderedDict()  # least recently used first
 
     def __len__(self) -> int:
@@ -80,18 +85,43 @@ class PrefixCache:
                 break
             if holders(block) == 1:
                 victims.append(key)
-        self._pool.give_back([self._blocks.pop(key) for key in victims])
+        self._drop(victims)
+        return len(victims)
+
+    def forget_lent(self, seconds: float) -> int:
+        """Free blocks that only the cache holds, whose memory was lent, and that nobody has used for so long.
+
+        It looks for them eight times in that time, however often it is called.
+        """
+        now = self._clock()
+        if now - self._looked < seconds / _LOOKS:
+            return 0
+        self._looked = now
+        own, holders, before = self._pool.num_own, self._pool.holders, now - seconds
+        victims = [
+            key
+            for key, block in self._blocks.items()
+            if block >= own and holders(block) == 1 and self._used[block] < before
+        ]
+        self._drop(victims)
         return len(victims)
 
     def clear(self) -> None:
         """Hold nothing any more."""
-        self._pool.give_back(self._blocks.values())
-        self._blocks.clear()
+        self._drop(list(self._blocks))
+
+    def _drop(self, keys: list[bytes]) -> None:
+        blocks = [self._blocks.pop(key) for key in keys]
+        for block in blocks:
+            del self._used[block]
+        self._pool.give_back(blocks)
 
     def _touch(self, keys: list[bytes]) -> None:
         """Just used, the first block last: no block goes before those that are found only through it."""
+        now = self._clock()
         for key in reversed(keys):
             self._blocks.move_to_end(key)
+            self._used[self._blocks[key]] = now
 
     def _keys(self, ids: Sequence[int], count: int) -> Iterator[bytes]:
         """Hashes of the first `count` whole blocks."""

@@ -32,6 +32,7 @@ class Gpu:
         problem: why it cannot be asked or used, "" if it can.
         memory_free: bytes of VRAM that no process holds, 0 if unknown.
         index: number by which a process addresses it, after CUDA_VISIBLE_DEVICES.
+        fixed_memory: why its memory cannot be moved between addresses, "" if it can.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Gpu:
     problem: str = ""
     memory_free: int = 0
     index: int = 0
+    fixed_memory: str = "its driver was not asked"
 
 
 def detect_gpus(root: Path = Path("/")) -> tuple[Gpu, ...]:

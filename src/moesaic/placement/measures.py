@@ -91,7 +91,9 @@ def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, int
     widest = max(widths["attention"], widths["mlp"], widths["shared_experts"] + experts)
     head = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
     rotary = 2 * int(head or hidden // config.num_attention_heads)  # cosines and sines
-    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary)
+    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else 0
+    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary, longest)
 
 
 def _outputs(module: Any) -> int:

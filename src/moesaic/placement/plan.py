@@ -17,7 +17,15 @@ from moesaic.placement.hardware import Hardware
 from moesaic.placement.roles import layer_of
 from moesaic.placement.rule import plan_name
 from moesaic.placement.table import render
-from moesaic.placement.vram import DEFAULT_CONTEXT, NO_STEP, StepSizes, VramBudget, vram_budget, vram_total
+from moesaic.placement.vram import (
+    DEFAULT_CONTEXT,
+    NO_STEP,
+    StepSizes,
+    VramBudget,
+    usable_gpu,
+    vram_budget,
+    vram_total,
+)
 
 __all__ = ["Device", "Implementation", "Placement", "Plan"]
 
@@ -161,7 +169,9 @@ class Plan:
         """
         if not self.uses_gpu:
             return None
-        return vram_budget(self, vram_total(hardware, self.vram, self.name), self._context(context))
+        total, gpu = vram_total(hardware, self.vram, self.name), usable_gpu(hardware)
+        fixed = "no GPU is here to ask" if gpu is None else gpu.fixed_memory
+        return vram_budget(self, total, self._context(context), fixed)
 
     def check_fits(self, hardware: Hardware, context: int | None = None) -> None:
         """Refuse a plan that this computer has no memory for, before anything is loaded.

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from moesaic.placement.units import format_bytes
-from moesaic.placement.vram import MAX_STATES, PREFILL_CHUNK
+from moesaic.placement.vram import KV_BLOCK, MAX_BATCH, MAX_STATES, PREFILL_CHUNK
 
 if TYPE_CHECKING:
+    from moesaic.placement.lots import VramLots
     from moesaic.placement.plan import Device, Placement, Plan
     from moesaic.placement.vram import VramBudget
 
@@ -52,26 +53,61 @@ def render(plan: Plan) -> str:
 
 
 def render_budget(budget: VramBudget) -> str:
-    """How a plan divides the VRAM, a line per part."""
+    """How a plan divides the VRAM, a line per part, and what can be lent of it."""
+    if budget.lots is not None:
+        return _render_lots(budget, budget.lots)
     share = budget.cache_experts / budget.num_experts if budget.num_experts else 0.0
     expert = format_bytes(budget.expert_bytes)
-    chunk = min(PREFILL_CHUNK, budget.context)
     parts = [
+        *_fixed_parts(budget),
+        ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
+        ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
+    ]
+    lines = _render_parts(budget, parts)
+    return "\n".join([*lines, f"  nothing of it can be lent: {budget.fixed}"] if budget.fixed else lines)
+
+
+def _render_lots(budget: VramBudget, lots: VramLots) -> str:
+    """The same where the experts lend memory."""
+    expert, share = format_bytes(budget.expert_bytes), lots.first_slots / budget.num_experts
+    keys = lots.keys * lots.lot_bytes
+    experts = min(lots.most_experts, lots.total - lots.keys) * lots.lot_bytes
+    angles = (lots.rotary_positions - lots.first_blocks * KV_BLOCK) * lots.rotary_bytes
+    parts = [
+        *_fixed_parts(budget),
+        ("rotary angles", angles, f"of positions up to {lots.rotary_positions}"),
+        ("KV cache", keys, f"{budget.context} tokens at first, BF16"),
+        ("expert cache", experts, f"{lots.first_slots} experts of {expert}, {share:.1%} of all in DRAM"),
+    ]
+    reach = max(0, lots.num_blocks - MAX_BATCH) * KV_BLOCK
+    lines = [
+        *_render_parts(budget, parts),
+        f"  the experts lend, {format_bytes(lots.lot_bytes)} at a time: room for {reach} tokens in all, and for "
+        f"{budget.staging_experts} experts on their way in prefill",
+    ]
+    return "\n".join(lines)
+
+
+def _fixed_parts(budget: VramBudget) -> list[tuple[str, int, str]]:
+    chunk = min(PREFILL_CHUNK, budget.context)
+    keys, expert = 0 if budget.lots is not None else budget.kv_cache, format_bytes(budget.expert_bytes)
+    return [
         ("weights", budget.weights, ""),
         ("absorbed kv_b_proj", budget.absorbed, "BF16, a matrix per head"),
-        ("KV cache", budget.kv_cache, f"{budget.context} tokens, BF16"),
+        ("KV cache", keys, f"{budget.context} tokens, BF16"),
         ("recurrent states", budget.states, f"{MAX_STATES} sequences, F32"),
         ("working memory", budget.working, f"activations of {chunk} tokens, logits"),
         ("driver", budget.driver, ""),
         ("uploads", budget.uploads, f"{budget.upload_experts} experts of {expert}, in decode"),
-        ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
-        ("expert cache", budget.cache, f"{budget.cache_experts} experts of {expert}, {share:.1%} of all in DRAM"),
     ]
+
+
+def _render_parts(budget: VramBudget, parts: list[tuple[str, int, str]]) -> list[str]:
     lines = [f"VRAM: {format_bytes(budget.total)} to use"]
     lines += [f"  {name:<18}  {format_bytes(size):>10}  {note}".rstrip() for name, size, note in parts if size]
     missing = budget.total - sum(size for _, size, _ in parts)
     name = "not used" if missing >= 0 else "too little"
-    return "\n".join([*lines, f"  {name:<18}  {format_bytes(abs(missing)):>10}"])
+    return [*lines, f"  {name:<18}  {format_bytes(abs(missing)):>10}"]
 
 
 def _totals(plan: Plan) -> list[str]:

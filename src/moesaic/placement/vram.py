@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
+from moesaic.placement.lots import VramLots, divide
 from moesaic.placement.roles import layer_of
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class StepSizes:
         vocab_size: logits of a token.
         widest: floats per token that the widest block holds beside hidden states.
         rotary: floats per position of the table of rotary angles.
+        longest: positions of a sequence that the model was made for; 0 if its configuration does not say.
     """
 
     hidden_size: int = 0
@@ -85,6 +87,7 @@ class StepSizes:
     vocab_size: int = 0
     widest: int = 0
     rotary: int = 0
+    longest: int = 0
 
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
@@ -116,6 +119,8 @@ class VramBudget:
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
         upload_experts: slots that misses of decode steps pass through.
+        lots: how the last three are divided where memory can be moved between them; None: once and for all.
+        fixed: why not, "" if it can or there is nothing to move.
     """
 
     total: int
@@ -129,6 +134,8 @@ class VramBudget:
     num_experts: int
     states: int = 0
     upload_experts: int = 0
+    lots: VramLots | None = None
+    fixed: str = ""
 
     @property
     def num_blocks(self) -> int:
@@ -185,8 +192,15 @@ class VramBudget:
         return self.cache_experts * self.expert_bytes
 
 
-def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
-    """The budget of a plan for a GPU of which `total` bytes may be used; None if the plan uses no GPU."""
+def vram_budget(plan: Plan, total: int, context: int, fixed: str = "") -> VramBudget | None:
+    """The budget of a plan for a GPU of which `total` bytes may be used; None if the plan uses no GPU.
+
+    Args:
+        plan: with its entries.
+        total: bytes.
+        context: positions to have room for.
+        fixed: why memory of this GPU cannot be moved, "" if it can.
+    """
     if not plan.uses_gpu:
         return None
     absorbed = sum(entry.nbytes for entry in plan.entries if entry.device == "gpu" and is_absorbed(entry))
@@ -206,7 +220,11 @@ def vram_budget(plan: Plan, total: int, context: int) -> VramBudget | None:
     )
     # Where all experts stay on the GPU none is missing.
     has_misses = budget.cache_experts < budget.num_experts
-    return replace(budget, upload_experts=min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0)
+    uploads = min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0
+    budget = replace(budget, upload_experts=uploads)
+    on_gpu = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "gpu"]
+    lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH)
+    return replace(budget, fixed=fixed) if fixed and lots is not None else replace(budget, lots=lots)
 
 
 def is_absorbed(entry: Placement) -> bool:

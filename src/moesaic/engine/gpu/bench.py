@@ -28,7 +28,8 @@ class GpuFigures:
     Attributes:
         device: the card's name.
         strategy: how modules were placed.
-        vram_peak: most bytes of VRAM that tensors took, since the process began.
+        vram_peak: most bytes of VRAM that tensors took, since the process began; where memory can be lent, since it was
+            divided, with all that can be lent.
         vram_bandwidth: GB/s that the GPU reads from its memory.
         num_slots: experts that the expert cache has room for.
         hit_rate: share of chosen experts that were in it.
@@ -97,7 +98,7 @@ def gpu_figures(
     return GpuFigures(
         device=torch.cuda.get_device_name(device),
         strategy=plan.strategy,
-        vram_peak=torch.cuda.max_memory_reserved(device),
+        vram_peak=torch.cuda.max_memory_reserved(device) + (runner.lending.nbytes if runner.lending else 0),
         vram_bandwidth=vram_bandwidth,
         num_slots=0 if cache is None else cache.policy.num_slots,
         hit_rate=hit_rate,

@@ -6,18 +6,20 @@ Everything that `generate()` offers works: batches with padding, beams, sampling
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
+from moesaic.engine.expert_profile import ExpertProfile, ModelShape, write_profile
 from moesaic.engine.gpu.runner import ModelRunner
-from moesaic.errors import GenerationError, UnsupportedModelError
+from moesaic.errors import ConfigError, GenerationError, UnsupportedModelError
 from moesaic.kvcache import CACHE_ARGUMENT, given_cache
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuCausalLM", "PagedCache", "attach_runner"]
 
@@ -117,10 +119,26 @@ class GpuCausalLM:
     """
 
     runner: ModelRunner
+    _moesaic_shape: ModelShape | None
+    _moesaic_note: str
 
     def new_cache(self) -> PagedCache:
         """A cache for one batch, as `generate()` takes it."""
         return PagedCache(self.runner)
+
+    def save_expert_profile(self, path: str | Path) -> None:
+        """Write how often each expert was chosen in decode so far, for `from_pretrained(expert_profile=path)`.
+
+        Raises:
+            ConfigError: the file cannot be written, or no experts are in DRAM.
+        """
+        server, shape = self.runner.server, self._moesaic_shape
+        if server is None or shape is None:
+            raise ConfigError(f"{path}: all experts lie on the GPU: there is no use of them that a cache could learn.")
+        uses = np.zeros((len(shape.num_experts), max(shape.num_experts)), np.int64)
+        uses[self.runner.served] = server.uses.numpy().view(np.uint32)
+        num_tokens = int(uses.sum(axis=1).max()) // max(1, self.runner.decoder.top_k)
+        write_profile(path, ExpertProfile(shape, num_tokens, uses))
 
     def forward(
         self,
@@ -184,7 +202,7 @@ class GpuCausalLM:
             first = columns - len(row)  # padding is on the left
             only_last = len(kept) == 1 and int(kept) == columns - 1
             parts = []
-            for piece in torch.split(row, PREFILL_CHUNK):
+            for piece in torch.split(row, self.runner.options.max_chunk):
                 parts.append(self.runner.prefill([(sequence, piece)], all_logits=not only_last))
             logits = parts[-1] if only_last else torch.cat(parts)
             if only_last:
@@ -201,9 +219,18 @@ def _kept_columns(logits_to_keep: int | torch.Tensor, columns: int) -> torch.Ten
     return torch.arange(columns)[-logits_to_keep:] if logits_to_keep else torch.arange(columns)
 
 
-def attach_runner(model: PreTrainedModel, runner: ModelRunner) -> PreTrainedModel:
-    """Put a runner's forward in front of a loaded model's own; changes the model in place."""
+def attach_runner(
+    model: PreTrainedModel, runner: ModelRunner, shape: ModelShape | None = None, note: str = ""
+) -> PreTrainedModel:
+    """Put a runner's forward in front of a loaded model's own; changes the model in place.
+
+    Args:
+        model: loaded.
+        runner: of its layers.
+        shape: of its experts, if their use may be saved.
+        note: what people should know of how it runs.
+    """
     stock_class = type(model)
     model.__class__ = type(stock_class.__name__, (GpuCausalLM, stock_class), {})
-    model.runner = runner
+    model.runner, model._moesaic_shape, model._moesaic_note = runner, shape, note
     return model

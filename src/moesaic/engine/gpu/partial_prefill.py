@@ -5,6 +5,8 @@ Between two of its calls, decode steps may run. It does not know who decides how
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from moesaic.engine.gpu.prefill import ChunkPath
@@ -25,6 +27,7 @@ class PartialPrefill:
         path: who computes routed experts.
         parts: sequences, which have the tokens already, each with its length before and the number of its tokens.
         hidden: float32 `[tokens, hidden_size]` on the GPU, the tokens' embeddings.
+        on_end: called when it is through all layers or was abandoned, once.
     """
 
     def __init__(
@@ -34,8 +37,10 @@ class PartialPrefill:
         path: ChunkPath,
         parts: list[tuple[PagedSequence, int, int]],
         hidden: torch.Tensor,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self._decoder, self._step, self._path, self._parts, self._hidden = decoder, step, path, parts, hidden
+        self._on_end = on_end
         self._done = 0
         self._num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
 
@@ -58,6 +63,8 @@ class PartialPrefill:
         if self._hidden.is_cuda and last < self._num_layers:  # whoever takes the time, takes that of the GPU
             torch.cuda.current_stream().synchronize()
         self._done = last
+        if last == self._num_layers:
+            self._end()
 
     def _run_tail(self, first: int, count: int) -> None:
         tail = self._decoder.tail
@@ -85,3 +92,9 @@ class PartialPrefill:
         for sequence, length, _ in self._parts:
             sequence.truncate(0 if sequence.is_recurrent else length)
         self._done = self._num_layers
+        self._end()
+
+    def _end(self) -> None:
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end()

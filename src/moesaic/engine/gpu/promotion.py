@@ -121,22 +121,68 @@ class PromotionPolicy:
         self._allowance -= len(moves)
         return moves
 
-    def fill(self, num_experts: Sequence[int]) -> list[Move]:
-        """Experts for the slots that are free: as many of each layer, whose use is not known yet.
+    def seed(self, uses: np.ndarray, num_tokens: int) -> None:
+        """Begin with what is known from before, as if it had happened just now: at most what scores can be.
 
-        Whoever is chosen more than never may take their places.
+        Args:
+            uses: `[num_layers, num_experts]`, how often each expert was chosen.
+            num_tokens: in how many tokens.
+        """
+        most = self._half_life / np.log(2.0)  # the score of an expert that every token chooses
+        self.score[:] = uses * min(1.0, most / max(1, num_tokens))
+
+    def fill(self, num_experts: Sequence[int]) -> list[Move]:
+        """Experts for the slots that are free: those with the highest scores, then as many of each layer.
+
+        Whoever is chosen more than never may take the places of the latter.
 
         Args:
             num_experts: of each layer.
         """
-        order = [(layer, e) for e in range(max(num_experts)) for layer, count in enumerate(num_experts) if e < count]
-        held = set(self._holder[self._holder >= 0].tolist())
-        outside = (pair for pair in order if pair[0] * self._num_experts + pair[1] not in held)
+        exists = np.arange(self._num_experts) < np.asarray(num_experts)[:, None]
+        exists.flat[self._holder[self._holder >= 0]] = False
+        layers, experts = np.nonzero(exists)
+        order = np.lexsort((layers, experts, -self.score[layers, experts]))
         moves = []
-        for slot, (layer, expert) in zip(np.flatnonzero(self._holder < 0).tolist(), outside, strict=False):
+        for slot, index in zip(np.flatnonzero(self._holder < 0).tolist(), order.tolist(), strict=False):
+            layer, expert = int(layers[index]), int(experts[index])
             self._holder[slot] = layer * self._num_experts + expert
             moves.append(Move(slot, layer, expert, None))
         return moves
+
+    def resize(self, num_slots: int) -> list[tuple[int, int]]:
+        """Have more slots, which are free, or fewer, without the last ones.
+
+        Of the experts in slots that go, those with high scores take the places of those with lower ones that stay, and
+        the others are in no slot at once. Copies under way to slots that go must not be completed.
+
+        Returns:
+            Slots whose contents have to be copied before the next step, each from where to where.
+        """
+        before = self.num_slots
+        if num_slots >= before:
+            self._holder = np.append(self._holder, np.full(num_slots - before, NOWHERE, np.int64))
+            return []
+        slot_of, slots = self.slot_of.reshape(-1), np.arange(before)
+        there = (self._holder >= 0) & (slot_of[self._holder] == slots)
+        value = np.where(self._holder < 0, -1.0, np.where(there, self.score.ravel()[self._holder], np.inf))
+        going = np.flatnonzero(there[num_slots:]) + num_slots
+        going = going[np.argsort(-value[going], kind="stable")]
+        staying = np.argsort(value[:num_slots], kind="stable")
+        copies = []
+        for source, target in zip(going.tolist(), staying.tolist(), strict=False):
+            if value[source] <= value[target]:
+                break
+            if self._holder[target] >= 0:
+                slot_of[self._holder[target]] = NOWHERE
+            self._holder[target] = self._holder[source]
+            slot_of[self._holder[source]] = target
+            copies.append((source, target))
+        moved = [source for source, _ in copies]
+        rest = np.setdiff1d(going, moved)
+        slot_of[self._holder[rest]] = NOWHERE
+        self._holder = self._holder[:num_slots].copy()
+        return copies
 
     def complete(self, move: Move) -> None:
         """The expert is in its slot."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
+from moesaic.engine.gpu.layer_caches import layer_caches
+from moesaic.engine.gpu.lending import VramLending
 from moesaic.engine.gpu.partial_prefill import PartialPrefill
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
@@ -24,14 +26,16 @@ from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.step_buffers import StepBuffers
 from moesaic.engine.gpu.streaming import StreamingPath
 from moesaic.engine.gpu.uploads import MissUploads
-from moesaic.errors import ExpertTimeoutError, KernelError
+from moesaic.errors import ExpertTimeoutError, GenerationError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
+from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.handoff import Exchange
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer
+from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import ExpertPath, GpuStep
+from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["ModelRunner", "RunnerOptions"]
 
@@ -48,6 +52,8 @@ class RunnerOptions:
         graphs: whether decode steps are captured; only a GPU can.
         timeout: seconds that GPU and CPU wait for each other.
         num_states: sequences that can be there at once, if the model has recurrent states; `max_batch` if None.
+        max_positions: of a sequence; what fits into all blocks if None.
+        max_chunk: tokens of a prompt that go through the layers at once, at most.
     """
 
     num_blocks: int
@@ -57,6 +63,8 @@ class RunnerOptions:
     graphs: bool = True
     timeout: float = 30.0
     num_states: int | None = None
+    max_positions: int | None = None
+    max_chunk: int = PREFILL_CHUNK
 
 
 @dataclass(slots=True)
@@ -78,11 +86,14 @@ class ModelRunner:
         staging: buffers for experts that are streamed to the GPU in prefill; None: the CPU computes all of them.
         shares: who computes which experts in prefill, with `staging`.
         uploads: brings misses of decode steps to the GPU; if all are the CPU's, why.
+        lending: memory of the cache and the buffers, which moves between them; None: each has its own.
 
     Attributes:
         pool: hands out blocks of the cache.
         states: hands out recurrent states; None if the model has none.
         caches: of every layer on the GPU.
+        lending: as given.
+        served: layers, of those with routed experts, whose experts the CPU is asked for.
         times: see `ExpertServer.serve`; filled by decode steps if it is set.
         uploads: as given, or None; then no_uploads says why.
     """
@@ -95,23 +106,25 @@ class ModelRunner:
         staging: StagingBuffers | None = None,
         shares: ExpertShares | None = None,
         uploads: MissUploads | str = "nobody asked for it",
+        lending: VramLending | None = None,
     ) -> None:
         self.decoder, self.options, self.slots = decoder, options, slots or ExpertSlots()
         self._staging, self.shares = staging, shares
         self.uploads = None if isinstance(uploads, str) else uploads
         self.no_uploads = uploads if isinstance(uploads, str) else ""
-        self._chunk_buffers = ChunkBuffers(decoder.device)
-        self.pool = BlockPool(options.num_blocks, options.block_size)
+        self._chunk_buffers, self.lending = ChunkBuffers(decoder.device), lending
         device = decoder.device
         shapes = [layer.attention.cache_shape for layer in decoder.layers]
         num_states = options.num_states or options.max_batch
         is_recurrent = any(isinstance(shape, StateShape) for shape in shapes)
         self.states = StatePool(num_states) if is_recurrent else None
-        self.caches = [_cache(shape, options, num_states, device) for shape in shapes]
+        self.pool, self.caches = layer_caches(
+            shapes, options.num_blocks, options.block_size, options.kv_dtype, num_states, device, lending
+        )
         self.positions, served = _request_positions(
             [self.slots.is_complete(layer) for layer in range(len(decoder.routed))]
         )
-        self._served = served
+        self.served = served
         mailbox = None
         self.server: ExpertServer | None = None
         if served:
@@ -127,8 +140,9 @@ class ModelRunner:
 
     @property
     def max_positions(self) -> int:
-        """Positions that all sequences together may have."""
-        return self.options.num_blocks * self.options.block_size
+        """Positions that a sequence may have."""
+        of_all = self.pool.num_blocks * self.options.block_size
+        return of_all if self.options.max_positions is None else min(self.options.max_positions, of_all)
 
     def prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], all_logits: bool = False) -> torch.Tensor:
         """Append tokens to sequences.
@@ -141,7 +155,7 @@ class ModelRunner:
             float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) where the head is.
 
         Raises:
-            GenerationError: the cache is full; nothing was appended.
+            GenerationError: the cache is full, or a sequence would be too long; nothing was appended.
         """
         work = self.start_prefill(parts)
         try:
@@ -154,13 +168,19 @@ class ModelRunner:
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PartialPrefill:
         """As `prefill`, but nothing is computed yet."""
         before = [sequence.length for sequence, _ in parts]
+        self._check_lengths([length + len(ids) for length, (_, ids) in zip(before, parts, strict=True)])
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         token_ids = torch.cat([ids for _, ids in parts])
-        path = self._chunk_path(len(token_ids))
-        hidden = self.decoder.embed(token_ids).to(self.decoder.device)
+        try:
+            hidden = self.decoder.embed(token_ids).to(self.decoder.device)
+            path, on_end = self._chunk_path(len(token_ids))
+        except BaseException:
+            for (sequence, _), length in zip(parts, before, strict=True):
+                sequence.undo(length)
+            raise
         longest = max(len(ids) for _, ids in parts)
         cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
-        return PartialPrefill(self.decoder, self._step(step_input, longest, path), path, cut, hidden)
+        return PartialPrefill(self.decoder, self._step(step_input, longest, path), path, cut, hidden, on_end)
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence.
@@ -177,6 +197,7 @@ class ModelRunner:
         count = len(sequences)
         if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
             raise KernelError(f"{count} sequences, {len(token_ids)} tokens: expected 1 to {self.options.max_batch}.")
+        self._check_lengths([sequence.length + 1 for sequence in sequences])
         bucket = self._bucket(count)
         bucket.buffers.append(sequences)
         try:
@@ -208,11 +229,24 @@ class ModelRunner:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    def _chunk_path(self, num_tokens: int) -> ChunkPath:
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        most = self.options.max_positions
+        if most is not None and lengths and max(lengths) > most:
+            raise GenerationError(
+                f"a sequence of {max(lengths)} tokens: there is room for {most} at most. Use a shorter prompt, or load "
+                "the model with a larger --context."
+            )
+
+    def _chunk_path(self, num_tokens: int) -> tuple[ChunkPath, Callable[[], None] | None]:
+        """Who computes experts of a chunk, and what to call when it is through."""
         common = (self.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self._staging is None or self.shares is None:
-            return ChunkPath(*common)
-        return StreamingPath(*common, self._staging, self.shares, num_tokens)
+            return ChunkPath(*common), None
+        streams = self.lending is not None and num_tokens > MAX_DECODE_TOKENS
+        if self.lending is not None and streams:
+            self.lending.begin_streaming()
+        path = StreamingPath(*common, self._staging, self.shares, num_tokens)
+        return path, self.lending.end_streaming if self.lending is not None and streams else None
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""
@@ -254,7 +288,7 @@ class ModelRunner:
                 self.server.serve(count, timeout=self.options.timeout, times=self.times)
         if cache is not None and self.server is not None:  # while the GPU computes what follows the last layer
             uses, way = self.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
-            cache.after_step(self._served, uses, count, way)
+            cache.after_step(self.served, uses, count, way)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         if int(self._failed):
@@ -264,6 +298,8 @@ class ModelRunner:
             )
         if uploads is not None:
             uploads.after_step(time.perf_counter() - began, is_quiet)
+        if self.lending is not None:
+            self.lending.after_step()
 
     def _uploads_of(self, num_tokens: int) -> MissUploads | None:
         """Who brings misses in steps of so many tokens."""
@@ -303,7 +339,7 @@ class ModelRunner:
         device, decoder = self.decoder.device, self.decoder
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         bucket = _Bucket(
-            StepBuffers(size, self.options.num_blocks, decoder.hidden_size, device),
+            StepBuffers(size, self.pool.blocks_for(self.max_positions), decoder.hidden_size, device),
             torch.zeros(size, width, device=device),
         )
         if self.options.graphs and device.type == "cuda":
@@ -330,14 +366,6 @@ class ModelRunner:
         self.server.restart()
         self.exchange.restart()
         self._failed.zero_()
-
-
-def _cache(
-    shape: KvShape | StateShape, options: RunnerOptions, num_states: int, device: torch.device
-) -> PoolLayer | StateLayer:
-    if isinstance(shape, StateShape):
-        return StateLayer.empty(shape, num_states, device)
-    return PoolLayer.empty(shape, options.num_blocks, options.block_size, options.kv_dtype, device)
 
 
 def _request_positions(on_gpu: list[bool]) -> tuple[list[int | None], list[int]]:

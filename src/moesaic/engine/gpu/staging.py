@@ -75,6 +75,7 @@ class StagingBuffers:
         routed: the routed experts of every layer, page-locked.
         num_slots: in all groups together.
         device: the GPU.
+        memory: uint8 on the GPU, at least `num_slots` times the bytes of the largest expert; its own if None.
 
     Attributes:
         layouts: of each layer's experts in a group.
@@ -86,7 +87,13 @@ class StagingBuffers:
         tables: of the groups of a layer, on their way to the GPU.
     """
 
-    def __init__(self, routed: Sequence[PackedExperts], num_slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        routed: Sequence[PackedExperts],
+        num_slots: int,
+        device: torch.device,
+        memory: torch.Tensor | None = None,
+    ) -> None:
         self._routed = list(routed)
         most = max(experts.num_experts for experts in routed)
         self.num_groups = min(STAGING_GROUPS, num_slots)
@@ -96,7 +103,9 @@ class StagingBuffers:
         self.layouts = [slot_layout(experts, device, by_matrix=self.group) for experts in routed]
         self.device = device
         size = self.group * max(slot_bytes(experts) for experts in routed)
-        self.arenas = torch.empty(self.num_groups * size, dtype=torch.uint8, device=device).split(size)
+        if memory is None:
+            memory = torch.empty(self.num_groups * size, dtype=torch.uint8, device=device)
+        self.arenas = memory[: self.num_groups * size].split(size)
         self.copies = SideStream(device)
         self._filled = [Mark(device) for _ in range(self.num_groups)]
         self._free = [Mark(device) for _ in range(self.num_groups)]

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Engine", "EngineOptions"]
 
 _LOG = logging.getLogger("moesaic.serving")
+_LENT_SECONDS = 120.0
+"""That contents stay in memory that was lent for them, when nobody uses them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class Engine:
         room = runner.pool.num_blocks * runner.pool.block_size
         self.context_length = room if context_length is None else min(context_length, room)
         self._clock = clock
-        self._cache = PrefixCache(runner.pool) if options.prefix_cache and runner.shares_prefixes else None
+        self._cache = PrefixCache(runner.pool, clock) if options.prefix_cache and runner.shares_prefixes else None
         self._pace = Pace(runner.num_layers, runner.max_chunk, options.slowdown)
         self._scheduler = Scheduler(runner, options.max_running, self._pace, self._cache)
         self._answers: dict[str, list[Answer]] = {}
@@ -154,6 +156,8 @@ class Engine:
 
     def step(self) -> list[tuple[str, Chunk]]:
         """Compute, and return what is new of each request."""
+        if self._cache is not None and self.runner.pool.num_backed > self.runner.pool.num_own:
+            self._cache.forget_lent(_LENT_SECONDS)
         step = self._scheduler.next()
         for refused in step.refused:
             _LOG.error("request %s does not fit into the cache although nothing else runs", _owner(refused).request_id)

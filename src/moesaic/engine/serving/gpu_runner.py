@@ -5,7 +5,7 @@ It only puts `engine.gpu`'s runner behind the scheduler's interface. It needs Tr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -25,12 +25,19 @@ class GpuStepRunner:
         max_batch: most sequences of a step, which goes in batches of the runner's; with recurrent states no more than
             there are.
         max_chunk: most tokens of a prefill, for which the budget of the VRAM has room.
+        on_close: called when it is closed.
 
     Attributes: as `StepRunner`.
     """
 
-    def __init__(self, runner: ModelRunner, max_batch: int = 64, max_chunk: int = PREFILL_CHUNK) -> None:
-        self._runner, decoder = runner, runner.decoder
+    def __init__(
+        self,
+        runner: ModelRunner,
+        max_batch: int = 64,
+        max_chunk: int = PREFILL_CHUNK,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        self._runner, decoder, self._on_close = runner, runner.decoder, on_close
         self.pool, self.states = runner.pool, runner.states
         self.max_batch = max_batch if runner.states is None else min(max_batch, runner.states.num_slots)
         self.max_chunk = max_chunk
@@ -73,6 +80,9 @@ class GpuStepRunner:
 
     def close(self) -> None:
         """As `StepRunner.close`; the model keeps what it needs for `generate()`."""
+        on_close, self._on_close = self._on_close, None
+        if on_close is not None:
+            on_close()
 
 
 class GpuPrefill:

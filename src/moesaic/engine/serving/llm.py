@@ -45,6 +45,8 @@ class LLM:
         prefix_cache: whether beginnings that were computed are kept for later prompts.
         threads: of the kernels; None takes MOESAIC_THREADS or the physical cores.
         offline: take from the hub only what is on this computer.
+        expert_profile: a file from an earlier run, with whose busiest experts the cache of experts on a GPU begins.
+        save_expert_profile: file to which `close` writes how often each expert was chosen.
         progress: of the load: True draws a bar, False is silent, a function is called with (bytes done, bytes in all).
 
     Raises:
@@ -65,6 +67,8 @@ class LLM:
         prefix_cache: bool = True,
         threads: int | None = None,
         offline: bool = False,
+        expert_profile: str | Path | None = None,
+        save_expert_profile: str | Path | None = None,
         progress: Progress = True,
     ) -> None:
         options = ServingOptions(
@@ -78,6 +82,8 @@ class LLM:
             kv_cache=kv_cache,
             max_batch=max_batch,
             prefix_cache=prefix_cache,
+            expert_profile=expert_profile,
+            save_expert_profile=save_expert_profile,
         )
         self._engine: Engine | None = make_engine(model, options, progress)
         self._numbers = count()

@@ -236,11 +236,15 @@ class Scheduler:
         return needed
 
     def _make_room(self, count: int) -> bool:
-        """Whether so many blocks are free, perhaps after forgetting contents that nobody uses."""
-        short = count - self._pool.num_free
-        if short > 0 and self._cache is not None and self._cache.num_idle >= short:
-            self._cache.evict(short)
-        return self._pool.num_free >= count
+        """Whether so many blocks are free, perhaps after forgetting contents that nobody uses.
+
+        They are forgotten rather than that the pool grows at others' cost.
+        """
+        pool, cache = self._pool, self._cache
+        short = count - pool.num_free_backed
+        if short > 0 and cache is not None and cache.num_idle >= count - pool.num_free:
+            cache.evict(short)
+        return pool.num_free >= count
 
     def _growth(self, task: Task, num_tokens: int) -> int:
         """Blocks that a task needs for so many more tokens."""

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from moesaic.engine.auto import AutoTokenizer, parse_vram
+from moesaic.engine.expert_profile import check_profile_use
 from moesaic.engine.loader import Prepared, load, prepare
 from moesaic.engine.packing import Progress
 from moesaic.engine.serving.core import Engine, EngineOptions
@@ -39,10 +41,13 @@ class ServingOptions:
 
     Attributes:
         gguf, tokenizer, plan, vram, threads, offline: as for `AutoModelForCausalLM` and `AutoTokenizer`.
-        context: most tokens of prompt and answer; None: the model's, or what fits. On a GPU, of all requests together.
+        context: most tokens of prompt and answer; None: the model's, or what fits. On a GPU the cache begins with room
+            for so many, of all requests together.
         kv_cache: bytes of the cache on the CPU; None: a quarter of what is free, and at least one `context`.
         max_batch: most answers at once.
         prefix_cache: whether beginnings that were computed are kept.
+        expert_profile: as for `AutoModelForCausalLM`.
+        save_expert_profile: file to which the use of experts is written when the engine is closed.
     """
 
     gguf: str | Path | None = None
@@ -55,6 +60,8 @@ class ServingOptions:
     kv_cache: int | None = None
     max_batch: int = 64
     prefix_cache: bool = True
+    expert_profile: str | Path | None = None
+    save_expert_profile: str | Path | None = None
 
 
 def make_engine(model: str, options: ServingOptions | None = None, progress: Progress = True) -> Engine:
@@ -85,8 +92,11 @@ def make_engine(model: str, options: ServingOptions | None = None, progress: Pro
         context=options.context or DEFAULT_CONTEXT,
         offline=options.offline,
     )
+    if options.save_expert_profile is not None:
+        check_profile_use(prepared.plan, "save expert profile")
     facts = ModelFacts.of(model, prepared)
-    return engine_of(load(prepared, progress=progress), prepared, tokenizer, options, facts)
+    loaded = load(prepared, progress=progress, expert_profile=options.expert_profile)
+    return engine_of(loaded, prepared, tokenizer, options, facts)
 
 
 def engine_of(
@@ -137,7 +147,10 @@ def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tupl
     if hasattr(model, "runner"):
         from moesaic.engine.serving.gpu_runner import GpuStepRunner  # needs Triton
 
-        return GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context)), ""
+        path = options.save_expert_profile
+        on_close = None if path is None else partial(model.save_expert_profile, path)
+        gpu = GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context), on_close)
+        return gpu, model._moesaic_note
     nbytes = _cache_bytes(model, plan, options)
     num_blocks = blocks_in(model, nbytes)
     if num_blocks is not None:

@@ -241,6 +241,14 @@ def test_misses_of_several_sequences_come_to_the_gpu(mode: str) -> None:
     check_together("qwen3_moe", mode, 5, uploads=some_uploads)
 
 
+def test_padding_uses_no_experts() -> None:
+    """What runs before a graph is captured is neither counted as used nor as missing."""
+    runner = on_gpu("qwen3_moe", uploads=some_uploads).runner
+    runner._warm_up(runner._bucket(2), 2, True)
+    assert runner.server.next_request > 1 and not runner.server.uses.any()
+    assert (runner.uploads.statistics().missing, runner.uploads.statistics().brought) == (0, 0)
+
+
 def test_uploads_are_tried_and_steps_stay_right() -> None:
     """Without the interpreter's times, which say nothing: the share that is expected is taken at once."""
     ours = on_gpu("qwen3_moe", ON_GPU, uploads=some_uploads)

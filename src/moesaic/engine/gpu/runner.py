@@ -345,9 +345,7 @@ class ModelRunner:
         if self.options.graphs and device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()  # only one of the graphs runs at a time
             for brings in (False, True)[: 1 if self._uploads_of(size) is None else 2]:
-                self._decode_step(
-                    bucket, self._eager_path(size, brings), brings
-                )  # compiles every kernel; all is padding
+                self._warm_up(bucket, size, brings)
                 torch.cuda.synchronize()
                 path = GraphPath(self.exchange, self.slots, self.positions, self.uploads if brings else None)
                 graph = torch.cuda.CUDAGraph()
@@ -355,6 +353,13 @@ class ModelRunner:
                     self._decode_step(bucket, path, brings)
                 bucket.graphs[brings] = graph
         return bucket
+
+    def _warm_up(self, bucket: _Bucket, size: int, brings: bool) -> None:
+        """Compile and load every kernel of a step, in which all is padding, whose experts do not count as used."""
+        uses = None if self.server is None else self.server.uses.clone()
+        self._decode_step(bucket, self._eager_path(size, brings), brings)
+        if self.server is not None and uses is not None:
+            self.server.uses.copy_(uses)
 
     def _recover(self) -> None:
         """Let the GPU drain and begin to count requests anew."""

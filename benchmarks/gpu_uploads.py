@@ -87,7 +87,8 @@ class Subject:
         self.chosen_at_start = runner.no_uploads or "on"
         staging = runner._staging
         runner.slots, runner._staging = ExpertSlots(), None  # the VRAM is not what this is about
-        runner.uploads = None
+        # No memory moves meanwhile: that would be timed, and staging keeps its own.
+        self.lending, runner.lending, runner.uploads = runner.lending, None, None
         torch.cuda.empty_cache()
         problem = why_not_readable(decoder.routed)
         if problem:

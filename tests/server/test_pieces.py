@@ -1,4 +1,4 @@
-"""Pieces over real sockets, by their short way and without it: the same bytes, no more than a client takes, a clean end."""
+"""Pieces over real sockets, by their short way and without it: the same bytes, no more than a client takes."""
 
 from __future__ import annotations
 

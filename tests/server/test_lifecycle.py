@@ -20,7 +20,7 @@ from moesaic.server import app as app_module
 from moesaic.server import lifecycle as lifecycle_module
 from moesaic.server.lifecycle import Lifecycle, Load
 from moesaic.server.listening import bind, url_of
-from moesaic.server.metrics import Metrics, ObservedEngine
+from moesaic.server.metrics import Metrics
 from moesaic.server.options import Limits, ServerOptions
 from moesaic.server.state import Chat, ModelInfo, ServerState
 
@@ -63,7 +63,7 @@ class Loader:
         await asyncio.sleep(self.seconds)
         if isinstance(engine, Exception):
             raise engine
-        return ServerState(ObservedEngine(engine, metrics), cast(Chat, None), ModelInfo("demo"))
+        return ServerState(engine, cast(Chat, None), ModelInfo("demo"))
 
 
 class Running:
@@ -228,7 +228,7 @@ def test_streams_end_with_an_error_when_the_engine_does() -> None:
     async def load(metrics: Metrics) -> ServerState:
         state, chat = scripted_state()
         chat.engine = DrainingEngine(words=["a", "b", "c", "d"], delay=0.2, fail_after=2)
-        return ServerState(ObservedEngine(chat.engine, metrics), chat, state.model)
+        return ServerState(chat.engine, chat, state.model)
 
     async def test() -> None:
         async with running(load) as server:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import cast
+import time
 
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from tests.engine.serving.fake_runner import FakeRunner
 from tests.server.apps import call, make_app
 from tests.server.fakes import ScriptedEngine
 
-from moesaic.engine.serving.interface import EngineClient, EngineStats
+from moesaic.engine.serving.async_engine import AsyncEngine
+from moesaic.engine.serving.core import Engine
+from moesaic.engine.serving.interface import EngineStats
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.server.metrics import Metrics, ObservedEngine
+from moesaic.server.metrics import Metrics
 
 
 def samples(text: str) -> dict[str, float]:
@@ -73,30 +77,42 @@ def test_counts_of_the_engine() -> None:
 
 def test_times_of_tokens() -> None:
     metrics = Metrics()
-    engine = ObservedEngine(cast(EngineClient, ScriptedEngine(words=["a", "b", "c"], delay=0.03)), metrics)
 
     async def ask() -> int:
-        return len([chunk async for chunk in engine.generate([1], SamplingParams(n=2))])
+        engine = AsyncEngine(lambda: Engine(FakeRunner(), None), times=metrics)
+        engine.start()
+        await engine.wait_ready()
+        asked = time.perf_counter()
+        pieces = [piece async for piece in engine.generate([1], SamplingParams(temperature=0, max_tokens=6, n=2))]
+        seconds = time.perf_counter() - asked
+        await engine.close()
+        found = samples(metrics.text().decode())
+        names = ("time_to_first_token", "inter_token")
+        sums = [found[f"moesaic_{name}_seconds_sum"] for name in names]
+        assert 0 < sums[0] / 2 + sums[1] / 2 <= seconds + 1e-3  # of two answers side by side
+        assert [found[f"moesaic_{name}_seconds_count"] for name in names] == [2, 10]
+        return len(pieces)
 
-    assert asyncio.run(ask()) == 6
-    found = samples(metrics.text().decode())
-    assert found["moesaic_time_to_first_token_seconds_count"] == 2
-    assert 0.09 <= found["moesaic_time_to_first_token_seconds_sum"] < 0.2  # 0.03 of the first, 0.06 of the second
-    assert found["moesaic_inter_token_seconds_count"] == 4
-    assert 0.24 <= found["moesaic_inter_token_seconds_sum"] < 0.5
+    assert asyncio.run(ask()) == 12
 
 
-def test_an_observed_engine_is_cancelled_as_any() -> None:
-    script = ScriptedEngine(words=["a"] * 10)
-    engine = ObservedEngine(cast(EngineClient, script), Metrics())
+def test_times_are_in_the_buckets_that_prometheus_would_choose() -> None:
+    metrics, oracle = Metrics(), CollectorRegistry()
+    bounds = [float(each) for each in re.findall(r'moesaic_inter_token_seconds_bucket{le="([0-9.]+)"}', text(metrics))]
+    histogram = Histogram("moesaic_inter_token_seconds", "x", buckets=bounds, registry=oracle)
+    assert len(bounds) == 15
+    for seconds in (0.0, 0.001, 0.002, 0.0020001, 0.03, 0.4, 5.0, 5.1, 100.0):
+        metrics.next_token(seconds)
+        histogram.observe(seconds)
 
-    async def leave() -> None:
-        pieces = engine.generate([1], SamplingParams())
-        await anext(pieces)
-        await pieces.aclose()  # type: ignore[attr-defined]
+    def lines(of: str) -> list[str]:
+        return [line for line in of.splitlines() if line.startswith("moesaic_inter") and "_created" not in line]
 
-    asyncio.run(leave())
-    assert script.cancelled == 1
+    assert lines(text(metrics)) == lines(generate_latest(oracle).decode())
+
+
+def text(metrics: Metrics) -> str:
+    return metrics.text().decode()
 
 
 def test_applications_share_no_counts() -> None:

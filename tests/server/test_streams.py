@@ -12,7 +12,7 @@ from starlette.requests import Request
 
 from moesaic.errors import EngineDeadError, OverloadedError
 from moesaic.server.errors import ApiError
-from moesaic.server.streams import Answer, StreamedResponse, closing, error_in_stream, while_connected
+from moesaic.server.streams import Answer, Form, StreamedResponse, closing, error_in_stream, while_connected
 
 Message = MutableMapping[str, Any]
 
@@ -87,6 +87,10 @@ def as_bytes(answer: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
                 yield piece
 
     return pieces()
+
+
+def form(silence: bytes = b"", every: float = 10.0) -> Form[bytes]:
+    return Form(lambda piece: piece, lambda error: error.message.encode(), silence, every)
 
 
 def test_an_answer_gives_all_pieces_in_order() -> None:
@@ -184,7 +188,7 @@ def test_work_is_done_while_the_client_is_there() -> None:
 def test_a_response_sends_pieces_and_an_end() -> None:
     async def test(connection: Connection) -> None:
         pieces = Pieces([b"a", b"b"])
-        response = StreamedResponse(as_bytes(pieces), "application/x-ndjson", {"x-more": "1"})
+        response = StreamedResponse(as_bytes(pieces), "application/x-ndjson", form(), {"x-more": "1"})
         await response({"type": "http"}, connection.receive, connection.send)
         start, *bodies = connection.sent
         headers = dict(start["headers"])
@@ -204,7 +208,7 @@ def test_silence_is_broken_only_where_it_is_silent() -> None:
         for wait, expected in ((0.0, b"ab"), (0.15, None)):
             connection.sent.clear()
             pieces = Pieces([b"a", b"b"], wait)
-            response = StreamedResponse(as_bytes(pieces), "text/event-stream", silence=b".", every=0.04)
+            response = StreamedResponse(as_bytes(pieces), "text/event-stream", form(b".", 0.04))
             await response({"type": "http"}, connection.receive, connection.send)
             body = connection.body
             assert body.replace(b".", b"") == b"ab"
@@ -222,7 +226,7 @@ def test_a_client_that_leaves_in_the_middle(stuck: bool) -> None:
     async def test(connection: Connection) -> None:
         pieces = Pieces([b"a"] * 10_000, wait=0.005)
         answer = await Answer.begin(connection.request, pieces)
-        response = StreamedResponse(as_bytes(answer), "text/event-stream", silence=b".", answer=answer)
+        response = StreamedResponse(as_bytes(answer), "text/event-stream", form(b"."), answer=answer)
         loop = asyncio.get_running_loop()
         loop.call_later(0.03, setattr, connection, "stuck", stuck)
         loop.call_later(0.06, connection.left.set)
@@ -238,7 +242,7 @@ def test_an_answer_of_which_nothing_was_sent_is_closed() -> None:
     async def test(connection: Connection) -> None:
         pieces = Pieces([b"a"], wait=60)
         answer = await Answer.begin(connection.request, pieces, patience=0.001)
-        response = StreamedResponse(as_bytes(answer), "text/event-stream", answer=answer)
+        response = StreamedResponse(as_bytes(answer), "text/event-stream", form(), answer=answer)
         connection.stuck = True  # so that not even the first piece is asked for
         asyncio.get_running_loop().call_later(0.02, connection.left.set)
         await response({"type": "http"}, connection.receive, connection.send)

@@ -45,7 +45,9 @@ class Answer:
 
     def feed(self, chunk: Chunk) -> Iterator[Event]:
         """The events of the next piece; after the last one, `Finished`."""
-        self._note(chunk)
+        if chunk.logprobs:
+            self._note(chunk)
+        self._fed += len(chunk.text)
         yield from self._events(self.parser.feed(chunk.text))
         if chunk.finish_reason is None:
             return
@@ -59,9 +61,8 @@ class Answer:
         sizes = [len(entry.raw.decode("utf-8", "ignore")) for entry in chunk.logprobs]
         exact = sum(sizes) == len(chunk.text)
         end = self._fed
-        self._fed += len(chunk.text)
         for size, entry in zip(sizes, chunk.logprobs, strict=True):
-            end = end + size if exact else self._fed
+            end = end + size if exact else self._fed + len(chunk.text)
             self._logprobs.append((end, entry))
 
     def _events(self, pieces: list[Piece]) -> Iterator[Event]:

@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moesaic.errors import ConfigError
 from moesaic.server.options import ServerOptions
+from moesaic.server.pieces import WithPieces
 
 __all__ = ["WebServer", "bind", "make_web_server", "url_of"]
 
@@ -80,7 +81,7 @@ class WebServer(uvicorn.Server):
 def make_web_server(app: ASGIApp, options: ServerOptions) -> WebServer:
     """Uvicorn for an application, with the limits that only it can keep to."""
     config = uvicorn.Config(
-        app,
+        WithPieces(app),
         http=_Protocol,
         ws="none",
         lifespan="off",

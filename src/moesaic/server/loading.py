@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moesaic.engine.serving.interface import EngineClient
 from moesaic.errors import EngineDeadError
-from moesaic.server.metrics import Metrics, ObservedEngine
+from moesaic.server.metrics import Metrics
 from moesaic.server.state import ModelInfo, ServerState
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def loader(options: ModelOptions) -> Load:
                 failures.append(error)
                 raise
 
-        client = AsyncEngine(make) if options.max_waiting is None else AsyncEngine(make, options.max_waiting)
+        make_client = partial(AsyncEngine, make, times=metrics)
+        client = make_client() if options.max_waiting is None else make_client(max_waiting=options.max_waiting)
         client.start()
         try:
             engine = await client.wait_ready()
@@ -77,7 +80,7 @@ def loader(options: ModelOptions) -> Load:
             if failures:  # an error of loading says more than that there is no engine
                 raise failures[0] from None
             raise
-        return await asyncio.to_thread(_make_state, options, ObservedEngine(client, metrics), engine)
+        return await asyncio.to_thread(_make_state, options, client, engine)
 
     return load
 
@@ -89,7 +92,7 @@ def _make_engine(options: ModelOptions) -> Engine:
     return make_engine(options.model, ServingOptions(**dict(options.serving)), options.progress)
 
 
-def _make_state(options: ModelOptions, client: ObservedEngine, engine: Engine) -> ServerState:
+def _make_state(options: ModelOptions, client: EngineClient, engine: Engine) -> ServerState:
     from moesaic.server.chat import ChatService
 
     template, facts = engine.tokenizer.chat_template, engine.facts

@@ -1,25 +1,22 @@
 """Counts and times of a server for Prometheus, in a registry of its own.
 
-Requests are counted by the middleware, times between tokens where an engine's pieces pass by; what the engine counts
-itself is asked for when somebody looks. It knows nothing of what is in a request.
+Requests are counted by the middleware; an engine tells when tokens come, and what it counts itself is asked for when
+somebody looks. It knows nothing of what is in a request.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from contextlib import aclosing
-from typing import cast
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from moesaic.engine.serving.interface import EngineClient, EngineStats, EngineStatus
-from moesaic.engine.serving.outputs import Chunk
-from moesaic.engine.serving.params import SamplingParams
+from moesaic.engine.serving.interface import EngineClient
 
-__all__ = ["Metrics", "ObservedEngine"]
+__all__ = ["Metrics"]
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _BETWEEN_TOKENS = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2, 5)
@@ -28,20 +25,26 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "OPTIONS"})
 
 
 class Metrics:
-    """Of one application."""
+    """Of one application; also what an `AsyncEngine` tells the times of tokens."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "moesaic_requests", "Requests answered", ["method", "route", "status"], registry=self._registry
         )
-        self._seconds = self._histogram("request_seconds", "Time to the end of an answer", _REQUEST, ["route"])
-        self._first = self._histogram("time_to_first_token_seconds", "Time to an answer's first token", _FIRST_TOKEN)
-        self._between = self._histogram("inter_token_seconds", "Time between pieces of an answer", _BETWEEN_TOKENS)
+        self._seconds = Histogram(
+            "moesaic_request_seconds",
+            "Time to the end of an answer",
+            ["route"],
+            buckets=_REQUEST,
+            registry=self._registry,
+        )
+        first = _Times("time_to_first_token_seconds", "Time to an answer's first token", _FIRST_TOKEN)
+        between = _Times("inter_token_seconds", "Time between pieces of an answer", _BETWEEN_TOKENS)
+        self.first_token, self.next_token = first.observe, between.observe
+        for times in (first, between):
+            self._registry.register(times)
         ProcessCollector(registry=self._registry)
-
-    def _histogram(self, name: str, help_text: str, buckets: Sequence[float], labels: Sequence[str] = ()) -> Histogram:
-        return Histogram(f"moesaic_{name}", help_text, labels, buckets=buckets, registry=self._registry)
 
     def watch(self, engine: Callable[[], EngineClient | None]) -> None:
         """Report the counts of the engine that the function gives when they are asked for."""
@@ -53,70 +56,29 @@ class Metrics:
         self._requests.labels(method if method in _METHODS else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def first_token(self, seconds: float) -> None:
-        """An answer's first token has come."""
-        self._first.observe(seconds)
-
-    def next_token(self, seconds: float) -> None:
-        """A further piece of an answer has come, so long after the one before."""
-        self._between.observe(seconds)
-
     def text(self) -> bytes:
         """All of it in Prometheus's text format."""
         return generate_latest(self._registry)
 
 
-class ObservedEngine:
-    """An engine whose pieces are timed as they pass by."""
+class _Times(Collector):
+    """A histogram for what happens once per token: only one thread observes, so that nothing is locked."""
 
-    def __init__(self, engine: EngineClient, metrics: Metrics) -> None:
-        self._engine = engine
-        self._metrics = metrics
+    def __init__(self, name: str, help_text: str, bounds: Sequence[float]) -> None:
+        self._name, self._help, self._bounds = f"moesaic_{name}", help_text, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
 
-    @property
-    def status(self) -> EngineStatus:
-        """As the engine's."""
-        return self._engine.status
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self._bounds, seconds)] += 1
+        self._sum += seconds
 
-    @property
-    def error(self) -> str | None:
-        """As the engine's."""
-        return self._engine.error
-
-    @property
-    def context_length(self) -> int:
-        """As the engine's."""
-        return self._engine.context_length
-
-    async def generate(
-        self, prompt_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[Chunk]:
-        """As the engine's."""
-        before: dict[int, float] = {}
-        started = time.perf_counter()
-        pieces = cast("AsyncGenerator[Chunk]", self._engine.generate(prompt_ids, params, request_id=request_id))
-        async with aclosing(pieces):
-            async for chunk in pieces:
-                if chunk.token_ids:
-                    now = time.perf_counter()
-                    if chunk.index in before:
-                        self._metrics.next_token(now - before[chunk.index])
-                    else:
-                        self._metrics.first_token(now - started)
-                    before[chunk.index] = now
-                yield chunk
-
-    def stats(self) -> EngineStats:
-        """As the engine's."""
-        return self._engine.stats()
-
-    async def drain(self, timeout: float) -> bool:
-        """As the engine's."""
-        return await self._engine.drain(timeout)
-
-    async def close(self) -> None:
-        """As the engine's."""
-        await self._engine.close()
+    def collect(self) -> Iterator[Metric]:
+        """A snapshot."""
+        bounds = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        yield HistogramMetricFamily(self._name, self._help, buckets, self._sum)
 
 
 class _EngineCollector(Collector):

@@ -6,14 +6,14 @@ keep the connection open. It does not know what the events mean.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
 from moesaic.server.errors import ApiError
-from moesaic.server.streams import Answer, StreamedResponse, closing, error_in_stream
+from moesaic.server.streams import Answer, Form, StreamedResponse
 
 __all__ = ["DONE", "MEDIA_TYPE", "event", "event_stream"]
 
@@ -41,7 +41,7 @@ def event(data: Any, name: str | None = None) -> bytes:
 
 async def event_stream(
     request: Request, pieces: AsyncIterator[bytes], failed: Callable[[ApiError], bytes]
-) -> StreamedResponse:
+) -> StreamedResponse[bytes]:
     """The response that sends `pieces`.
 
     Args:
@@ -54,13 +54,9 @@ async def event_stream(
         ApiError: 499 if the client goes before.
     """
     answer = await Answer.begin(request, pieces, GRACE)
-    return StreamedResponse(_guarded(answer, failed), MEDIA_TYPE, silence=_COMMENT, every=KEEP_ALIVE, answer=answer)
+    form = Form(_as_it_is, failed, _COMMENT, KEEP_ALIVE)
+    return StreamedResponse(answer, MEDIA_TYPE, form, answer=answer)
 
 
-async def _guarded(pieces: Answer[bytes], failed: Callable[[ApiError], bytes]) -> AsyncGenerator[bytes, None]:
-    async with closing(pieces):
-        try:
-            async for piece in pieces:
-                yield piece
-        except Exception as error:
-            yield failed(error_in_stream(error))
+def _as_it_is(piece: bytes) -> bytes:
+    return piece

@@ -1,6 +1,7 @@
 """Answers that take long: begun before anything is sent, given up when the client goes away, and always closed.
 
-It does not know what the pieces of an answer are, nor in which form they are sent.
+It does not know what the pieces of an answer are, nor in which form they are sent. There is a piece per token and
+stream, so nothing lies between an iterator of pieces and the connection that need not be there.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
@@ -17,8 +19,9 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from moesaic.server.errors import ApiError, to_api_error
+from moesaic.server.pieces import PIECES, WritePiece
 
-__all__ = ["Answer", "StreamedResponse", "closing", "error_in_stream", "while_connected"]
+__all__ = ["Answer", "Form", "StreamedResponse", "closing", "error_in_stream", "while_connected"]
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -99,11 +102,12 @@ class Answer(Generic[T]):
     def __aiter__(self) -> Answer[T]:
         return self
 
-    async def __anext__(self) -> T:
-        if self._first is None:
-            return await anext(self._pieces)
+    def __anext__(self) -> Awaitable[T]:
+        return anext(self._pieces) if self._first is None else self._take_first(self._first)
+
+    async def _take_first(self, first: asyncio.Future[T]) -> T:
         try:
-            return await self._first
+            return await first
         finally:
             self._first = None
 
@@ -116,40 +120,53 @@ class Answer(Generic[T]):
             pass
 
 
-class StreamedResponse(StreamingResponse):
-    """Pieces of bytes as they come; at the end, and when the client goes away, the answer is closed.
+@dataclass(frozen=True, slots=True)
+class Form(Generic[T]):
+    """How a stream is written.
+
+    Attributes:
+        write: makes bytes of a piece.
+        failed: makes the last bytes of a stream that ends with an error.
+        silence: sent again and again while nothing else is, such as a comment; b"" for nothing.
+        every: seconds without a piece after which `silence` is sent.
+    """
+
+    write: Callable[[T], bytes]
+    failed: Callable[[ApiError], bytes]
+    silence: bytes = b""
+    every: float = 10.0
+
+
+class StreamedResponse(StreamingResponse, Generic[T]):
+    """Pieces as they come; at the end, and when the client goes away, the answer is closed.
 
     Args:
         pieces: to send.
         media_type: of the whole.
+        form: how they are written.
         headers: further ones.
-        silence: sent again and again while nothing else is, such as a comment; b"" for nothing.
-        every: seconds without a piece after which `silence` is sent.
         answer: that the pieces are made from; it is closed even if no piece was asked for.
     """
 
     def __init__(
         self,
-        pieces: AsyncGenerator[bytes, None],
+        pieces: AsyncIterator[T],
         media_type: str,
+        form: Form[T],
         headers: Mapping[str, str] | None = None,
-        silence: bytes = b"",
-        every: float = 10.0,
         answer: Answer[Any] | None = None,
     ) -> None:
-        super().__init__(pieces, media_type=media_type, headers={**_NOT_CACHED, **(headers or {})})
-        self._answer = answer
-        self._pieces = pieces
-        self._silence = silence
-        self._every = every
+        super().__init__((), media_type=media_type, headers={**_NOT_CACHED, **(headers or {})})
+        self._pieces, self._form, self._answer = pieces, form, answer
         self._last = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything."""
-        sending = asyncio.ensure_future(self._send(send))
+        write: WritePiece = scope.get("extensions", {}).get(PIECES) or _through(send)
+        sending = asyncio.ensure_future(self._send(send, write))
         others = [asyncio.ensure_future(_disconnected(receive))]
-        if self._silence:
-            others.append(asyncio.ensure_future(self._break_silence(send)))
+        if self._form.silence:
+            others.append(asyncio.ensure_future(self._break_silence(write)))
         try:
             await asyncio.wait({sending, *others}, return_when=asyncio.FIRST_COMPLETED)
             for other in others:
@@ -160,25 +177,42 @@ class StreamedResponse(StreamingResponse):
         finally:
             for task in (*others, sending):
                 await _end(task)
-            await self._pieces.aclose()
+            async with closing(self._pieces):
+                pass
             if self._answer is not None:
                 await self._answer.aclose()  # pieces that were never begun have closed nothing
 
-    async def _send(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
+    async def _send(self, send: Send, write: WritePiece) -> None:
+        time = asyncio.get_running_loop().time
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        self._last = loop.time()
-        async for piece in self._pieces:
-            self._last = loop.time()
-            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        self._last = time()
+        form, pieces, ended = self._form, self._pieces, False
+        while not ended:
+            try:
+                written = form.write(await anext(pieces))
+            except StopAsyncIteration:
+                return
+            except Exception as error:
+                written, ended = form.failed(error_in_stream(error)), True
+            self._last = time()
+            await write(written)
 
-    async def _break_silence(self, send: Send) -> None:
-        loop = asyncio.get_running_loop()
+    async def _break_silence(self, write: WritePiece) -> None:
+        loop, silence, every = asyncio.get_running_loop(), self._form.silence, self._form.every
         while True:
-            await asyncio.sleep(max(self._last + self._every - loop.time(), 0.0) if self._last else self._every)
-            if self._last and loop.time() - self._last >= self._every:
+            await asyncio.sleep(max(self._last + every - loop.time(), 0.0) if self._last else every)
+            if self._last and loop.time() - self._last >= every:
                 self._last = loop.time()
-                await send({"type": "http.response.body", "body": self._silence, "more_body": True})
+                await write(silence)
+
+
+def _through(send: Send) -> WritePiece:
+    """Pieces as messages of ASGI, where the web server has no shorter way."""
+
+    async def write(piece: bytes) -> None:
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+
+    return write
 
 
 def error_in_stream(error: Exception) -> ApiError:

@@ -64,6 +64,8 @@ def expected(row: torch.Tensor, filters: Filters) -> np.ndarray:
         Filters(0.6, top_k=20, top_p=0.95),
         Filters(0.8, top_k=300, top_p=0.9, min_p=0.02),
         Filters(0.8, top_p=0.9, min_p=0.1),
+        Filters(1.0, top_p=0.3, min_p=0.01),
+        Filters(1.5, top_p=0.95, min_p=1e-6),
     ],
     ids=str,
 )
@@ -77,7 +79,15 @@ def test_kept_as_in_transformers(vocab_size: int, spread: float, filters: Filter
 
 
 @pytest.mark.parametrize(
-    "filters", [Filters(0.7, top_p=0.95), Filters(1.0, top_p=0.8), Filters(0.7, top_k=20, top_p=0.9)]
+    "filters",
+    [
+        Filters(0.7, top_p=0.95),
+        Filters(1.0, top_p=0.8),
+        Filters(0.7, top_k=20, top_p=0.9),
+        Filters(1.0, top_p=0.7, min_p=0.02),
+        Filters(3.0, top_p=0.6, min_p=0.001),
+        Filters(1.0, top_p=0.999, min_p=0.3),
+    ],
 )
 def test_peaks_above_a_large_vocabulary(filters: Filters) -> None:
     generator = torch.Generator().manual_seed(3)

@@ -1,17 +1,14 @@
 """An engine for an event loop: it runs in a thread of its own, and what a step brings comes back in one call.
 
-The thread sleeps while nothing is asked for. If it ends by an error, everybody who waits is told, and the status says
-so; nothing is restarted here. It knows neither HTTP nor what the engine computes.
+If the engine ends by an error, everybody who waits is told, and the status says so; nothing is restarted here. It knows
+neither HTTP nor what the engine computes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
@@ -19,39 +16,20 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from moesaic.engine.serving.core import Engine
+from moesaic.engine.serving.engine_thread import EngineThread
 from moesaic.engine.serving.interface import EngineStats, EngineStatus
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import EngineDeadError, GenerationError, MoesaicError, OverloadedError, RequestError, TokenizerError
+from moesaic.engine.serving.pending import Pending, TokenTimes
+from moesaic.errors import EngineDeadError, MoesaicError, OverloadedError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from moesaic.engine.serving.grammar_compiler import GrammarCompiler
 
 __all__ = ["AsyncEngine"]
 
-_LOG = logging.getLogger("moesaic.serving")
-_STATS_SECONDS = 0.25
-"""How old a snapshot may be while steps are computed."""
 _RATE_SECONDS = 60.0
 """How far back answers count for how fast they end."""
-
-
-class _Stream:
-    """The pieces of one request that nobody has fetched yet; only for the event loop's thread."""
-
-    def __init__(self, num_answers: int) -> None:
-        self.answers_left = num_answers
-        self.pieces: deque[Chunk] = deque()
-        self.error: MoesaicError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
 
 
 class AsyncEngine:
@@ -63,6 +41,7 @@ class AsyncEngine:
         warm_grammars: prepare for grammars as soon as the model is loaded, in processes beside this one, and not only
             when the first one comes.
         on_end: called in the event loop if the engine ends by an error, with its text; not by `close`.
+        times: told when tokens come, in the event loop.
     """
 
     def __init__(
@@ -71,30 +50,25 @@ class AsyncEngine:
         max_waiting: int = 256,
         on_end: Callable[[str], None] | None = None,
         warm_grammars: bool = False,
+        times: TokenTimes | None = None,
     ) -> None:
-        self._factory, self._max_waiting, self._on_end = factory, max_waiting, on_end
-        self._warm_grammars = warm_grammars
+        self._max_waiting, self._on_end = max_waiting, on_end
+        self._warm_grammars, self._times = warm_grammars, times
         self._status: EngineStatus = "loading"
         self._error: str | None = None
         self._engine: Engine | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
+        self._thread = EngineThread(factory, self)
         self._numbers = count()
-        self._streams: dict[str, _Stream] = {}
+        self._pending: dict[str, Pending] = {}
         self._ready, self._changed = asyncio.Event(), asyncio.Event()
-        self._inbox: deque[Callable[[Engine], None]] = deque()  # for the engine's thread
-        self._wake, self._closing = threading.Event(), False
         self._submitted = 0
-        self._stats = EngineStats()
-        self._stats_at = self._computed_at = time.monotonic()
+        self._stats, self._stats_at = EngineStats(), time.monotonic()
         self._ended: deque[float] = deque(maxlen=64)
         self._compiler: asyncio.Task[GrammarCompiler] | None = None
 
     def start(self) -> None:
         """Begin to load; call it in the event loop that will ask."""
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="moesaic-engine", daemon=True)
-        self._thread.start()
+        self._thread.start(asyncio.get_running_loop())
 
     async def wait_ready(self) -> Engine:
         """The engine, when it is loaded.
@@ -130,6 +104,7 @@ class AsyncEngine:
         request_id: str | None = None,
     ) -> AsyncIterator[Chunk]:
         """As `EngineClient.generate`."""
+        asked = time.perf_counter()
         engine = self._accepting()
         engine.check(prompt_ids, params)
         self._check_load(engine, params.n)
@@ -140,21 +115,22 @@ class AsyncEngine:
             self._accepting()  # much may have happened
             self._check_load(engine, params.n)
         key = f"{request_id or 'request'}-{next(self._numbers)}"  # callers' names need not be unique
-        stream = self._streams[key] = _Stream(params.n)
+        pending = self._pending[key] = Pending(params.n, asked)
+        pieces = pending.pieces
         try:
             self._submitted += params.n
-            self._send(lambda engine: self._add(engine, key, prompt_ids, params, matchers))
-            while stream.answers_left or stream.pieces:
-                while stream.pieces:
-                    yield stream.pieces.popleft()
-                if stream.error is not None:
-                    raise stream.error
-                if stream.answers_left:
-                    await stream.wait()
+            self._thread.add(key, prompt_ids, params, matchers)
+            while pieces or pending.answers_left:
+                while pieces:
+                    yield pieces.popleft()
+                if pending.error is not None:
+                    raise pending.error
+                if pending.answers_left:
+                    await pending.changed()
         finally:
-            self._streams.pop(key, None)
-            if stream.answers_left and stream.error is None:
-                self._send(lambda engine: engine.cancel(key))
+            self._pending.pop(key, None)
+            if pending.answers_left and pending.error is None:
+                self._thread.cancel(key)
             self._changed.set()
 
     def stats(self) -> EngineStats:
@@ -169,22 +145,21 @@ class AsyncEngine:
         if self._status in ("ready", "loading"):
             self._status = "draining"
         deadline = time.monotonic() + timeout
-        while self._streams:
+        while self._pending:
             self._changed.clear()
             try:
                 await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
             except TimeoutError:
-                return not self._streams
+                return not self._pending
         return True
 
     async def close(self) -> None:
         """As `EngineClient`."""
-        self._closing = True
-        self._wake.set()
+        self._thread.stop()
         if self._compiler is not None:
             with contextlib.suppress(TokenizerError):
                 (await self._compiler).close()
-        if self._thread is not None and self._engine is not None:  # who still loads ends when that is done
+        if self._engine is not None:  # who still loads ends when that is done
             await asyncio.to_thread(self._thread.join)
         self._end("it was closed", EngineDeadError("the engine was closed."))
 
@@ -223,71 +198,10 @@ class AsyncEngine:
             return _RATE_SECONDS / 4
         return min(600.0, max(1.0, waiting * (now - recent[0]) / len(recent)))
 
-    def _send(self, command: Callable[[Engine], None]) -> None:
-        self._inbox.append(command)
-        self._wake.set()
+    # What follows is called by the engine's thread, in the event loop.
 
-    # What follows runs in the engine's thread.
-
-    def _run(self) -> None:
-        engine: Engine | None = None
-        try:
-            engine = self._factory()
-            self._call(self._loaded, engine)
-            with engine.running():
-                self._serve(engine)
-        except BaseException as error:
-            self._call(self._die, "".join(traceback.format_exception(error)))
-        finally:
-            if engine is not None:
-                try:
-                    engine.close()
-                except Exception:
-                    _LOG.exception("the engine could not be closed")
-
-    def _serve(self, engine: Engine) -> None:
-        while not self._closing:
-            while self._inbox:
-                self._inbox.popleft()(engine)
-            if engine.has_work:
-                self._deliver(engine, engine.step())
-            else:
-                self._call(self._note_stats, engine.stats())
-                self._wake.wait()
-                self._wake.clear()
-
-    def _add(
-        self, engine: Engine, key: str, prompt_ids: Sequence[int], params: SamplingParams, matchers: Sequence[Any]
-    ) -> None:
-        error: MoesaicError | None = None
-        try:
-            engine.add(key, prompt_ids, params, matchers)
-        except MoesaicError as problem:
-            error = problem
-        except Exception:  # one request is not worth the engine
-            _LOG.exception("request %s cannot be begun", key)
-            error = GenerationError("the request cannot be answered.")
-        self._call(self._taken, key, params.n, error)
-
-    def _deliver(self, engine: Engine, pieces: list[tuple[str, Chunk]]) -> None:
-        now = time.monotonic()
-        if now - self._computed_at > _STATS_SECONDS:
-            self._computed_at = now
-            self._call(self._note_stats, engine.stats())
-        if pieces:
-            self._call(self._receive, pieces)
-
-    def _call(self, function: Callable[..., None], *args: Any) -> None:
-        """Have the event loop call a function, unless it has ended."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(function, *args)
-        except RuntimeError:
-            self._closing = True
-
-    # What follows runs in the event loop.
-
-    def _loaded(self, engine: Engine) -> None:
+    def on_loaded(self, engine: Engine) -> None:
+        """As `EngineListener`."""
         self._engine = engine
         if self._status == "loading":
             self._status = "ready"
@@ -295,30 +209,29 @@ class AsyncEngine:
                 self._start_compiler(engine)
         self._ready.set()
 
-    def _taken(self, key: str, num_answers: int, error: MoesaicError | None) -> None:
+    def on_taken(self, key: str, num_answers: int, error: MoesaicError | None) -> None:
+        """As `EngineListener`."""
         self._submitted -= num_answers
-        stream = self._streams.get(key)
-        if error is not None and stream is not None:
-            stream.error = error
-            stream.wake()
+        pending = self._pending.get(key)
+        if error is not None and pending is not None:
+            pending.fail(error)
 
-    def _note_stats(self, stats: EngineStats) -> None:
+    def on_stats(self, stats: EngineStats) -> None:
+        """As `EngineListener`."""
         self._stats, self._stats_at = stats, time.monotonic()
 
-    def _receive(self, pieces: list[tuple[str, Chunk]]) -> None:
-        """What one step brought."""
-        streams = self._streams
+    def on_step(self, pieces: list[tuple[str, Chunk]]) -> None:
+        """As `EngineListener`."""
+        pending, times, now = self._pending, self._times, time.perf_counter()
         for key, chunk in pieces:
-            stream = streams.get(key)
             if chunk.finish_reason is not None:
                 self._ended.append(time.monotonic())
-                if stream is not None:
-                    stream.answers_left -= 1
-            if stream is not None:
-                stream.pieces.append(chunk)
-                stream.wake()
+            request = pending.get(key)
+            if request is not None:
+                request.add(chunk, now, times)
 
-    def _die(self, text: str) -> None:
+    def on_death(self, text: str) -> None:
+        """As `EngineListener`."""
         if self._status == "dead":
             return
         self._end(text, EngineDeadError("the engine has ended by an error."))
@@ -329,9 +242,8 @@ class AsyncEngine:
         if self._status == "dead":
             return
         self._status, self._error = "dead", text
-        for stream in self._streams.values():
-            stream.error = error
-            stream.wake()
+        for pending in self._pending.values():
+            pending.fail(error)
         self._ready.set()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,15 +84,9 @@ def kept(row: Floats, filters: Filters) -> tuple[Ids | None, Weights]:
         ids, weights = _nucleus(top, _weights(row[top], peak, filters.temperature), filters.top_p)
     elif filters.top_p < 1:
         near = _near_nucleus(row, peak, filters)
-        if near is not None:
-            ids, weights = near
-        else:
-            every, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
-            ids, weights = _nucleus(every, _weights(values, peak, filters.temperature), filters.top_p)
+        ids, weights = _far_nucleus(row, peak, filters) if near is None else near
     else:
-        # Of what min-p keeps a little more, as the exact comparison follows.
-        reach = math.log(row.size / _REST) if filters.min_p == 0 else 1e-3 - math.log(filters.min_p)
-        ids, values = _above(row, peak, reach * filters.temperature)
+        ids, values = _above(row, peak, _reach(row, filters))
         weights = _weights(values, peak, filters.temperature)
     if filters.min_p > 0:
         likely = np.flatnonzero(weights >= filters.min_p)  # the likeliest one's weight is 1
@@ -126,6 +121,12 @@ def _weights(values: Floats, peak: np.float32, temperature: float) -> Weights:
     return np.exp(weights, out=weights)
 
 
+def _reach(row: Floats, filters: Filters) -> float:
+    """How far below the peak tokens matter: with min-p a little more than it keeps, as the exact comparison follows."""
+    least = math.log(row.size / _REST) if filters.min_p == 0 else 1e-3 - math.log(filters.min_p)
+    return least * filters.temperature
+
+
 def _above(row: Floats, peak: np.float32, reach: float) -> tuple[Ids | None, Floats]:
     """Ids and values that are at most `reach` below the peak; if these are most of them, all (None: all ids)."""
     mask = row >= peak - np.float32(reach)
@@ -152,12 +153,26 @@ def _near_nucleus(row: Floats, peak: np.float32, filters: Filters) -> tuple[Ids,
     ids = np.flatnonzero(mask)
     weights = _weights(row[ids], peak, filters.temperature)
     # Whether it is the same, however much weight up to `_UNSEEN` there is beside these.
-    sums = np.cumsum(np.sort(weights)[::-1], dtype=np.float64)
+    falling = np.sort(weights)[::-1]
+    sums = np.cumsum(falling, dtype=np.float64)
     least, most = np.searchsorted(sums, [filters.top_p * sums[-1], filters.top_p * (sums[-1] + _UNSEEN)])
     if least != most:
         return None
-    kept_ids, kept_weights = _nucleus(ids, weights, filters.top_p)
-    return (ids if kept_ids is None else kept_ids), kept_weights
+    chosen = _first_of(weights, falling, int(least) + 1)
+    return ids[chosen], weights[chosen]
+
+
+def _far_nucleus(row: Floats, peak: np.float32, filters: Filters) -> tuple[Ids | None, Weights]:
+    """Top-p over the whole vocabulary. Only what min-p keeps is put in order; all there is counts for the whole."""
+    every, values = _above(row, peak, math.log(row.size / _REST) * filters.temperature)
+    weights = _weights(values, peak, filters.temperature)
+    if filters.min_p == 0:
+        return _nucleus(every, weights, filters.top_p)
+    mass = filters.top_p * float(_block_sums(weights)[-1])
+    ids, values = _above(row, peak, _reach(row, filters))
+    weights = _weights(values, peak, filters.temperature)
+    chosen = _until(weights, mass)
+    return (chosen if ids is None else ids[chosen]), weights[chosen]
 
 
 def _draw_until_in_nucleus(
@@ -172,7 +187,7 @@ def _draw_until_in_nucleus(
     mass = filters.top_p * float(sums[-1])
     for attempt in range(_ATTEMPTS):
         token = _position(weights, noise(attempt), sums)
-        before = float((weights * (weights > weights[token])).sum())
+        before = float(weights[weights > weights[token]].sum())
         before += float(weights[token]) * np.count_nonzero(weights[:token] == weights[token])
         if before < mass:
             return token
@@ -187,15 +202,26 @@ def _nucleus(ids: Ids | None, weights: Weights, top_p: float) -> tuple[Ids | Non
     # So many weights below this cannot make up what may be cut off: all of them are cut off.
     floor = total * (1 - top_p) / weights.size * (1 - 1e-5)
     some = np.flatnonzero(weights >= floor)
-    candidates = weights[some]
-    falling = np.sort(candidates)[::-1]
-    count = min(int(np.searchsorted(np.cumsum(falling, dtype=np.float64), top_p * total)) + 1, falling.size)
+    chosen = some[_until(weights[some], top_p * total)]
+    return (chosen if ids is None else ids[chosen]), weights[chosen]
+
+
+def _until(weights: Weights, mass: float) -> Ids:
+    """Where those are before which, by falling weight, less than `mass` comes, ascending."""
+    falling = np.sort(weights)[::-1]
+    count = int(np.searchsorted(np.cumsum(falling, dtype=np.float64), mass)) + 1
+    return _first_of(weights, falling, count)
+
+
+def _first_of(weights: Weights, falling: NDArray[Any], count: int) -> Ids:
+    """Where the `count` largest weights are (of equal ones the first), ascending; `falling`: all of them in order."""
+    count = min(count, falling.size)
     last = falling[count - 1]
-    chosen = np.flatnonzero(candidates >= last)
-    if chosen.size > count:  # of equal ones the first
-        equal = np.flatnonzero(candidates[chosen] == last)
+    chosen = np.flatnonzero(weights >= last)
+    if chosen.size > count:
+        equal = np.flatnonzero(weights[chosen] == last)
         chosen = np.delete(chosen, equal[count - chosen.size :])
-    return (some[chosen] if ids is None else ids[some[chosen]]), candidates[chosen]
+    return chosen
 
 
 def _position(weights: Weights, noise: float, sums: Doubles | None = None) -> int:

@@ -21,6 +21,7 @@ from moesaic.engine.serving.params import SamplingParams
 from moesaic.errors import MoesaicError
 from moesaic.server.bench.local import local_server
 from moesaic.server.bench.paced import PacedRunner
+from moesaic.server.metrics import Metrics
 
 __all__ = ["Latency", "measure_latency"]
 
@@ -75,16 +76,18 @@ async def measure_latency(streams: int = 64, step_seconds: float = 0.05, steps: 
         MoesaicError: the client failed.
     """
     runner = PacedRunner(step_seconds, 8 * steps + 64, streams, len(_PROMPT) + steps)
+    metrics = Metrics()
     engine = AsyncEngine(
         lambda: Engine(runner, None, GenerationDefaults(), options=EngineOptions(max_running=streams)),
         max_waiting=2 * streams,
+        times=metrics,
     )
     engine.start()
     try:
         await engine.wait_ready()
         arrivals = await asyncio.gather(*(_direct(engine, steps) for _ in range(streams)))
         direct = _milliseconds([each for stream in arrivals for each in stream], runner, steps)
-        async with local_server(engine, _NAME) as url:
+        async with local_server(engine, _NAME, metrics=metrics) as url:
             before = time.thread_time()
             http = _milliseconds(await _through_http(url, streams, steps), runner, steps)
             in_loop = time.thread_time() - before

@@ -17,7 +17,7 @@ from moesaic.errors import RequestError
 from moesaic.server.app import build_app
 from moesaic.server.conversation import ChatRequest, Event
 from moesaic.server.listening import bind, make_web_server, url_of
-from moesaic.server.metrics import Metrics, ObservedEngine
+from moesaic.server.metrics import Metrics
 from moesaic.server.options import ServerOptions
 from moesaic.server.state import ModelInfo, ServerState
 
@@ -83,7 +83,10 @@ class IdChat:
 
 @asynccontextmanager
 async def local_server(
-    engine: EngineClient, name: str, text_of: Callable[[Sequence[int]], str] | None = None
+    engine: EngineClient,
+    name: str,
+    text_of: Callable[[Sequence[int]], str] | None = None,
+    metrics: Metrics | None = None,
 ) -> AsyncIterator[str]:
     """Serve an engine that is ready; gives the URL.
 
@@ -91,10 +94,10 @@ async def local_server(
         engine: that answers; it is not closed.
         name: of the model.
         text_of: as for `IdChat`.
+        metrics: that the engine tells its times.
     """
-    options, metrics = ServerOptions(port=0), Metrics()
-    observed = ObservedEngine(engine, metrics)
-    state = ServerState(observed, IdChat(observed, text_of), ModelInfo(name, context_length=engine.context_length))
+    options = ServerOptions(port=0)
+    state = ServerState(engine, IdChat(engine, text_of), ModelInfo(name, context_length=engine.context_length))
     listener = bind(options.host, options.port)
     web = make_web_server(build_app(state, options, metrics=metrics), options)
     serving = asyncio.create_task(web.serve(sockets=[listener]))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -96,10 +97,11 @@ async def reasoning_tokens(chat: Chat, pieces: list[str]) -> int:
         return len(pieces)
 
 
+@asynccontextmanager
 async def events_of(
     chat: Chat, request: ChatRequest, identity: str, names: Mapping[str, str]
-) -> AsyncGenerator[Event, None]:
-    """The events of a conversation's answers; closing it cancels.
+) -> AsyncGenerator[AsyncIterator[Event], None]:
+    """The events of a conversation's answers; leaving cancels.
 
     Args:
         chat: answers.
@@ -109,8 +111,7 @@ async def events_of(
     """
     try:
         async with closing(chat.chat(request, identity)) as events:
-            async for each in events:
-                yield each
+            yield events
     except RequestError as error:
         name = names.get(error.param or "")
         if name is None:

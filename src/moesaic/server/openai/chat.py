@@ -36,7 +36,7 @@ from moesaic.server.openai.usage import make_usage
 from moesaic.server.operation import Operation
 from moesaic.server.sse import DONE, event, event_stream
 from moesaic.server.state import ServerState, state_of
-from moesaic.server.streams import closing, while_connected
+from moesaic.server.streams import while_connected
 from moesaic.server.timings import make_timings
 
 __all__ = ["OPERATIONS"]
@@ -62,7 +62,7 @@ async def _whole(state: ServerState, body: ChatBody, asked: ChatRequest) -> Chat
     """All answers, when they are complete."""
     identity, created = new_id("chatcmpl-"), int(time.time())
     answers = [WholeAnswer() for _ in range(asked.params.n)]
-    async with closing(events_of(state.chat, asked, identity, _NAMES)) as events:
+    async with events_of(state.chat, asked, identity, _NAMES) as events:
         async for each in events:
             answers[each.choice].add(each)
     choices = [_choice(index, answer, bool(body.logprobs)) for index, answer in enumerate(answers)]
@@ -115,7 +115,7 @@ async def _pieces(state: ServerState, model: str, asked: ChatRequest, usage: boo
     begun: set[int] = set()
     thoughts: defaultdict[int, list[str]] = defaultdict(list)
     ended: list[Finished] = []
-    async with closing(events_of(state.chat, asked, chunk.id, _NAMES)) as events:
+    async with events_of(state.chat, asked, chunk.id, _NAMES) as events:
         async for each in events:
             if each.choice not in begun:
                 begun.add(each.choice)

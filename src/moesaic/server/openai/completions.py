@@ -67,6 +67,8 @@ class _Asked:
         self.params = _params(body, len(self.prompts))
         self.before = [_text(state.chat, prompt) if body.echo else "" for prompt in self.prompts]
         self.stats: list[list[RequestStats]] = [[] for _ in self.prompts]
+        self.begun: set[int] = set()  # answers
+        self.ended = 0
         self.offsets = [Offsets() for _ in range(self.count)]
         self.answer = Completion(
             id=new_id("cmpl-"),
@@ -84,8 +86,9 @@ class _Asked:
     async def whole(self) -> Completion:
         """All answers, when they are complete."""
         every = [CompletionChoice(index=index, text="") for index in range(self.count)]
-        async with closing(self._choices()) as choices:
-            async for piece in choices:
+        async with closing(self._chunks()) as chunks:
+            async for prompt, chunk in chunks:
+                piece = self._choice(prompt, chunk)
                 _append(every[piece.index], piece)
         self._complete()
         self.answer.choices = every
@@ -96,9 +99,10 @@ class _Asked:
         """Answers in pieces; counts and times with the last."""
         usage = self.body.stream_options is not None and bool(self.body.stream_options.include_usage)
         self.answer.usage = None if usage else UNSET
-        async with closing(self._choices()) as choices:
-            async for piece in choices:
-                if self._ended() == self.count:
+        async with closing(self._chunks()) as chunks:
+            async for prompt, chunk in chunks:
+                piece = self._choice(prompt, chunk)
+                if self.ended == self.count:
                     self.answer.timings = make_timings(self.stats)
                 if piece.text or piece.logprobs is not None or piece.finish_reason is not None:
                     self.answer.choices = [piece]
@@ -109,32 +113,26 @@ class _Asked:
             yield event(self.answer)
         yield DONE
 
-    def _ended(self) -> int:
-        return sum(len(each) for each in self.stats)
-
     def _complete(self) -> None:
-        if self._ended() < self.count:
+        if self.ended < self.count:
             completed(None)
 
-    async def _choices(self) -> AsyncGenerator[CompletionChoice, None]:
-        """Pieces of all answers as they come."""
-        begun: set[int] = set()
-        streams = [
-            self.state.chat.complete(prompt, self.params, f"{self.answer.id}-{index}")
-            for index, prompt in enumerate(self.prompts)
-        ]
-        async with closing(merged(streams)) as chunks:
-            async for prompt, chunk in chunks:
-                piece = self._choice(prompt, chunk)
-                if piece.index not in begun:
-                    begun.add(piece.index)
-                    piece.text = self.before[prompt] + piece.text
-                yield piece
+    def _chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """What comes of all prompts, each with the prompt's number."""
+        return merged(
+            [
+                self.state.chat.complete(prompt, self.params, f"{self.answer.id}-{index}")
+                for index, prompt in enumerate(self.prompts)
+            ]
+        )
 
     def _choice(self, prompt: int, chunk: Chunk) -> CompletionChoice:
         """A piece of an answer in the API's form."""
         index = prompt * self.params.n + chunk.index
         choice = CompletionChoice(index=index, text=chunk.text)
+        if index not in self.begun:
+            self.begun.add(index)
+            choice.text = self.before[prompt] + chunk.text
         if self.params.logprobs is not None and chunk.logprobs:
             choice.logprobs = self.offsets[index].add(chunk.logprobs)
         if chunk.finish_reason is not None:
@@ -142,6 +140,7 @@ class _Asked:
             choice.finish_reason = "length" if reason == "length" else "stop"
             choice.stop_reason = chunk.stop
             self.stats[prompt].append(chunk.stats or RequestStats())
+            self.ended += 1
         return choice
 
 

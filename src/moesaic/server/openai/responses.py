@@ -61,7 +61,7 @@ async def _whole(state: ServerState, asked: ChatRequest, writer: ResponseWriter)
 async def _pieces(state: ServerState, asked: ChatRequest, writer: ResponseWriter) -> AsyncGenerator[bytes, None]:
     """The events of a stream. The first wait for the engine, so that its refusals are errors of HTTP."""
     first = True
-    async with closing(events_of(state.chat, asked, writer.response.id, _NAMES)) as events:
+    async with events_of(state.chat, asked, writer.response.id, _NAMES) as events:
         async for each in events:
             if first:
                 first = False

@@ -107,5 +107,5 @@ def program_of(check: str, folder: Path) -> Path:
 @pytest.mark.parametrize("check", ["thread_pool_check", "work_queue_check"])
 def test_threads_and_work(check, tmp_path):
     """Programs in C++: barriers, exceptions, callers of several threads, parking, cores, nodes; shares of work."""
-    done = subprocess.run([program_of(check, tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([program_of(check, tmp_path)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -52,8 +52,10 @@ format: dev
 	$(PYTHON) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CPP)
 
+# One thread of numpy's own for each process that tests: its threads wait busily.
 test: dev
-	$(PYTHON) -m pytest -q -n 2 --dist worksteal tests
+	@$(VENV)/bin/cmake --build $(BUILD) --target thread_pool_check work_queue_check
+	OPENBLAS_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist worksteal tests
 
 # Programs without Python: $(call build_programs,folder,options).
 define build_programs

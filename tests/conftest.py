@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from tests.triton_interpreter import remember_members
+
+from moesaic import kernels
 
 if not torch.cuda.is_available():  # before anything imports triton: kernels for a GPU run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -23,10 +26,30 @@ def soak_seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-seconds"))
 
 
+def pytest_runtest_setup() -> None:
+    """Whichever module imported Triton."""
+    remember_members()
+
+
 @pytest.fixture(autouse=True, scope="session")
-def one_torch_thread() -> Iterator[None]:
-    """Tiny models on many threads spend their time waiting: one thread for torch, the native kernels have their own."""
-    before = torch.get_num_threads()
+def one_thread() -> Iterator[None]:
+    """Tiny models on many threads spend their time waiting, above all beside another process that runs tests.
+
+    One thread for torch and one for the kernels. Those of tests/kernels run on three, and so does what asks for the
+    fixture `three_threads`; processes that tests start have as many as a user's.
+    """
+    before = torch.get_num_threads(), kernels.num_threads()
     torch.set_num_threads(1)
+    kernels.set_num_threads(1)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(before[0])
+    kernels.set_num_threads(before[1])
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """Three threads for the kernels, which is no divisor of most sizes."""
+    before = kernels.num_threads()
+    kernels.set_num_threads(3)
+    yield
+    kernels.set_num_threads(before)

@@ -9,6 +9,11 @@ import pytest
 from moesaic import kernels
 
 
+@pytest.fixture(autouse=True)
+def several_threads(three_threads: None) -> None:
+    """All kernel tests divide work over threads, whatever the machine."""
+
+
 @pytest.fixture(params=kernels.isas())
 def each_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test on every instruction set that this machine has."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import gguf
 import numpy as np
 import torch
@@ -58,6 +60,16 @@ def weights_of(raw: np.ndarray, fmt: WeightFormat, cols: int) -> np.ndarray:
     return np.asarray(values, np.float32).reshape(raw.shape[0], cols)
 
 
+@lru_cache(maxsize=256)
+def random_matrix(fmt_name: str, rows: int, cols: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A random matrix's rows of blocks and its float32 values, which are slow to make; neither may be written to."""
+    fmt = FORMATS[fmt_name]
+    raw = random_raw(fmt, rows, cols, seed)
+    values = weights_of(raw, fmt, cols)
+    raw.flags.writeable = values.flags.writeable = False
+    return raw, values
+
+
 def packed(
     fmt_name: str, rows: int, cols: int, num_matrices: int = 1, seed: int = 0
 ) -> tuple[PackedTensor, np.ndarray]:
@@ -66,9 +78,8 @@ def packed(
     tensor = PackedTensor.empty(fmt, rows, cols, num_matrices)
     values = np.empty((num_matrices, rows, cols))
     for index in range(num_matrices):
-        raw = random_raw(fmt, rows, cols, seed + index)
+        raw, values[index] = random_matrix(fmt_name, rows, cols, seed + index)
         tensor.pack_(index, raw)
-        values[index] = weights_of(raw, fmt, cols)
     return tensor, values
 
 

@@ -60,11 +60,11 @@ def cut_experts(e):
 def check(experts, num_tokens, nodes, tolerance=REASSOCIATED):
     x, (index, weights) = tokens(num_tokens, experts.hidden), routing(num_tokens, 3)
     expected = kernels.moe_forward(x, index, weights, experts).numpy().astype("float64")
-    for num_nodes, num_threads in itertools.product((1, 2, 3), (1, 2, 5)):
-        nodes(num_nodes, num_threads)
+    for num_nodes in (1, 2, 3):
+        nodes(num_nodes)
         sliced = cut_experts(experts)
         assert len(sliced.up.slices) == len(sliced.down.slices) <= num_nodes
-        for other in (1, num_nodes):  # slices need not be as many as nodes
+        for other, num_threads in itertools.product({1, num_nodes}, (1, 2, 5)):  # slices need not be as many as nodes
             nodes(other, num_threads)
             assert relative_error(kernels.moe_forward(x, index, weights, sliced), expected) < tolerance
 

@@ -111,6 +111,7 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("three_threads")
 def test_nothing_is_left_behind(soak_seconds: float) -> None:
     async def main() -> None:
         async with serving() as server:

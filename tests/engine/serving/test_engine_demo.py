@@ -60,6 +60,7 @@ def test_64_requests_at_once_get_the_text_that_each_gets_alone(llm: LLM) -> None
     assert sum(right) >= 60
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_streams_of_an_event_loop_get_the_same_text(llm: LLM) -> None:
     alone = [ask(llm, question(number)).text for number in range(8)]
 

@@ -1,8 +1,8 @@
 """Linear attention by the gated delta rule on the CPU, on recurrent states in slots; see csrc/ops/delta_net.h.
 
 It is what lies between a layer's projections and its output matrix, for any number of tokens of any number of
-sequences: convolution, recurrence, gated norm. `triton.delta_rule` does the same on a GPU. A token's numbers depend on its own
-sequence alone, and not on how it was cut into steps, to the bit. This module knows no model.
+sequences: convolution, recurrence, gated norm. `triton.delta_rule` does the same on a GPU. A token's numbers depend on
+its own sequence alone, and not on how it was cut into steps, to the bit. This module knows no model.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.paged_stack import PagedStack
@@ -21,8 +19,8 @@ from moesaic.modules.ends import DecoderEnds
 from moesaic.modules.gqa import GqaAttention, GqaParts
 from moesaic.modules.layer_parts import layer_parts
 from moesaic.modules.mla import MlaAttention
+from moesaic.modules.moving_rope import angles_for
 from moesaic.modules.paged_layers import FusedLayers, LayersInParts, PagedDeltaNet, PagedGqa, PagedLayers
-from moesaic.modules.rotary import position_angles
 from moesaic.modules.stack import LayerStack
 from moesaic.modules.windows import sliding_window_of
 
@@ -39,6 +37,7 @@ class PagedDecoder:
         max_positions: positions that rotary angles are kept for.
 
     Attributes:
+        angles: by positions; see `moving_rope`.
         ends: embedding, last norm and head.
         cache_shapes: of each layer, what it stores per position, or per sequence.
         num_layers: of the model.
@@ -57,7 +56,7 @@ class PagedDecoder:
         if isinstance(self._layers, LayerStack):
             config = model.config.get_text_config()
             self._windows = [sliding_window_of(config, index) for index in range(self.num_layers)]
-        self._cos, self._sin = position_angles(model.get_decoder().rotary_emb, max_positions)
+        self.angles = angles_for(model.get_decoder().rotary_emb, max_positions)
 
     def with_caches(self, caches: list[PoolLayer | StateLayer]) -> PagedLayers:
         """The layers on these pools and states, one of the layer's shape for each."""
@@ -65,10 +64,6 @@ class PagedDecoder:
             return LayersInParts(self._layers, caches)
         pools = [(cache.keys, cache.values) for cache in caches if isinstance(cache, PoolLayer)]
         return FusedLayers(PagedStack(self._layers.native, pools, self._windows))
-
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of int64 `[tokens]`: float32 `[tokens, num_pairs]` each."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
 
 
 def paged_cache_shapes(model: Any) -> list[KvShape | StateShape]:

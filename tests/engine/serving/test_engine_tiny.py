@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.engine.pairs import checkpoint_of, load_tiny
-from tests.tiny_models import tiny_inputs
+from tests.tiny_models import save_tiny, tiny_inputs
+from transformers import PreTrainedModel
 
+from moesaic.engine.loader import load, prepare
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.outputs import Completion
 from moesaic.engine.serving.paged_runner import PagedRunner, paged_runner_for
 from moesaic.engine.serving.params import SamplingParams
 
-LENGTHS = [1, 33, 7, 90, 2, 18, 64]
-FAMILIES = ["qwen3_next", "dots1"]
-COUNT = 12
+LENGTHS = [1, 33, 90, 7, 50]
+COUNT, MOST = 12, 24
+DYNAMIC = {
+    "max_position_embeddings": 48,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+}
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 48,
+        "short_factor": [1.0 + i / 32 for i in range(32)],
+        "long_factor": [2.0 + i / 4 for i in range(32)],
+    }
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_next": ("qwen3_next", {}),
+    "dots1": ("dots1", {}),
+    "dynamic": ("qwen3_moe", DYNAMIC),
+    "dynamic MLA": ("deepseek_v3", DYNAMIC),
+    "dynamic in parts": ("qwen3_next", DYNAMIC),
+    "longrope": ("qwen3_moe", LONGROPE),
+}
 
 
-def runner_of(family: str, num_blocks: int, **options: Any) -> PagedRunner:
-    runner = paged_runner_for(load_tiny(family), num_blocks, block_size=16, kv_dtype=torch.float32, **options)
+@functools.cache
+def models(kind: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The stock model and ours."""
+    family, overrides = copy.deepcopy(KINDS[kind])  # configurations write into it
+    folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+    stock = save_tiny(folder, family, **overrides)
+    stock.generation_config.eos_token_id, stock.generation_config.pad_token_id = None, 0
+    return stock, load(prepare(str(folder)), progress=False)
+
+
+def runner_of(kind: str, num_blocks: int, **options: Any) -> PagedRunner:
+    runner = paged_runner_for(models(kind)[1], num_blocks, block_size=16, kv_dtype=torch.float32, **options)
     assert runner is not None
     return runner
 
@@ -32,10 +66,16 @@ def prompt(length: int) -> list[int]:
 
 
 @functools.cache
-def alone(family: str, length: int, count: int = COUNT) -> list[int]:
-    stock = checkpoint_of(family)[0]
-    out = stock.generate(torch.tensor([prompt(length)]), max_new_tokens=count, do_sample=False)
-    return out[0, length:].tolist()
+def stock_answer(kind: str, ids: tuple[int, ...]) -> list[int]:
+    stock = models(kind)[0]
+    stock(torch.ones(1, 1, dtype=torch.int64))  # its frequencies may still be those of a longer text
+    out = stock.generate(torch.tensor([ids]), max_new_tokens=MOST, do_sample=False)
+    answer: list[int] = out[0, len(ids) :].tolist()
+    return answer
+
+
+def alone(kind: str, length: int, count: int = COUNT) -> list[int]:
+    return stock_answer(kind, tuple(prompt(length)))[:count]
 
 
 def greedy(**others: Any) -> SamplingParams:
@@ -67,48 +107,49 @@ class Asked:
         assert runner.states is None or runner.states.num_free == runner.states.num_slots
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_in_pieces_beside_answers(family: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_in_pieces_beside_answers(kind: str) -> None:
     """Chunks of at most 20 tokens, so every long prompt is cut, each time beside others."""
-    asked = Asked(Engine(runner_of(family, 80, max_chunk=20), None))
+    asked = Asked(Engine(runner_of(kind, 80, max_chunk=20), None))
     for length in LENGTHS:
         asked.add(str(length), length, greedy())
         asked.step()
     asked.run()
     for length in LENGTHS:
-        assert asked.answers[str(length)][0].token_ids == alone(family, length), length
+        assert asked.answers[str(length)][0].token_ids == alone(kind, length), length
     asked.check_nothing_is_held()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_tiny_cache_takes_turns(family: str) -> None:
-    asked = Asked(Engine(runner_of(family, 9, max_chunk=24), None))
-    for length in LENGTHS:
-        asked.add(str(length), length, greedy(max_tokens=40))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tiny_cache_takes_turns(kind: str) -> None:
+    """Three prompts fill it, and each answer needs two blocks more."""
+    asked, lengths = Asked(Engine(runner_of(kind, 8, max_chunk=24), None)), (47, 31, 46, 14)
+    for length in lengths:
+        asked.add(str(length), length, greedy(max_tokens=MOST))
     asked.run()
     assert asked.engine.stats().preemptions > 0
-    for length in LENGTHS:
-        assert asked.answers[str(length)][0].token_ids == alone(family, length, 40), length
+    for length in lengths:
+        assert asked.answers[str(length)][0].token_ids == alone(kind, length, MOST), length
     asked.check_nothing_is_held()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_several_answers_to_a_prompt_and_some_that_nobody_wants_any_more(family: str) -> None:
-    asked = Asked(Engine(runner_of(family, 80), None))
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_answers_to_a_prompt_and_some_that_nobody_wants_any_more(kind: str) -> None:
+    asked = Asked(Engine(runner_of(kind, 80), None))
     asked.add("three", 33, greedy(n=3))
-    asked.add("random", 18, greedy(n=2, temperature=1.0, seed=5))
+    asked.add("random", 50, greedy(n=2, temperature=1.0, seed=5))
     asked.add("cancelled", 90, greedy(max_tokens=100))
     for _ in range(6):
         asked.step()
     asked.engine.cancel("cancelled")
     asked.add("late", 7, greedy())
     asked.run()
-    assert [each.token_ids for each in asked.answers["three"]] == [alone(family, 33)] * 3
-    assert asked.answers["late"][0].token_ids == alone(family, 7)
+    assert [each.token_ids for each in asked.answers["three"]] == [alone(kind, 33)] * 3
+    assert asked.answers["late"][0].token_ids == alone(kind, 7)
     first, second = (each.token_ids for each in asked.answers["random"])
     assert first != second
-    again = Asked(Engine(runner_of(family, 80), None))
-    again.add("random", 18, greedy(n=2, temperature=1.0, seed=5))
+    again = Asked(Engine(runner_of(kind, 80), None))
+    again.add("random", 50, greedy(n=2, temperature=1.0, seed=5))
     again.run()
     assert [each.token_ids for each in again.answers["random"]] == [first, second]
     asked.check_nothing_is_held()
@@ -125,3 +166,25 @@ def test_few_states_make_others_wait() -> None:
     assert most == 2
     for length in LENGTHS:
         assert asked.answers[str(length)][0].token_ids == alone("qwen3_next", length), length
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "dynamic in parts"])
+def test_a_prefix_is_shared_only_where_its_keys_are_the_same(kind: str) -> None:
+    """Angles of a prompt of more than 48 tokens are its own; those of others are the same up to there."""
+    shares = runner_of(kind, 40).shares_prefixes
+    long, text = prompt(90), prompt(41)
+    for before, then, cached in (
+        (text, [*text, 5], 32),
+        ([*text, *range(3, 9)], [*text, 9], 32),
+        ([*text, *range(3, 12)], [*text, 9], 0),  # 50 tokens
+        (text, [*text, *range(3, 12)], 0),
+        (long, [*long[:40], 5], 0),
+        (long, [*long, 5], 0),
+    ):
+        asked = Asked(Engine(runner_of(kind, 40), None))
+        for name, ids in (("before", before), ("then", then)):
+            asked.answers[name] = [Completion(0)]
+            asked.engine.add(name, ids, greedy())
+            asked.run()
+        assert asked.answers["then"][0].stats.cached_tokens == (cached if shares else 0), (len(before), len(then))
+        assert asked.answers["then"][0].token_ids == stock_answer(kind, tuple(then))[:COUNT]

@@ -19,6 +19,7 @@ from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.paged_decoder import PagedDecoder
 from moesaic.modules.paged_layers import PagedLayers
+from moesaic.modules.rotary import longest_context
 
 __all__ = ["IndependentRows", "PagedRunner", "paged_runner_for"]
 
@@ -63,7 +64,7 @@ class PagedRunner:
         num_states = num_states or max_batch
         is_recurrent = any(isinstance(shape, StateShape) for shape in decoder.cache_shapes)
         self.states = StatePool(num_states) if is_recurrent else None
-        self.shares_prefixes = not is_recurrent
+        self.shares_prefixes, self.shared_positions = not is_recurrent, decoder.angles.shared_positions
         self._layers: PagedLayers | None = decoder.with_caches(
             [
                 StateLayer.empty(shape, num_states)
@@ -157,7 +158,10 @@ class PagedPrefill:
         self._decoder, self._layers, self._hidden, self._independent = decoder, layers, hidden, independent
         self._before = [(sequence, sequence.length) for sequence, _ in parts]
         self._where = StepInput.build(parts)
-        self._angles = decoder.angles(self._where.positions)
+        for sequence, _ in parts:  # without a word on its prompt, that is what comes first
+            sequence.prompt_length = sequence.prompt_length or sequence.length
+        prompts = [sequence.prompt_length for sequence, _ in parts]
+        self._angles = decoder.angles(self._where.positions, self._where.query_start, prompts)
         self._done = 0
 
     @property
@@ -214,10 +218,10 @@ def paged_runner_for(
         num_states: recurrent states, if the model has any; `max_batch` if None.
         independent: in which steps rows are independent of each other.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_context(model.config.get_text_config())
     capacity = num_blocks * block_size
     try:
-        decoder = PagedDecoder(model, capacity if longest is None else min(capacity, int(longest)))
+        decoder = PagedDecoder(model, capacity if longest is None else min(capacity, longest))
     except UnsupportedModelError:
         return None
     return PagedRunner(

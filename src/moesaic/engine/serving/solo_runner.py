@@ -35,6 +35,7 @@ class SoloRunner:
     """
 
     shares_prefixes = False
+    shared_positions: int | None = None
     num_layers = 1
 
     def __init__(

@@ -24,6 +24,7 @@ from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.solo_runner import SoloRunner
 from moesaic.errors import ConfigError, PlanDoesNotFitError
 from moesaic.kernels import set_num_threads
+from moesaic.modules.rotary import longest_context
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
 from moesaic.placement.vram import PREFILL_CHUNK
 
@@ -185,5 +186,4 @@ def _cache_bytes(model: PreTrainedModel, plan: Plan, options: ServingOptions) ->
 
 
 def _longest(model: PreTrainedModel) -> int | None:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    return longest_context(model.config.get_text_config())

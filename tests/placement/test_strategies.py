@@ -93,7 +93,7 @@ def test_auto_says_which_part_keeps_it_from_the_gpu(family: str, words: str, tin
     plan = make_plan(*tiny(family), rules_of(text), with_gpu)
     assert not plan.uses_gpu
     assert plan.warnings[0].startswith("the GPU is not used: ") and words in plan.warnings[0]
-    with pytest.raises(PlanError, match="plan 'mine.yaml'"):
+    with pytest.raises(PlanError, match=r"plan 'mine\.yaml'"):
         make_plan(*tiny(family), rules_of(f"strategy: gpu\n{text}"), with_gpu)
 
 

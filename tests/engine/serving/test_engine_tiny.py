@@ -18,6 +18,8 @@ from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.outputs import Completion
 from moesaic.engine.serving.paged_runner import PagedRunner, paged_runner_for
 from moesaic.engine.serving.params import SamplingParams
+from moesaic.engine.serving.start import ServingOptions, engine_of
+from moesaic.errors import ConfigError
 
 LENGTHS = [1, 33, 90, 7, 50]
 COUNT, MOST = 12, 24
@@ -188,3 +190,24 @@ def test_a_prefix_is_shared_only_where_its_keys_are_the_same(kind: str) -> None:
             asked.run()
         assert asked.answers["then"][0].stats.cached_tokens == (cached if shares else 0), (len(before), len(then))
         assert asked.answers["then"][0].token_ids == stock_answer(kind, tuple(then))[:COUNT]
+
+
+def test_an_engine_for_a_model_with_states_says_how_many_there_are(caplog: pytest.LogCaptureFixture) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="moesaic-"))
+    save_tiny(folder, "qwen3_next")
+    prepared = prepare(str(folder))
+    model = load(prepared, progress=False)
+    state = prepared.plan.state_bytes_on("cpu")
+    for kv_cache, slots in ((8 * state, 4), (100 * state, 8), (None, 8)):
+        caplog.clear()
+        engine = engine_of(model, prepared, None, ServingOptions(context=128, kv_cache=kv_cache, max_batch=8))
+        assert isinstance(engine.runner, PagedRunner)
+        assert engine.runner.states is not None and engine.runner.states.num_slots == slots
+        assert (f"room for {slots} recurrent states" in caplog.text) == (slots < 8)
+        asked = Asked(engine)
+        asked.add("33", 33, greedy())
+        asked.run()
+        assert len(asked.answers["33"][0].token_ids) == COUNT
+        engine.close()
+    with pytest.raises(ConfigError, match="recurrent state"):
+        engine_of(model, prepared, None, ServingOptions(kv_cache=state, max_batch=8))

@@ -16,6 +16,7 @@ void bind_quantize(nanobind::module_& m);  // float rows to blocks
 void bind_ops(nanobind::module_& m);       // norms, rope, attention, router, bandwidth
 void bind_blocks(nanobind::module_& m);    // halves of a decoder layer in one call each
 void bind_paged(nanobind::module_& m);     // attention and decoder layers on a cache in pages
+void bind_states(nanobind::module_& m);    // linear attention on recurrent states
 void bind_handoff(nanobind::module_& m);   // experts for a step on a GPU
 
 // Nanoseconds that calls have spent computing, of all threads of Python together.

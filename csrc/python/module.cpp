@@ -10,5 +10,6 @@ NB_MODULE(_native, m) {
     moesaic::bind_ops(m);
     moesaic::bind_blocks(m);
     moesaic::bind_paged(m);
+    moesaic::bind_states(m);
     moesaic::bind_handoff(m);
 }

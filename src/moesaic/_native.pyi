@@ -644,6 +644,26 @@ class PagedStack:
         Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, tables or slots do not go together, or lead out of the pool.
         """
 
+MAX_DELTA_KEY_DIM: int = 256
+
+MAX_DELTA_TAPS: int = 16
+
+def delta_net(
+    x_ptr: int,
+    x_stride: int,
+    columns: tuple[int, int, int, int],
+    sizes: tuple[int, int, int, int, int],
+    weights: tuple[int, int, int, int, float],
+    states: tuple[int, int, int],
+    step: tuple[int, int, int, int, int],
+    mixed_ptr: int,
+    gates_ptr: int,
+    out_ptr: int,
+) -> None:
+    """
+    Gated delta rule between a layer's projections and its output matrix. columns: (conv, gate, beta, decay); sizes: (key heads, heads, key_dim, value_dim, taps); weights: (conv, rate, step_bias, norm, eps); states: (conv, recurrent, slots); step: (tokens, sequences, starts, slots, positions). ValueError if starts or slots do not go together.
+    """
+
 GAVE_UP: int = 9223372036854775807
 
 class ExpertServer:

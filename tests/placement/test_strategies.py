@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from tests.placement.conftest import load_tiny
 from tests.tiny_models import FAMILIES
 from transformers import PreTrainedModel
 
 from moesaic.errors import PlanDoesNotFitError, PlanError, RuleError
 from moesaic.models import WeightMap
-from moesaic.placement import TEMPLATES, Gpu, Hardware, Plan, Rules, load_plan, make_plan
+from moesaic.placement import TEMPLATES, Gpu, Hardware, Plan, Rules, load_plan, make_plan, planner
 from moesaic.placement.rules import parse_rules
 
 GIB, MIB = 1024**3, 1024**2
@@ -81,23 +83,36 @@ def test_auto_takes_what_fits(tiny: Tiny, with_gpu: Hardware) -> None:
 @pytest.mark.parametrize(
     ("family", "words"),
     [
-        ("dots1", "no forward of 'dots1'"),
         ("mixtral", "computed by transformers"),
         ("qwen3_next", "linear_attn.conv1d' (Conv1d) cannot be on the GPU: it is computed by transformers"),
     ],
 )
-def test_auto_says_why_a_gpu_is_not_used(family: str, words: str, tiny: Tiny, with_gpu: Hardware) -> None:
+def test_auto_says_which_part_keeps_it_from_the_gpu(family: str, words: str, tiny: Tiny, with_gpu: Hardware) -> None:
     part = "linear_attn.conv1d" if family == "qwen3_next" else "self_attn*"
     text = f'rules:\n  - match: {{name: "model.layers.1.{part}"}}\n    implementation: transformers\n'
-    plan = make_plan(*tiny(family), load_plan("auto") if family == "dots1" else rules_of(text), with_gpu)
+    plan = make_plan(*tiny(family), rules_of(text), with_gpu)
     assert not plan.uses_gpu
     assert plan.warnings[0].startswith("the GPU is not used: ") and words in plan.warnings[0]
-    with pytest.raises(PlanError, match="plan 'hybrid'" if family == "dots1" else "plan 'mine.yaml'"):
-        make_plan(
-            *tiny(family),
-            load_plan("hybrid") if family == "dots1" else rules_of(f"strategy: gpu\n{text}"),
-            with_gpu,
-        )
+    with pytest.raises(PlanError, match=r"plan 'mine\.yaml'"):
+        make_plan(*tiny(family), rules_of(f"strategy: gpu\n{text}"), with_gpu)
+
+
+def test_auto_says_what_no_gpu_can_run(
+    tiny: Tiny, with_gpu: Hardware, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0}
+    moving = load_tiny(tmp_path / "moving", "qwen3_moe", rope_parameters=dict(dynamic))
+    # Hunyuan calls it dynamic too, but a fixed alpha makes the same angles for all lengths.
+    fixed = load_tiny(tmp_path / "fixed", "hunyuan_v1_moe", rope_parameters=dynamic | {"alpha": 1000.0})
+    assert make_plan(*fixed, load_plan("hybrid"), with_gpu).uses_gpu
+    known = {name: family for name, family in planner.FAMILIES.items() if name != "dots1"}
+    monkeypatch.setattr(planner, "FAMILIES", known)
+    for model, words in ((moving, "angles of type 'dynamic' change"), (tiny("dots1"), "no forward of 'dots1'")):
+        plan = make_plan(*model, load_plan("auto"), with_gpu)
+        assert not plan.uses_gpu
+        assert plan.warnings[0].startswith("the GPU is not used: ") and words in plan.warnings[0]
+        with pytest.raises(PlanError, match="plan 'hybrid'"):
+            make_plan(*model, load_plan("hybrid"), with_gpu)
 
 
 def test_a_broken_gpu_is_told(tiny: Tiny, hardware: Hardware) -> None:

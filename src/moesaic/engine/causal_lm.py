@@ -23,6 +23,7 @@ from moesaic.modules import (
     RMSNorm,
     RotaryAngles,
     SharedState,
+    is_delta_net,
     keep_stock_attention,
     register_attention,
     take_over_mla,
@@ -136,6 +137,10 @@ def _take_over_layers(model: PreTrainedModel, plan: Plan) -> tuple[SharedState |
     decoder_name = next(name for name, module in model.named_modules() if module is decoder)
     shared = SharedState(RotaryAngles(decoder.rotary_emb.inv_freq.shape[0]))
     stock = [entry.module for entry in plan.entries if entry.implementation == "transformers"]
+    shared.has_stock_parts = any(
+        name.startswith(f"{decoder_name}.layers.") and not is_delta_net(model.get_submodule(name.rpartition(".")[0]))
+        for name in stock
+    )
     num_fused = 0
     for index, layer in enumerate(decoder.layers):
         name = f"{decoder_name}.layers.{index}"

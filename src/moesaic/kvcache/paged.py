@@ -204,10 +204,16 @@ class PagedSequence:
     Args:
         pool: where its blocks come from.
         states: where its recurrent state comes from, if the model has any.
+
+    Attributes:
+        length: positions that it has.
+        prompt_length: tokens of its prompt, whether they are here or not; 0: nobody has said. Where rotary angles
+            change with the length, what is computed depends on it.
     """
 
     def __init__(self, pool: BlockPool, states: StatePool | None = None) -> None:
         self.pool, self._states = pool, states
+        self.prompt_length = 0
         self._state_slot: int | None = None
         self.length = 0
         self._blocks: list[int] = []

@@ -35,11 +35,13 @@ class SharedState:
         angles: converts position embeddings.
         fused: whether fused forwards may be used; False while another attention implementation is chosen.
         stack: all layers together, if all are fused.
+        has_stock_parts: whether the plan leaves a part of a layer to the model library that has a native form.
     """
 
     angles: RotaryAngles
     fused: bool = True
     stack: LayerStack | None = None
+    has_stock_parts: bool = False
 
 
 class DecoderLayerForward:

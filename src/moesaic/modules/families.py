@@ -85,6 +85,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     {
         "deepseek_v2": Family(_deepseek_v2, lambda config: "interleaved"),
         "deepseek_v3": Family(_deepseek_v3, lambda config: "interleaved_to_half" if config.rope_interleave else "half"),
+        "dots1": Family(_deepseek_v3),
         "ernie4_5_moe": Family(_ernie, lambda config: "interleaved"),
         "glm4_moe": Family(_deepseek_v3),
         "gpt_oss": Family(_softmax_of_chosen),

@@ -1,27 +1,32 @@
-"""The decoder of a model on the CPU for many sequences at once, on a paged cache.
+"""The decoder of a model on the CPU for many sequences at once, on a paged cache and recurrent states.
 
-It is made of what the model's fused forwards hold already, so it takes no memory of its own but the rotary angles, and
-the model goes on to work as before. It knows no sequences, only where the tokens of a step are.
+It is made of what the model's fused forwards hold already, or of the parts of its layers, so it takes no memory of its
+own but the rotary angles, and the model goes on to work as before. It knows no sequences, only where the tokens of a
+step are.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from moesaic.errors import UnsupportedModelError
+from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.paged_stack import PagedStack
 from moesaic.kvcache.paged import KvShape, PoolLayer
-from moesaic.kvcache.step_input import StepInput
+from moesaic.kvcache.states import StateLayer, StateShape
+from moesaic.modules.delta_net import DeltaNetParts
 from moesaic.modules.ends import DecoderEnds
-from moesaic.modules.gqa import GqaAttention
+from moesaic.modules.gqa import GqaAttention, GqaParts
+from moesaic.modules.layer_parts import layer_parts
 from moesaic.modules.mla import MlaAttention
-from moesaic.modules.rotary import position_angles
+from moesaic.modules.moving_rope import angles_for
+from moesaic.modules.paged_layers import FusedLayers, LayersInParts, PagedDeltaNet, PagedGqa, PagedLayers
 from moesaic.modules.stack import LayerStack
 from moesaic.modules.windows import sliding_window_of
 
 __all__ = ["PagedDecoder", "paged_cache_shapes"]
+
+_Parts = list[tuple[PagedGqa | PagedDeltaNet, FeedForwardBlock]]
 
 
 class PagedDecoder:
@@ -32,8 +37,9 @@ class PagedDecoder:
         max_positions: positions that rotary angles are kept for.
 
     Attributes:
+        angles: by positions; see `moving_rope`.
         ends: embedding, last norm and head.
-        cache_shapes: of each layer, what it stores per position.
+        cache_shapes: of each layer, what it stores per position, or per sequence.
         num_layers: of the model.
         max_positions: most positions that a sequence may have.
 
@@ -42,62 +48,68 @@ class PagedDecoder:
     """
 
     def __init__(self, model: Any, max_positions: int) -> None:
-        self._native = _stack_of(model).native
+        self._layers = _layers_of(model)
         self.ends = DecoderEnds.of(model)
-        self.cache_shapes = paged_cache_shapes(model)
+        self.cache_shapes = _cache_shapes(self._layers)
         self.num_layers, self.max_positions = len(self.cache_shapes), max_positions
-        config = model.config.get_text_config()
-        self._windows = [sliding_window_of(config, index) for index in range(self.num_layers)]
-        self._cos, self._sin = position_angles(model.get_decoder().rotary_emb, max_positions)
+        self._windows: list[int | None] = []
+        if isinstance(self._layers, LayerStack):
+            config = model.config.get_text_config()
+            self._windows = [sliding_window_of(config, index) for index in range(self.num_layers)]
+        self.angles = angles_for(model.get_decoder().rotary_emb, max_positions)
 
-    def with_caches(self, caches: list[PoolLayer]) -> PagedStack:
-        """The layers on pools of these blocks."""
-        return PagedStack(self._native, [(cache.keys, cache.values) for cache in caches], self._windows)
-
-    def angles(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of int64 `[tokens]`: float32 `[tokens, num_pairs]` each."""
-        return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-
-    @staticmethod
-    def run(
-        stack: PagedStack,
-        hidden: torch.Tensor,
-        angles: tuple[torch.Tensor, torch.Tensor],
-        where: StepInput,
-        first: int = 0,
-        count: int | None = None,
-    ) -> None:
-        """Layers `first` to `first + count - 1` (all that are left if None) on `[tokens, hidden_size]`, in place."""
-        stack(
-            hidden,
-            *angles,
-            where.slot_mapping,
-            where.block_tables,
-            where.seq_lens,
-            where.query_start,
-            first,
-            count,
-        )
+    def with_caches(self, caches: list[PoolLayer | StateLayer]) -> PagedLayers:
+        """The layers on these pools and states, one of the layer's shape for each."""
+        if not isinstance(self._layers, LayerStack):
+            return LayersInParts(self._layers, caches)
+        pools = [(cache.keys, cache.values) for cache in caches if isinstance(cache, PoolLayer)]
+        return FusedLayers(PagedStack(self._layers.native, pools, self._windows))
 
 
-def paged_cache_shapes(model: Any) -> list[KvShape]:
-    """What each layer of a loaded model stores per position.
+def paged_cache_shapes(model: Any) -> list[KvShape | StateShape]:
+    """What each layer of a loaded model stores per position, or per sequence.
 
     Raises:
         UnsupportedModelError: the model has parts that do not run on a paged cache.
     """
-    return [_cache_shape(attention) for attention in _stack_of(model).attentions]
+    return _cache_shapes(_layers_of(model))
 
 
-def _stack_of(model: Any) -> LayerStack:
+def _layers_of(model: Any) -> LayerStack | _Parts:
+    """All layers as one native call, or else their parts.
+
+    Raises:
+        UnsupportedModelError: there are layers that are neither.
+    """
     shared = getattr(model, "_shared_state", None)
     stack: LayerStack | None = None if shared is None else shared.stack
-    if stack is None or not stack.is_whole:
+    if stack is not None and stack.is_whole:
+        return stack
+    if shared is None or shared.has_stock_parts:
         raise UnsupportedModelError(
-            f"{type(model).__name__}: not all of its layers are fused on the CPU, so that it does not run on a paged "
-            "cache: use one request at a time."
+            f"{type(model).__name__}: its layers run in the model library's forwards, so that it does not run on a "
+            "paged cache: use one request at a time."
         )
-    return stack
+    return [_in_parts(model, index, layer) for index, layer in enumerate(model.get_decoder().layers)]
+
+
+def _in_parts(model: Any, index: int, layer: Any) -> tuple[PagedGqa | PagedDeltaNet, FeedForwardBlock]:
+    parts = layer_parts(layer, model.config, f"layer {index}")
+    if isinstance(parts.attention, DeltaNetParts):
+        return PagedDeltaNet(parts.attention), parts.feed_forward
+    if isinstance(parts.attention, GqaParts):
+        window = sliding_window_of(model.config.get_text_config(), index)
+        return PagedGqa(parts.attention, window), parts.feed_forward
+    raise UnsupportedModelError(
+        f"layer {index} has latent attention beside layers that are not fused, which no paged cache serves yet: use "
+        "one request at a time."
+    )
+
+
+def _cache_shapes(layers: LayerStack | _Parts) -> list[KvShape | StateShape]:
+    if isinstance(layers, LayerStack):
+        return [_cache_shape(attention) for attention in layers.attentions]
+    return [attention.cache_shape for attention, _ in layers]
 
 
 def _cache_shape(attention: GqaAttention | MlaAttention) -> KvShape:

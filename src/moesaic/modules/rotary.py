@@ -8,10 +8,10 @@ import torch
 
 from moesaic.errors import UnsupportedModelError
 
-__all__ = ["Angles", "RotaryAngles", "position_angles"]
+__all__ = ["MOVING_ROPES", "Angles", "RotaryAngles", "longest_context", "position_angles", "rope_type_of"]
 
-# What rescales frequencies when a sequence gets longer, so that no table of angles serves all lengths.
-_MOVING_ROPES = frozenset({"dynamic", "longrope"})
+MOVING_ROPES = frozenset({"dynamic", "longrope"})
+"""What rescales frequencies when a sequence gets longer, so that no table of angles serves all lengths."""
 
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, float32 `[batch or 1, num_tokens, num_pairs]`, any strides."""
@@ -54,13 +54,35 @@ def position_angles(rotary_embedding: Any, max_positions: int) -> Angles:
     Raises:
         UnsupportedModelError: they depend on the length of the sequence.
     """
-    kind = str(getattr(rotary_embedding, "rope_type", "default"))
-    if kind in _MOVING_ROPES:
+    kind = rope_type_of(rotary_embedding)
+    if kind in MOVING_ROPES:
         raise UnsupportedModelError(
-            f"rotary embeddings of type '{kind}' change with the length of a sequence, which runs neither on a GPU nor "
-            "on a paged cache yet: use the plan 'cpu' for this model, one request at a time."
+            f"rotary embeddings of type '{kind}' change with the length of a sequence, which does not run on a GPU "
+            "yet: use the plan 'cpu' for this model."
         )
     positions = torch.arange(max_positions).unsqueeze(0)
     angles = RotaryAngles(rotary_embedding.inv_freq.shape[0])
     cos, sin = angles(rotary_embedding(torch.zeros(1, 1), positions))
     return cos[0].float().contiguous(), sin[0].float().contiguous()
+
+
+def rope_type_of(rotary_embedding: Any) -> str:
+    """How a model's rotary embedding scales frequencies, as the model library names it."""
+    return str(getattr(rotary_embedding, "rope_type", "default"))
+
+
+def longest_context(config: Any) -> int | None:
+    """Most positions that a model is made for, if its configuration says so.
+
+    Dynamic scaling begins where `max_position_embeddings` ends, and stretches it by its factor.
+
+    Args:
+        config: of the text model.
+    """
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or rope.get("rope_type") != "dynamic":
+        return length
+    return int(length * max(1.0, float(rope.get("factor") or 1.0)))

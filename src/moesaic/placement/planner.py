@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesaic.errors import PlanError, RuleError
 from moesaic.modules import FAMILIES, is_delta_net
+from moesaic.modules.rotary import MOVING_ROPES, rope_type_of
 from moesaic.placement.hardware import Hardware
 from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, state_bytes, step_sizes
 from moesaic.placement.plan import Device, Implementation, Placement, Plan
@@ -35,7 +36,6 @@ __all__ = ["make_plan"]
 # Blocks that get an entry even without tensors of their own, because the loader may replace them as a whole.
 _BLOCK_ROLES = frozenset({"attention", "router", "mlp", "shared_experts", "experts"})
 _PACKED_CLASSES = frozenset({"Linear", "Embedding"})
-_MOVING_ROPES = frozenset({"dynamic", "longrope"})  # the table of angles on the GPU is made once
 _SLOT_ALIGNMENT = 64  # bytes between the tensors of one expert
 _COMFORT = 0.9  # share of the available memory above which a plan that fits is still worth a warning
 
@@ -191,8 +191,9 @@ class _Planner:
         config = self._model.config
         if config.model_type not in FAMILIES:
             return f"there is no forward of '{config.model_type}' for the GPU"
-        rope = (getattr(config.get_text_config(), "rope_parameters", None) or {}).get("rope_type")
-        return f"rotary angles of type '{rope}' change with the length" if rope in _MOVING_ROPES else ""
+        rope = rope_type_of(getattr(self._model.get_decoder(), "rotary_emb", None))
+        moves = rope in MOVING_ROPES  # the table of angles on the GPU is made once
+        return f"rotary angles of type '{rope}' change with the length" if moves else ""
 
     def _step_sizes(self, units: Sequence[Unit]) -> StepSizes:
         """Widths of a step, with the widest experts."""

@@ -45,6 +45,7 @@ class FakeRunner:
     max_batch: int = 64
     max_chunk: int = 64
     shares_prefixes: bool = True
+    shared_positions: int | None = None
     recurrent: bool = False
     decode_seconds: float = 0.05
     layer_seconds: Callable[[int, int], float] = lambda tokens, position: 0.01 + 1e-4 * tokens

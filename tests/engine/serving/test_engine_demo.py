@@ -179,7 +179,7 @@ def test_a_closed_model_gives_its_memory_back() -> None:
     with pytest.raises(EngineDeadError):
         llm.generate("Hi")
     gc.collect()
-    assert runner._stack is None  # type: ignore[attr-defined]
+    assert runner._layers is None  # type: ignore[attr-defined]
 
 
 def test_a_cache_that_is_smaller_than_the_context_is_refused() -> None:

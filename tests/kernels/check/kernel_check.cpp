@@ -28,7 +28,7 @@ constexpr Part kOfAll[] = {{"packing", check::check_packing}, {"quantisers", che
 constexpr Part kOfEach[] = {{"linear", check::check_linear},   {"heads", check::check_heads},
                             {"experts", check::check_experts}, {"rows", check::check_rows},
                             {"routing", check::check_routing}, {"attention", check::check_attention},
-                            {"threads", check::check_threads}};
+                            {"states", check::check_states},   {"threads", check::check_threads}};
 
 struct Options {
     std::vector<std::string> isas, parts;

@@ -15,6 +15,7 @@ void check_experts(Report& report);
 void check_rows(Report& report);
 void check_routing(Report& report);
 void check_attention(Report& report);
+void check_states(Report& report);
 // Several callers at once, errors inside a task, a changing number of threads.
 void check_threads(Report& report);
 

@@ -44,6 +44,7 @@ class GpuStepRunner:
         self.num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
         self.vocab_size = decoder.vocab_size
         self.shares_prefixes = runner.states is None and decoder.tail is None  # what a tail keeps is in no block
+        self.shared_positions: int | None = None
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

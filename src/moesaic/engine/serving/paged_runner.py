@@ -1,4 +1,4 @@
-"""Runs steps of a model on the CPU whose layers are all fused: tokens of all sequences in one native call.
+"""Runs steps of a model on the CPU on a paged cache: tokens of all sequences go through the layers together.
 
 An expert that several sequences choose is read once for all of them, which is what makes a step of many sequences
 cheaper than as many steps. It chooses neither tokens nor whose turn it is; see `runner`.
@@ -11,17 +11,17 @@ from typing import Any, Literal
 
 import torch
 
-from moesaic.errors import ConfigError, GenerationError, KernelError, UnsupportedModelError
+from moesaic.engine.serving.cache_room import BLOCK_SIZE
+from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
 from moesaic.kernels import independent_rows
-from moesaic.kernels.paged_stack import PagedStack
-from moesaic.kvcache.paged import BlockPool, KvShape, PagedSequence, PoolLayer, pool_bytes
-from moesaic.kvcache.states import StatePool
+from moesaic.kvcache.paged import BlockPool, PagedSequence, PoolLayer
+from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
-from moesaic.modules.paged_decoder import PagedDecoder, paged_cache_shapes
+from moesaic.modules.paged_decoder import PagedDecoder
+from moesaic.modules.paged_layers import PagedLayers
+from moesaic.modules.rotary import longest_context
 
-__all__ = ["IndependentRows", "PagedRunner", "blocks_in", "paged_runner_for"]
-
-BLOCK_SIZE = 64
+__all__ = ["IndependentRows", "PagedRunner", "paged_runner_for"]
 
 IndependentRows = Literal["none", "decode", "all"]
 """In which steps the numbers of a sequence do not depend, to the bit, on what else is in the step. That makes a
@@ -39,7 +39,10 @@ class PagedRunner:
         kv_dtype: what the cache stores.
         max_batch: most sequences of a decode step.
         max_chunk: most tokens of a prefill.
+        num_states: sequences that can be there at once, if the model has recurrent states; `max_batch` if None.
         independent: in which steps rows are independent of each other.
+
+    Attributes: as `StepRunner`.
     """
 
     def __init__(
@@ -51,16 +54,25 @@ class PagedRunner:
         kv_dtype: torch.dtype = torch.bfloat16,
         max_batch: int = 64,
         max_chunk: int = 2048,
+        num_states: int | None = None,
         independent: IndependentRows = "decode",
     ) -> None:
         self.decoder, self._independent = decoder, independent
         self.pool = BlockPool(num_blocks, block_size)
-        self.states: StatePool | None = None
         self.max_batch, self.max_chunk = max_batch, max_chunk
         self.num_layers, self.vocab_size = decoder.num_layers, decoder.ends.vocab_size
-        self.shares_prefixes = True
-        caches = [PoolLayer.empty(shape, num_blocks, block_size, kv_dtype) for shape in decoder.cache_shapes]
-        self._stack: PagedStack | None = decoder.with_caches(caches)
+        num_states = num_states or max_batch
+        is_recurrent = any(isinstance(shape, StateShape) for shape in decoder.cache_shapes)
+        self.states = StatePool(num_states) if is_recurrent else None
+        self.shares_prefixes, self.shared_positions = not is_recurrent, decoder.angles.shared_positions
+        self._layers: PagedLayers | None = decoder.with_caches(
+            [
+                StateLayer.empty(shape, num_states)
+                if isinstance(shape, StateShape)
+                else PoolLayer.empty(shape, num_blocks, block_size, kv_dtype)
+                for shape in decoder.cache_shapes
+            ]
+        )
 
     @property
     def max_positions(self) -> int:
@@ -69,7 +81,7 @@ class PagedRunner:
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""
-        return PagedSequence(self.pool)
+        return PagedSequence(self.pool, self.states)
 
     @torch.no_grad()
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
@@ -97,7 +109,7 @@ class PagedRunner:
     def _start(
         self, parts: list[tuple[PagedSequence, int]], token_ids: torch.Tensor, independent: bool
     ) -> PagedPrefill:
-        if self._stack is None:
+        if self._layers is None:
             raise KernelError("the runner is closed.")
         for sequence, count in parts:
             if sequence.length + count > self.max_positions:
@@ -106,7 +118,7 @@ class PagedRunner:
                     f"room for {self.max_positions} positions. Use a shorter prompt, or fewer new tokens."
                 )
         hidden = self.decoder.ends.embed(token_ids)
-        return PagedPrefill(self.decoder, self._stack, parts, hidden, independent)
+        return PagedPrefill(self.decoder, self._layers, parts, hidden, independent)
 
     def expert_uses(self) -> tuple[int, int]:
         """There is no cache of experts."""
@@ -118,7 +130,7 @@ class PagedRunner:
 
     def close(self) -> None:
         """Give the cache's memory back; no further call is allowed."""
-        self._stack = None
+        self._layers = None
 
 
 class PagedPrefill:
@@ -126,7 +138,7 @@ class PagedPrefill:
 
     Args:
         decoder: the model.
-        stack: its layers with their caches.
+        layers: its layers with their caches.
         parts: sequences, each with its number of new tokens, which it gets now.
         hidden: their embeddings, float32 `[tokens, hidden_size]`, which the layers overwrite.
         independent: whether rows are independent of each other.
@@ -138,15 +150,18 @@ class PagedPrefill:
     def __init__(
         self,
         decoder: PagedDecoder,
-        stack: PagedStack,
+        layers: PagedLayers,
         parts: list[tuple[PagedSequence, int]],
         hidden: torch.Tensor,
         independent: bool,
     ) -> None:
-        self._decoder, self._stack, self._hidden, self._independent = decoder, stack, hidden, independent
+        self._decoder, self._layers, self._hidden, self._independent = decoder, layers, hidden, independent
         self._before = [(sequence, sequence.length) for sequence, _ in parts]
         self._where = StepInput.build(parts)
-        self._angles = decoder.angles(self._where.positions)
+        for sequence, _ in parts:  # without a word on its prompt, that is what comes first
+            sequence.prompt_length = sequence.prompt_length or sequence.length
+        prompts = [sequence.prompt_length for sequence, _ in parts]
+        self._angles = decoder.angles(self._where.positions, self._where.query_start, prompts)
         self._done = 0
 
     @property
@@ -159,7 +174,7 @@ class PagedPrefill:
         """Go through so many more layers, or those that are left."""
         count = min(num_layers, self.num_layers_left)
         with independent_rows(self._independent):
-            self._decoder.run(self._stack, self._hidden, self._angles, self._where, self._done, count)
+            self._layers(self._hidden, self._angles, self._where, self._done, count)
         self._done += count
 
     @torch.no_grad()
@@ -174,9 +189,9 @@ class PagedPrefill:
             return self._decoder.ends.logits(hidden)
 
     def abandon(self) -> None:
-        """Take the new positions back; the work is over."""
+        """Take the new positions back; the work is over. Sequences with recurrent states are emptied."""
         for sequence, length in self._before:
-            sequence.truncate(min(length, sequence.length))
+            sequence.truncate(0 if sequence.is_recurrent else min(length, sequence.length))
         self._done = self._decoder.num_layers
 
 
@@ -188,23 +203,25 @@ def paged_runner_for(
     kv_dtype: torch.dtype = torch.bfloat16,
     max_batch: int = 64,
     max_chunk: int = 2048,
+    num_states: int | None = None,
     independent: IndependentRows = "decode",
 ) -> PagedRunner | None:
     """A runner for a loaded model; None if the model cannot be paged, so that another runner has to serve it.
 
     Args:
         model: a causal language model on the CPU, as `engine.loader.load` gives it.
-        num_blocks: blocks of the cache; see `blocks_in`.
+        num_blocks: blocks of the cache; see `cache_room`.
         block_size: positions of a block; a divisor or a multiple of 64.
         kv_dtype: what the cache stores: bfloat16, float16 or float32.
         max_batch: most sequences of a decode step.
         max_chunk: most tokens of a prefill.
+        num_states: recurrent states, if the model has any; `max_batch` if None.
         independent: in which steps rows are independent of each other.
     """
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = longest_context(model.config.get_text_config())
     capacity = num_blocks * block_size
     try:
-        decoder = PagedDecoder(model, capacity if longest is None else min(capacity, int(longest)))
+        decoder = PagedDecoder(model, capacity if longest is None else min(capacity, longest))
     except UnsupportedModelError:
         return None
     return PagedRunner(
@@ -214,26 +231,6 @@ def paged_runner_for(
         kv_dtype=kv_dtype,
         max_batch=max_batch,
         max_chunk=max_chunk,
+        num_states=num_states,
         independent=independent,
     )
-
-
-def blocks_in(
-    model: Any, kv_cache_bytes: int, *, block_size: int = BLOCK_SIZE, kv_dtype: torch.dtype = torch.bfloat16
-) -> int | None:
-    """Blocks of all layers that fit into so many bytes; None if the model cannot be paged.
-
-    Raises:
-        ConfigError: not even one does.
-    """
-    try:
-        shapes: list[KvShape] = paged_cache_shapes(model)
-    except UnsupportedModelError:
-        return None
-    block = pool_bytes(shapes, 1, block_size, kv_dtype)
-    if kv_cache_bytes < block:
-        raise ConfigError(
-            f"{kv_cache_bytes} bytes for the cache: one block of {block_size} positions takes {block}. Give the cache "
-            "more memory."
-        )
-    return kv_cache_bytes // block

@@ -51,6 +51,7 @@ class StepRunner(Protocol):
         num_layers: of the model.
         vocab_size: of the logits.
         shares_prefixes: whether a sequence may begin with blocks of another one.
+        shared_positions: if so, only so many first positions, and only of prompts that are no longer; None: all.
     """
 
     pool: BlockPool
@@ -60,6 +61,7 @@ class StepRunner(Protocol):
     num_layers: int
     vocab_size: int
     shares_prefixes: bool
+    shared_positions: int | None
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

@@ -29,6 +29,7 @@ class Task:
         cached: tokens that were found in the prefix cache when it first began.
         preemptions: how often it had to give its blocks back.
         followers: answers to the same prompt, which wait until it is filled in.
+        prompt_length: how many of the tokens are its prompt's.
     """
 
     ids: list[int]
@@ -36,6 +37,10 @@ class Task:
     cached: int | None = None
     preemptions: int = 0
     followers: list[Task] = field(default_factory=list)
+    prompt_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.ids)
 
     @property
     def computed(self) -> int:
@@ -223,12 +228,13 @@ class Scheduler:
             Blocks that it will need for all its tokens and the next one; None if they are not there, beside the
             reserved ones.
         """
-        found = [] if self._cache is None else self._cache.match(task.ids)
+        found = [] if self._cache is None else self._cache.match(task.ids[: self._shared(task)])
         needed = self._pool.blocks_for(len(task.ids) + 1) - len(found)
         if not self._make_room(reserved + needed):
             self._pool.give_back(found)
             return None
         task.sequence = self._runner.new_sequence()
+        task.sequence.prompt_length = task.prompt_length
         if found:
             task.sequence.adopt(found)
         if task.cached is None:
@@ -262,7 +268,14 @@ class Scheduler:
 
     def _keep(self, task: Task) -> None:
         if self._cache is not None and task.sequence is not None:
-            self._cache.insert(task.ids[: task.computed], task.sequence.blocks)
+            self._cache.insert(task.ids[: min(task.computed, self._shared(task))], task.sequence.blocks)
+
+    def _shared(self, task: Task) -> int:
+        """How many of a task's first positions are the same in all tasks that begin like it."""
+        most = self._runner.shared_positions
+        if most is None:
+            return len(task.ids)
+        return most if task.prompt_length <= most else 0
 
     def _free(self, task: Task) -> None:
         self._may_fit = True

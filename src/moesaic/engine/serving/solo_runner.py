@@ -1,6 +1,6 @@
 """Steps of any loaded model, one sequence after the other, each on a cache of its own.
 
-It serves what has no paged cache on the CPU: stock layers, linear attention, families that are not known. Blocks are
+It serves what has no paged cache on the CPU: layers of the model library, families that are not known. Blocks are
 only counted, so that memory stays within its budget; prefixes are not shared. A step is the whole model: there are no
 layers to stop between.
 """
@@ -35,6 +35,7 @@ class SoloRunner:
     """
 
     shares_prefixes = False
+    shared_positions: int | None = None
     num_layers = 1
 
     def __init__(

@@ -17,14 +17,16 @@ from moesaic.engine.auto import AutoTokenizer, parse_vram
 from moesaic.engine.expert_profile import check_profile_use
 from moesaic.engine.loader import Prepared, load, prepare
 from moesaic.engine.packing import Progress
+from moesaic.engine.serving.cache_room import BLOCK_SIZE, room_for_cache
 from moesaic.engine.serving.core import Engine, EngineOptions
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.facts import ModelFacts
-from moesaic.engine.serving.paged_runner import BLOCK_SIZE, blocks_in, paged_runner_for
+from moesaic.engine.serving.paged_runner import PagedRunner, paged_runner_for
 from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.solo_runner import SoloRunner
 from moesaic.errors import ConfigError, PlanDoesNotFitError
 from moesaic.kernels import set_num_threads
+from moesaic.modules.rotary import longest_context
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
 from moesaic.placement.vram import PREFILL_CHUNK
 
@@ -152,16 +154,26 @@ def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tupl
         gpu = GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context), on_close)
         return gpu, model._moesaic_note
     nbytes = _cache_bytes(model, plan, options)
-    num_blocks = blocks_in(model, nbytes)
-    if num_blocks is not None:
-        paged = paged_runner_for(model, num_blocks, max_batch=options.max_batch)
+    room = room_for_cache(model, nbytes, max_batch=options.max_batch, context=options.context or DEFAULT_CONTEXT)
+    if room is not None:
+        paged = paged_runner_for(model, room.num_blocks, max_batch=options.max_batch, num_states=room.num_states)
         if paged is not None:
-            return paged, ""
+            return paged, _states_note(paged)
     position = max(1, plan.kv_bytes_per_position)
     solo = SoloRunner(model, max(1, nbytes // (position * BLOCK_SIZE)), BLOCK_SIZE, options.max_batch)
     return solo, (
         f"{type(model).__name__} has no paged cache on the CPU: requests take turns at every token, and beginnings of "
         "prompts are not kept."
+    )
+
+
+def _states_note(runner: PagedRunner) -> str:
+    """What to say of recurrent states, of which there may be few."""
+    if runner.states is None or runner.states.num_slots >= runner.max_batch:
+        return ""
+    return (
+        f"the cache has room for {runner.states.num_slots} recurrent states: so many answers run at once. Give the "
+        "cache more memory for more."
     )
 
 
@@ -174,18 +186,17 @@ def _cache_bytes(model: PreTrainedModel, plan: Plan, options: ServingOptions) ->
     if options.kv_cache is not None:
         return options.kv_cache
     free = detect_hardware().dram_available
-    position = max(1, plan.kv_bytes_per_position)
-    least = (-(-(options.context or DEFAULT_CONTEXT) // BLOCK_SIZE) + 1) * BLOCK_SIZE * position
+    position, state = max(1, plan.kv_bytes_per_position), plan.state_bytes_on("cpu")
+    least = (-(-(options.context or DEFAULT_CONTEXT) // BLOCK_SIZE) + 1) * BLOCK_SIZE * position + state
     if least > free:
         raise PlanDoesNotFitError(
             f"a cache for {options.context or DEFAULT_CONTEXT} tokens takes {least / 2**30:.2f} GiB, but "
             f"{free / 2**30:.2f} GiB of DRAM are free beside the weights: use a smaller --context."
         )
     longest = _longest(model)
-    most = free if longest is None else (longest + BLOCK_SIZE) * position * options.max_batch
+    most = free if longest is None else ((longest + BLOCK_SIZE) * position + state) * options.max_batch
     return max(least, min(free // _CACHE_SHARE, most))
 
 
 def _longest(model: PreTrainedModel) -> int | None:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+    return longest_context(model.config.get_text_config())

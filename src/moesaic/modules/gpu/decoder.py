@@ -20,10 +20,10 @@ from moesaic.kernels.triton.rotary import RotaryTable
 from moesaic.modules.ends import DecoderEnds
 from moesaic.modules.gpu.attention import GpuAttention, gpu_attention
 from moesaic.modules.gpu.feed_forward import GpuFeedForward
-from moesaic.modules.gpu.layer_parts import LayerParts, layer_parts
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.tail import CpuTail
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
+from moesaic.modules.layer_parts import LayerParts, layer_parts
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.rotary import position_angles
 

@@ -38,6 +38,7 @@ class PacedRunner:
         self.pool = BlockPool(max_batch * (-(-positions // _BLOCK_SIZE) + 1), _BLOCK_SIZE)
         self.states: StatePool | None = None
         self.shares_prefixes = False
+        self.shared_positions: int | None = None
         self.ended: list[float] = []
 
     def new_sequence(self) -> PagedSequence:

@@ -11,8 +11,8 @@ from typing import Any
 from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.loader import Prepared, load
 from moesaic.engine.serving.bench.bound import ExpertBytes, StepBytes
+from moesaic.engine.serving.cache_room import BLOCK_SIZE
 from moesaic.engine.serving.core import Engine
-from moesaic.engine.serving.paged_runner import BLOCK_SIZE
 from moesaic.engine.serving.start import ServingOptions, engine_of
 from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, set_num_threads
@@ -111,7 +111,9 @@ def make_subject(
             f"a request of {positions} tokens with its answer, but the model's context is {longest}: use shorter ones."
         )
     loaded = load(prepared, progress=progress)
-    options = ServingOptions(max_batch=users, kv_cache=needed * max(1, prepared.plan.kv_bytes_per_position))
+    states = users * prepared.plan.state_bytes_on("cpu")  # which get at most half
+    cache = states + max(states, needed * max(1, prepared.plan.kv_bytes_per_position))
+    options = ServingOptions(max_batch=users, kv_cache=cache)
     engine = engine_of(loaded, prepared, None, options)
     return Subject(preset or str(model), engine, loaded, prepared, total)
 

@@ -1,7 +1,7 @@
-"""What a loaded decoder layer consists of, for a GPU.
+"""What a loaded decoder layer consists of, for who runs layers by their parts: a GPU, or a paged cache on the CPU.
 
-Of a fused layer that is what its forward holds. Layers that the CPU runs in the model library's forward are taken apart
-here where a GPU has kernels for the parts: gated attention and linear attention between norms and residuals.
+Of a fused layer that is what its forward holds. Layers that run in the model library's forward are taken apart here
+where there are kernels for the parts: gated attention and linear attention between norms and residuals.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def layer_parts(layer: StockModule, config: Any, name: str) -> LayerParts:
         name: what to call the layer in errors.
 
     Raises:
-        UnsupportedModelError: it has parts that do not run on a GPU yet.
+        UnsupportedModelError: it has parts that are not known here.
     """
     forward = layer.forward
     if isinstance(forward, DecoderLayerForward):
@@ -50,8 +50,8 @@ def layer_parts(layer: StockModule, config: Any, name: str) -> LayerParts:
     parts = None if family is None else _unfused(layer, family, config, name)
     if parts is None:
         raise UnsupportedModelError(
-            f"{name} ({type(layer).__name__}): its parts are not all known to the kernels, so that it does not run on "
-            "a GPU yet: use the plan 'cpu'."
+            f"{name} ({type(layer).__name__}): its parts are not all known to the kernels, so that it runs neither on "
+            "a GPU nor on a paged cache: use the plan 'cpu', one request at a time."
         )
     return parts
 

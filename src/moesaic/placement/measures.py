@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic import _native
 from moesaic.kvcache.states import StateShape
 from moesaic.modules.delta_net import is_delta_net
-from moesaic.modules.mla import latent_heads_at_once
-from moesaic.placement.vram import PREFILL_CHUNK, StepSizes
+from moesaic.placement.vram import StepSizes
 from moesaic.quant import WeightFormat
 
 if TYPE_CHECKING:
@@ -80,20 +79,22 @@ def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, int
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
-    widths = {"attention": 0, "mlp": 0, "shared_experts": 0}
+    widths, latents = {"attention": 0, "mlp": 0, "shared_experts": 0}, (0, 0)
     moe_blocks = {name.rpartition(".")[0] for name, role in roles.items() if role == "experts"}
     for name, module in model.named_modules():
         role = roles[name]
         if role in widths and roles[name.rpartition(".")[0]] != role and name not in moe_blocks:
             width = _attention_width(module) if role == "attention" else _outputs(module)
             widths[role] = max(widths[role], width)
+            if hasattr(module, "kv_lora_rank"):
+                latents = int(module.num_heads), int(module.kv_lora_rank)
     experts = top_k * (2 * intermediate + hidden)  # gate, up and output of every choice
-    widest = max(widths["attention"], widths["mlp"], widths["shared_experts"] + experts)
+    widest = max(widths["mlp"], widths["shared_experts"] + experts)
     head = getattr(config, "qk_rope_head_dim", None) or getattr(config, "head_dim", None)
     rotary = 2 * int(head or hidden // config.num_attention_heads)  # cosines and sines
     longest = getattr(config, "max_position_embeddings", None)
     longest = longest if isinstance(longest, int) and longest > 0 else 0
-    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary, longest)
+    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary, longest, widths["attention"], *latents)
 
 
 def _outputs(module: Any) -> int:
@@ -105,7 +106,7 @@ def _outputs(module: Any) -> int:
 def _attention_width(attention: Any) -> int:
     """Floats per token: outputs of the projections and input of the last.
 
-    MLA: queries and sums on the latents too. Linear attention: what its convolution gives too.
+    Of MLA without queries and sums on the latents (see `StepSizes`). Linear attention: what its convolution gives too.
     """
     shape = _state_shape(attention)
     if shape is not None:
@@ -113,9 +114,7 @@ def _attention_width(attention: Any) -> int:
     last = getattr(attention, "o_proj", None)
     width = _outputs(attention) + (int(last.weight.shape[1]) if last is not None else 0)
     if hasattr(attention, "kv_lora_rank"):
-        heads, latent = int(attention.num_heads), int(attention.kv_lora_rank)
-        at_once = latent_heads_at_once(PREFILL_CHUNK, heads, latent)
-        # Queries and sums, a copy of one in bfloat16. kv_b_proj is absorbed: its outputs never exist.
-        width += at_once * (5 * latent // 2) + heads * int(attention.qk_rope_head_dim)
+        # kv_b_proj is absorbed: its outputs never exist.
+        width += int(attention.num_heads) * int(attention.qk_rope_head_dim)
         width -= int(attention.kv_b_proj.weight.shape[0])
     return width

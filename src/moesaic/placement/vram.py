@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
+from moesaic.modules.mla import latent_heads_at_once
 from moesaic.placement.lots import VramLots, divide
 from moesaic.placement.roles import layer_of
 
@@ -77,9 +78,11 @@ class StepSizes:
         hidden_size: of a hidden state.
         top_k: routed experts of a token.
         vocab_size: logits of a token.
-        widest: floats per token that the widest block holds beside hidden states.
+        widest: floats per token that the widest block but attention holds beside hidden states.
         rotary: floats per position of the table of rotary angles.
         longest: positions of a sequence that the model was made for; 0 if its configuration does not say.
+        attention: floats per token that attention holds.
+        latent_heads, latent_dim: of MLA, whose queries and sums on the latents come on top, of some heads at a time.
     """
 
     hidden_size: int = 0
@@ -88,10 +91,17 @@ class StepSizes:
     widest: int = 0
     rotary: int = 0
     longest: int = 0
+    attention: int = 0
+    latent_heads: int = 0
+    latent_dim: int = 0
 
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
-        activations = min(PREFILL_CHUNK, context) * (_STREAMS * self.hidden_size + self.widest)
+        chunk = min(PREFILL_CHUNK, context)
+        attention = self.attention
+        if self.latent_heads:  # queries, sums, and a copy of one of them in bfloat16
+            attention += latent_heads_at_once(chunk, self.latent_heads, self.latent_dim) * (5 * self.latent_dim // 2)
+        activations = chunk * (_STREAMS * self.hidden_size + max(self.widest, attention))
         return (activations + 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary) * _FLOAT
 
     def mailbox_bytes(self, context: int) -> int:

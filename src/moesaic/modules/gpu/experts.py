@@ -6,6 +6,8 @@ each beside those of the neighbouring slots. This module does not know which exp
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -157,19 +159,30 @@ def _copy_matrix(part: PackedTensor | SlicedTensor, index: int, target: torch.Te
 
 
 def page_lock(experts: PackedExperts) -> None:
-    """Lock the experts' memory, so that a GPU copies from it while the CPU goes on.
+    """Lock the experts' memory for as long as it lives, so that a GPU copies from it while the CPU goes on.
 
     Raises:
         KernelError: the system refuses.
     """
     for part in _parts(experts):
         for piece in part.slices:
-            status = torch.cuda.cudart().cudaHostRegister(piece.data.data_ptr(), piece.nbytes, 0)
-            if int(status) != 0:
-                raise KernelError(
-                    f"{piece.nbytes / 2**30:.2f} GiB of experts cannot be page-locked ({status}): raise the limit of "
-                    "locked memory (ulimit -l)."
-                )
+            _lock(piece.data)
+
+
+def _lock(data: torch.Tensor) -> None:
+    cudart = torch.cuda.cudart()
+    address = data.data_ptr()
+    status = cudart.cudaHostRegister(address, data.nbytes, 0)
+    if int(status) != 0:
+        # The runtime remembers the failure until somebody asks, and somebody else would be blamed for it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)
+        raise KernelError(
+            f"{data.nbytes / 2**30:.2f} GiB of experts cannot be page-locked ({status}): raise the limit of locked "
+            "memory (ulimit -l)."
+        )
+    # Before the memory is given back: whatever gets its addresses next could not be locked, nor copied.
+    weakref.finalize(data, cudart.cudaHostUnregister, address).atexit = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

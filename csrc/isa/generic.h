@@ -254,6 +254,13 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     return acc;
 }
 
+// An instruction set that needs several instructions for dot4() may define MOESAIC_HAS_NARROW_SUMS and
+//   vs                  32 sums of 16 bits, two in a lane
+//   narrow_dot4(w, x)   the products of dot4<false>(), two of each four in a sum
+//   add(vs, vs)
+//   widen(vs) -> vi     the two of each lane added up
+// for as many products of small weights as 16 bits hold.
+
 MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 // into the second-level cache only
 MOESAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }

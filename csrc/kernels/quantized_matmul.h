@@ -6,9 +6,12 @@
 
 constexpr int kChunkGroups = 8;  // groups of 32 columns that are expanded together
 
+template <class F>
+constexpr bool kFullRange = F::kLargest > 127;
+
 // Does a sum start from the zero point times the activations' sum?
 template <class F>
-constexpr bool kStartsFromZeroPoint = F::kZeroShift >= 0 && !(F::kFullRange && kFullRangeBias == 1 << F::kZeroShift);
+constexpr bool kStartsFromZeroPoint = F::kZeroShift >= 0 && !(kFullRange<F> && kFullRangeBias == 1 << F::kZeroShift);
 
 template <class F>
 constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
@@ -16,7 +19,7 @@ constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
 // What an int32 sum over half `h` of a group (or all of it) starts from.
 template <class F>
 MOESAIC_INLINE vi initial_sum(const ActivationGroup& x, int h) {
-    static_assert(!F::kFullRange || F::kZeroShift == 7);
+    static_assert(!kFullRange<F> || F::kZeroShift == 7);
     if constexpr (!kStartsFromZeroPoint<F>) return zero_i();
     return shl(set1_i(kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h]), F::kZeroShift);
 }
@@ -56,7 +59,7 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
                 vi dots = initial_sum<F>(*token, h);
                 MOESAIC_UNROLL
                 for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                    dots = dot4<F::kFullRange>(dots, quads[i], token->values + 4 * i);
+                    dots = dot4<kFullRange<F>>(dots, quads[i], token->values + 4 * i);
                 }
                 const int sub = g * kSubs<F> + h;
                 sum = fma(mul(to_float(dots), F::scale(scales, sub)), set1(token->scale), sum);
@@ -82,10 +85,15 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
         const typename F::Scales scales = F::load_scales(tile);
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
-            vb quads[8];
-            quads_of_group<F>(tile, scales, g, quads);
-            MOESAIC_UNROLL
-            for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quads[i]);
+            if constexpr (requires { F::quad(tile, g, 0); }) {
+                MOESAIC_UNROLL
+                for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
+            } else {
+                vb quads[8];
+                F::group(tile, scales, g, quads);
+                MOESAIC_UNROLL
+                for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quads[i]);
+            }
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 const int sub = (first + g) * kSubs<F> + h;
@@ -96,11 +104,27 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
     }
 }
 
+// How many quads a narrow sum takes: two products of each, together less than 2^15. A power of two.
+template <class F>
+#ifdef MOESAIC_HAS_NARROW_SUMS
+constexpr int kNarrowQuads = F::kLargest <= 15   ? 8
+                             : F::kLargest <= 31 ? 4
+                             : F::kLargest <= 63 ? 2
+                                                 : 1;
+#else
+constexpr int kNarrowQuads = 1;
+#endif
+static_assert(8 * 2 * 15 * 128 < 1 << 15 && 4 * 2 * 31 * 128 < 1 << 15 && 2 * 2 * 63 * 128 < 1 << 15);
+
+// What kLargest may be taken for: as many quads fit, and dot4() is the same.
+template <class F>
+constexpr int kLargestAlike = kFullRange<F> ? 255 : 127 / kNarrowQuads<F>;
+
 // The traits on which the product of expanded weights depends; formats that agree in them share its code.
-template <int ScaleGroup, int ZeroShift, bool HasOffset, bool FullRange>
+template <int ScaleGroup, int ZeroShift, bool HasOffset, int Largest>
 struct ExpandedTraits {
-    static constexpr int kScaleGroup = ScaleGroup, kZeroShift = ZeroShift;
-    static constexpr bool kHasOffset = HasOffset, kFullRange = FullRange;
+    static constexpr int kScaleGroup = ScaleGroup, kZeroShift = ZeroShift, kLargest = Largest;
+    static constexpr bool kHasOffset = HasOffset;
 };
 
 // How many of the tokens left to take next: as few blocks as possible, of nearly equal size.
@@ -109,11 +133,80 @@ MOESAIC_INLINE int64_t next_token_block(int64_t left) {
     return (left + num_blocks - 1) / num_blocks;
 }
 
+// dots[t][p] = half `h` of group g (or all of it) of expanded weights times `group` of T tokens, plus the zero point.
+template <class F, int T, int P>
+MOESAIC_INLINE void dot_half(const Expanded* weights, int g, const ActivationGroup* const* tokens, int64_t group, int h,
+                             vi (&dots)[T][P]) {
+    constexpr int kQuads = 8 / kSubs<F>;
+    MOESAIC_UNROLL
+    for (int t = 0; t < T; ++t) {
+        const vi start = initial_sum<F>(tokens[t][group], h);
+        MOESAIC_UNROLL
+        for (int p = 0; p < P; ++p) dots[t][p] = start;
+    }
+    MOESAIC_UNROLL
+    for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
+        vb quads[P];
+        MOESAIC_UNROLL
+        for (int p = 0; p < P; ++p) quads[p] = load_b(weights[p].quads[g][i]);
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) {
+            const int8_t* four = tokens[t][group].values + 4 * i;
+            MOESAIC_UNROLL
+            for (int p = 0; p < P; ++p) dots[t][p] = dot4<kFullRange<F>>(dots[t][p], quads[p], four);
+        }
+    }
+}
+
+#ifdef MOESAIC_HAS_NARROW_SUMS
+// sums[t][p] = the quads from `first` on that a narrow sum takes.
+template <class F, int T, int P>
+MOESAIC_INLINE void narrow_sums(const Expanded* weights, int g, const ActivationGroup* const* tokens, int64_t group,
+                                int first, vs (&sums)[T][P]) {
+    constexpr int kQuads = kNarrowQuads<F> < 8 / kSubs<F> ? kNarrowQuads<F> : 8 / kSubs<F>;
+    MOESAIC_UNROLL
+    for (int i = first; i < first + kQuads; ++i) {
+        vb quads[P];
+        MOESAIC_UNROLL
+        for (int p = 0; p < P; ++p) quads[p] = load_b(weights[p].quads[g][i]);
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) {
+            const int8_t* four = tokens[t][group].values + 4 * i;
+            MOESAIC_UNROLL
+            for (int p = 0; p < P; ++p) {
+                const vs products = narrow_dot4(quads[p], four);
+                sums[t][p] = i == first ? products : add(sums[t][p], products);
+            }
+        }
+    }
+}
+
+// dot_half() by narrow sums.
+template <class F, int T, int P>
+    requires(kNarrowQuads<F> > 1)
+MOESAIC_INLINE void dot_half(const Expanded* weights, int g, const ActivationGroup* const* tokens, int64_t group, int h,
+                             vi (&dots)[T][P]) {
+    constexpr int kQuads = 8 / kSubs<F>;
+    MOESAIC_UNROLL
+    for (int first = kQuads * h; first < kQuads * (h + 1); first += kNarrowQuads<F>) {
+        vs sums[T][P];
+        narrow_sums<F, T, P>(weights, g, tokens, group, first, sums);
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) {
+            MOESAIC_UNROLL
+            for (int p = 0; p < P; ++p) {
+                const vi part = widen(sums[t][p]);
+                dots[t][p] = add(first == kQuads * h ? initial_sum<F>(tokens[t][group], h) : dots[t][p], part);
+            }
+        }
+    }
+}
+#endif
+
 // out[t][16 p + r] += expanded weights times T tokens, from group first_group of each token on.
 template <class F, int T, int P>
 void multiply(const Expanded* weights, int num_groups, const ActivationGroup* const* tokens, int64_t first_group,
               float* out) {
-    constexpr int kQuads = 8 / kSubs<F>;
     vf sums[T][P];
     for (int t = 0; t < T; ++t) {
         for (int p = 0; p < P; ++p) sums[t][p] = load(out + t * kOutputStride + 16 * p);
@@ -122,24 +215,7 @@ void multiply(const Expanded* weights, int num_groups, const ActivationGroup* co
         MOESAIC_UNROLL
         for (int h = 0; h < kSubs<F>; ++h) {
             vi dots[T][P];
-            MOESAIC_UNROLL
-            for (int t = 0; t < T; ++t) {
-                const vi start = initial_sum<F>(tokens[t][first_group + g], h);
-                MOESAIC_UNROLL
-                for (int p = 0; p < P; ++p) dots[t][p] = start;
-            }
-            MOESAIC_UNROLL
-            for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                vb quads[P];
-                MOESAIC_UNROLL
-                for (int p = 0; p < P; ++p) quads[p] = load_b(weights[p].quads[g][i]);
-                MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) {
-                    const int8_t* four = tokens[t][first_group + g].values + 4 * i;
-                    MOESAIC_UNROLL
-                    for (int p = 0; p < P; ++p) dots[t][p] = dot4<F::kFullRange>(dots[t][p], quads[p], four);
-                }
-            }
+            dot_half<F, T, P>(weights, g, tokens, first_group + g, h, dots);
             const int sub = g * kSubs<F> + h;
             MOESAIC_UNROLL
             for (int t = 0; t < T; ++t) {
@@ -185,7 +261,7 @@ void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup
 template <class F>
 void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
                      int64_t num_tokens, float* out, const uint8_t* next) {
-    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, F::kFullRange>;
+    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, kLargestAlike<F>>;
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     Expanded expanded[kMaxPanels];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));

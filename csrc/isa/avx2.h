@@ -288,11 +288,6 @@ MOESAIC_INLINE void lookup4(const Codebook4<N>& book, vb index, vb (&quads)[2]) 
     quads[1] = {eight_entries_of_4<16>(book.bytes, indices), eight_entries_of_4<16>(book.bytes, indices + 8)};
 }
 
-// Keeps the compiler from adding up products in an order of its own: it then has them all wait, in memory.
-MOESAIC_INLINE __m256i in_this_order(__m256i sum) {
-    __asm__("" : "+x"(sum));
-    return sum;
-}
 MOESAIC_INLINE __m256i four_in_each_lane(const int8_t* four) {
     int32_t x;
     __builtin_memcpy(&x, four, 4);
@@ -309,13 +304,19 @@ MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
         weights = _mm256_abs_epi8(w);
     }
     const __m256i pairs = _mm256_maddubs_epi16(weights, x);
-    return in_this_order(_mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
 template <bool kFullRange>
 MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     const __m256i x = four_in_each_lane(four);
     return {dot4_half<kFullRange>(acc.a, weights.a, x), dot4_half<kFullRange>(acc.b, weights.b, x)};
+}
+MOESAIC_INLINE vi in_order(vi sum) {
+#ifndef __AVXVNNI__
+    __asm__("" : "+x"(sum.a), "+x"(sum.b));
+#endif
+    return sum;
 }
 #ifndef __AVXVNNI__
 // Three instructions a dot product are two as long as sums of pairs stay below 2^15.
@@ -328,7 +329,8 @@ MOESAIC_INLINE vs narrow_dot4(vb weights, const int8_t* four) {
     return {_mm256_maddubs_epi16(weights.a, x), _mm256_maddubs_epi16(weights.b, x)};
 }
 MOESAIC_INLINE vs add(vs x, vs y) {
-    return {in_this_order(_mm256_add_epi16(x.a, y.a)), in_this_order(_mm256_add_epi16(x.b, y.b))};
+    const vi sum = in_order({_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)});
+    return {sum.a, sum.b};
 }
 MOESAIC_INLINE vi widen(vs x) {
     const __m256i ones = _mm256_set1_epi16(1);

@@ -254,10 +254,14 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     return acc;
 }
 
+// The sum of some products, before the next are added. Where dot4() is several instructions, this keeps the compiler
+// from adding up in an order of its own, in which all products wait in memory.
+MOESAIC_INLINE vi in_order(vi sum) { return sum; }
+
 // An instruction set that needs several instructions for dot4() may define MOESAIC_HAS_NARROW_SUMS and
 //   vs                  32 sums of 16 bits, two in a lane
 //   narrow_dot4(w, x)   the products of dot4<false>(), two of each four in a sum
-//   add(vs, vs)
+//   add(vs, vs)         in order
 //   widen(vs) -> vi     the two of each lane added up
 // for as many products of small weights as 16 bits hold.
 

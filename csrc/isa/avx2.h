@@ -338,6 +338,11 @@ MOESAIC_INLINE vi widen(vs x) {
 }
 #endif
 
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

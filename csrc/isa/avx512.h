@@ -260,6 +260,11 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
 }
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -265,6 +265,12 @@ MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 //   widen(vs) -> vi     the two of each lane added up
 // for as many products of small weights as 16 bits hold.
 
+// The same address, but the compiler does not know it: what is there is not kept from an earlier reading.
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 // into the second-level cache only
 MOESAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -79,8 +79,7 @@ MOESAIC_INLINE void direct_dots(const uint8_t* tile, int g, int h, const Activat
 template <class F, int T>
 MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& scales, int g,
                               const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
-    // Else what two groups have in common stays in registers, of which there are too few.
-    __asm__("" : "+r"(tile));
+    tile = read_again(tile);  // else what two groups have in common stays in registers, of which there are too few
     MOESAIC_UNROLL
     for (int h = 0; h < kSubs<F>; ++h) {
         vi dots[T];

@@ -40,10 +40,9 @@ int64_t dot_i8(int64_t rounds, float* sink) {
     const vb weights = load_b(bytes);
     for (int64_t i = 0; i < rounds; ++i) {
         for (int j = 0; j < kChains; ++j) {
-            const int8_t* same = four;
             // Where dot4() is several instructions, those without the sum would be done once for all.
-            if constexpr (!kHas32Registers) __asm__ volatile("" : "+r"(same));
-            sums[j] = dot4<false>(sums[j], weights, same);
+            const int8_t* x = kHas32Registers ? four : read_again<int8_t>(four);
+            sums[j] = dot4<false>(sums[j], weights, x);
         }
     }
     for (int j = 1; j < kChains; ++j) sums[0] = add(sums[0], sums[j]);

@@ -7,7 +7,8 @@ bandwidth. Every step takes other experts, of as many layers in turn as make 8 t
 quarter of the free memory), so that weights come from DRAM. Prefill: many tokens, in 10^9 multiply-adds per second and
 as a share of the peak of the instruction used, which the last column names: tiles of bfloat16 where the instruction set
 has them for the format (BF16 weights are multiplied twice, so half of that peak is their limit), else int8 dot products
-for quantised weights and float32 fma for floats. Yardsticks are measured between the repetitions, so that other load on
+for quantised weights and float32 fma for floats. AVX2 without VNNI sums small weights in 16 bits, which may exceed that
+peak. Yardsticks are measured between the repetitions, so that other load on
 the machine falls on both. Figures are medians, of the yardsticks too. With --threads 1 they are the best ones, and
 products are timed in processor time of the thread, which other load disturbs least. Weights are random bytes: values do
 not matter for speed.

@@ -30,8 +30,9 @@ struct GroupedNibbles {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileD = 16 * kD, kTileZ = 16 * kZ;
-    static constexpr int kScaleGroup = 32, kZeroShift = kHasZeroPoint ? -1 : 3;
-    static constexpr bool kHasOffset = kHasZeroPoint, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = kHasZeroPoint ? -1 : 3, kLargest = 15;
+    static constexpr int kGroupPeriod = kBlock < 64 ? 1 : 2;
+    static constexpr bool kHasOffset = kHasZeroPoint;
     struct Scales {
         vf d, offset;
     };

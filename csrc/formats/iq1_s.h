@@ -27,8 +27,8 @@ struct IQ1_S {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileQh = 512, kTileD = 768;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 9;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf quarter_d;
         const uint8_t* high;

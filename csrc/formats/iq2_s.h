@@ -26,8 +26,8 @@ struct IQ2_S {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileSigns = 512, kTileQh = 1024, kTileScales = 1152, kTileD = 1280;
-    static constexpr int kScaleGroup = 16, kZeroShift = 6;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 16, kZeroShift = 6, kLargest = 107;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf eighth_d;
         alignas(64) uint8_t odd[2][128];  // scale j is odd[j % 2][16 (j / 2)] on

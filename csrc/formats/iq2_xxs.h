@@ -29,8 +29,8 @@ struct IQ2_XXS {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 1024;
-    static constexpr int kScaleGroup = 32, kZeroShift = 6;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 6, kLargest = 107;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf eighth_d;
         const uint8_t* words;

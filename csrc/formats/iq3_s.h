@@ -26,8 +26,8 @@ struct IQ3_S {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileSigns = 1024, kTileQh = 1536, kTileScales = 1664, kTileD = 1728;
-    static constexpr int kScaleGroup = 32, kZeroShift = 6;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 6, kLargest = 79;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
         alignas(64) uint8_t odd[2][64];  // scale j is odd[j % 2][16 (j / 2)] on

@@ -28,8 +28,8 @@ struct IQ3_XXS {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileWords = 1024, kTileD = 1536;
-    static constexpr int kScaleGroup = 32, kZeroShift = 6;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 6, kLargest = 126;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf quarter_d;
         const uint8_t* words;

@@ -22,8 +22,8 @@ struct IQ4_NL {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 256;
-    static constexpr int kScaleGroup = 32, kZeroShift = 7;
-    static constexpr bool kHasOffset = false, kFullRange = true;
+    static constexpr int kScaleGroup = 32, kZeroShift = 7, kLargest = 241;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

@@ -33,8 +33,9 @@ struct IQ4_XS {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScalesLow = 2048, kTileScalesHigh = 2112, kTileD = 2144;
-    static constexpr int kScaleGroup = 32, kZeroShift = 7;
-    static constexpr bool kHasOffset = false, kFullRange = true;
+    static constexpr int kScaleGroup = 32, kZeroShift = 7, kLargest = 241;
+    static constexpr int kGroupPeriod = 2;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
         alignas(64) int8_t scales[128];

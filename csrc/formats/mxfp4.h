@@ -24,8 +24,8 @@ struct MXFP4 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileE = 256;
-    static constexpr int kScaleGroup = 32, kZeroShift = 4;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 4, kLargest = 28;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

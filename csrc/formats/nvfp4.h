@@ -29,8 +29,8 @@ struct NVFP4 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 512;
-    static constexpr int kScaleGroup = 16, kZeroShift = 4;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 16, kZeroShift = 4, kLargest = 28;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         alignas(64) uint16_t halves[64];
     };

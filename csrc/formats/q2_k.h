@@ -25,8 +25,8 @@ struct Q2_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 1024, kTileD = 1280, kTileDmin = 1312;
-    static constexpr int kScaleGroup = 16, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = 3;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf d, negated_dmin;
         alignas(64) uint8_t scales[256], minima[256];

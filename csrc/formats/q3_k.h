@@ -31,8 +31,8 @@ struct Q3_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileHmask = 1024, kTileScales = 1536, kTileD = 1728;
-    static constexpr int kScaleGroup = 16, kZeroShift = 2;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 16, kZeroShift = 2, kLargest = 7;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
         alignas(64) uint8_t scales[256];

@@ -20,8 +20,8 @@ struct Q4_0 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 256;
-    static constexpr int kScaleGroup = 32, kZeroShift = 3;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 3, kLargest = 15;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

@@ -20,8 +20,8 @@ struct Q4_1 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 256, kTileM = 288;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 15;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf d, m;
     };

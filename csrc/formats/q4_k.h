@@ -27,8 +27,9 @@ struct Q4_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 2048, kTileD = 2240, kTileDmin = 2272;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 15;
+    static constexpr int kGroupPeriod = 2;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf d, negated_dmin;
         alignas(64) uint8_t scales[128], minima[128];

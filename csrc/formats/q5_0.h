@@ -21,8 +21,8 @@ struct Q5_0 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileQh = 256, kTileD = 320;
-    static constexpr int kScaleGroup = 32, kZeroShift = 4;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 4, kLargest = 31;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

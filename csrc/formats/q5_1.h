@@ -21,8 +21,8 @@ struct Q5_1 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileQh = 256, kTileD = 320, kTileM = 352;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 31;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf d, m;
     };

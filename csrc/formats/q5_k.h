@@ -28,8 +28,8 @@ struct Q5_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileQh = 2048, kTileScales = 2560, kTileD = 2752, kTileDmin = 2784;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1;
-    static constexpr bool kHasOffset = true, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 31;
+    static constexpr bool kHasOffset = true;
     struct Scales {
         vf d, negated_dmin;
         alignas(64) uint8_t scales[128], minima[128];

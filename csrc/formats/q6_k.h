@@ -26,8 +26,8 @@ struct Q6_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQl = 0, kTileQh = 2048, kTileScales = 3072, kTileD = 3328;
-    static constexpr int kScaleGroup = 16, kZeroShift = 5;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 16, kZeroShift = 5, kLargest = 63;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
         const uint8_t* scales;

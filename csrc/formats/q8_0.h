@@ -20,8 +20,8 @@ struct Q8_0 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 512;
-    static constexpr int kScaleGroup = 32, kZeroShift = 7;
-    static constexpr bool kHasOffset = false, kFullRange = true;
+    static constexpr int kScaleGroup = 32, kZeroShift = 7, kLargest = 255;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

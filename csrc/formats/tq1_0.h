@@ -30,8 +30,8 @@ struct TQ1_0 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 832;
-    static constexpr int kScaleGroup = 32, kZeroShift = 0;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 0, kLargest = 2;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

@@ -23,8 +23,8 @@ struct TQ2_0 {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileD = 1024;
-    static constexpr int kScaleGroup = 32, kZeroShift = 0;
-    static constexpr bool kHasOffset = false, kFullRange = false;
+    static constexpr int kScaleGroup = 32, kZeroShift = 0, kLargest = 3;
+    static constexpr bool kHasOffset = false;
     struct Scales {
         vf d;
     };

@@ -288,6 +288,11 @@ MOESAIC_INLINE void lookup4(const Codebook4<N>& book, vb index, vb (&quads)[2]) 
     quads[1] = {eight_entries_of_4<16>(book.bytes, indices), eight_entries_of_4<16>(book.bytes, indices + 8)};
 }
 
+MOESAIC_INLINE __m256i four_in_each_lane(const int8_t* four) {
+    int32_t x;
+    __builtin_memcpy(&x, four, 4);
+    return _mm256_set1_epi32(x);
+}
 template <bool kFullRange>
 MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
 #ifdef __AVXVNNI__
@@ -298,17 +303,46 @@ MOESAIC_INLINE __m256i dot4_half(__m256i acc, __m256i weights, __m256i x) {
         x = _mm256_sign_epi8(x, w);  // |w| * (x * sign of w): at most 2 * 128 * 127 in 16 bits
         weights = _mm256_abs_epi8(w);
     }
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+    const __m256i pairs = _mm256_maddubs_epi16(weights, x);
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 }
 template <bool kFullRange>
 MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
-    int32_t x;
-    __builtin_memcpy(&x, four, 4);
-    const __m256i broadcast = _mm256_set1_epi32(x);
-    return {dot4_half<kFullRange>(acc.a, weights.a, broadcast), dot4_half<kFullRange>(acc.b, weights.b, broadcast)};
+    const __m256i x = four_in_each_lane(four);
+    return {dot4_half<kFullRange>(acc.a, weights.a, x), dot4_half<kFullRange>(acc.b, weights.b, x)};
 }
+MOESAIC_INLINE vi in_order(vi sum) {
+#ifndef __AVXVNNI__
+    __asm__("" : "+x"(sum.a), "+x"(sum.b));
+#endif
+    return sum;
+}
+#ifndef __AVXVNNI__
+// Three instructions a dot product are two as long as sums of pairs stay below 2^15.
+#define MOESAIC_HAS_NARROW_SUMS
+struct vs {
+    __m256i a, b;
+};
+MOESAIC_INLINE vs narrow_dot4(vb weights, const int8_t* four) {
+    const __m256i x = four_in_each_lane(four);
+    return {_mm256_maddubs_epi16(weights.a, x), _mm256_maddubs_epi16(weights.b, x)};
+}
+MOESAIC_INLINE vs add(vs x, vs y) {
+    const vi sum = in_order({_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)});
+    return {sum.a, sum.b};
+}
+MOESAIC_INLINE vi widen(vs x) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(x.a, ones), _mm256_madd_epi16(x.b, ones)};
+}
+#endif
 
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -258,7 +258,13 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     __builtin_memcpy(&x, four, 4);
     return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))};
 }
+MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

@@ -254,6 +254,23 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     return acc;
 }
 
+// The sum of some products, before the next are added. Where dot4() is several instructions, this keeps the compiler
+// from adding up in an order of its own, in which all products wait in memory.
+MOESAIC_INLINE vi in_order(vi sum) { return sum; }
+
+// An instruction set that needs several instructions for dot4() may define MOESAIC_HAS_NARROW_SUMS and
+//   vs                  32 sums of 16 bits, two in a lane
+//   narrow_dot4(w, x)   the products of dot4<false>(), two of each four in a sum
+//   add(vs, vs)         in order
+//   widen(vs) -> vi     the two of each lane added up
+// for as many products of small weights as 16 bits hold.
+
+// The same address, but the compiler does not know it: what is there is not kept from an earlier reading.
+template <class T>
+MOESAIC_INLINE const T* read_again(const T* p) {
+    __asm__ volatile("" : "+r"(p));
+    return p;
+}
 MOESAIC_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 // into the second-level cache only
 MOESAIC_INLINE void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }

@@ -3,6 +3,9 @@
 
 // clang-format off: each uses constants of those before
 #include "kernels/weight_stream.h"
+#include "kernels/quantized_traits.h"
+#include "kernels/direct_matmul.h"
+#include "kernels/expanded_matmul.h"
 #include "kernels/quantized_matmul.h"
 #include "kernels/float_matmul.h"
 #ifdef MOESAIC_HAS_TILES

@@ -35,9 +35,15 @@ int64_t dot_i8(int64_t rounds, float* sink) {
     for (vi& s : sums) s = zero_i();
     int8_t four[4];
     __builtin_memcpy(four, sink, 4);
-    const vb weights = set1_b(static_cast<uint8_t>(four[0] & 127));
+    uint8_t bytes[64];
+    for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>((four[0] + i) & 127);
+    const vb weights = load_b(bytes);
     for (int64_t i = 0; i < rounds; ++i) {
-        for (int j = 0; j < kChains; ++j) sums[j] = dot4<false>(sums[j], weights, four);
+        for (int j = 0; j < kChains; ++j) {
+            // Where dot4() is several instructions, those without the sum would be done once for all.
+            const int8_t* x = kHas32Registers ? four : read_again<int8_t>(four);
+            sums[j] = dot4<false>(sums[j], weights, x);
+        }
     }
     for (int j = 1; j < kChains; ++j) sums[0] = add(sums[0], sums[j]);
     sink[2] = static_cast<float>(reduce_add(sums[0]));

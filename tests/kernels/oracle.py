@@ -22,6 +22,15 @@ HALF_OFFSETS = {
     "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
 }  # fmt: skip
 
+# Where a block has nothing but weights; formats that are not here begin with nibbles.
+WEIGHT_BYTES = {
+    "Q4_0": (2, 18), "Q4_1": (4, 20), "Q5_0": (2, 22), "Q5_1": (4, 24), "Q8_0": (2, 34),
+    "Q2_K": (16, 80), "Q3_K": (0, 96), "Q4_K": (16, 144), "Q5_K": (16, 176), "Q6_K": (0, 192),
+    "IQ4_NL": (2, 18), "IQ4_XS": (8, 136), "MXFP4": (1, 17), "NVFP4": (4, 36), "TQ1_0": (0, 52), "TQ2_0": (0, 64),
+    "IQ1_S": (2, 34), "IQ1_M": (0, 32), "IQ2_XXS": (2, 66), "IQ2_XS": (2, 66), "IQ2_S": (2, 66),
+    "IQ3_XXS": (2, 66), "IQ3_S": (2, 66),
+}  # fmt: skip
+
 
 def random_raw(fmt: WeightFormat, rows: int, cols: int, seed: int = 0) -> np.ndarray:
     """Rows of blocks of random bytes with finite scales: of both signs, zero and subnormal ones included."""
@@ -81,6 +90,18 @@ def packed(
         raw, values[index] = random_matrix(fmt_name, rows, cols, seed + index)
         tensor.pack_(index, raw)
     return tensor, values
+
+
+def packed_extremes(fmt_name: str, rows: int, cols: int) -> tuple[PackedTensor, np.ndarray]:
+    """A matrix whose row r has all bits of its weights in the pattern of byte `17 (r % 16)`, and its float64 values."""
+    fmt = FORMATS[fmt_name]
+    raw = random_raw(fmt, rows, cols)
+    blocks = raw.reshape(rows, -1, fmt.block_bytes)
+    first, last = WEIGHT_BYTES.get(fmt_name, (0, fmt.block_size // 2))
+    blocks[..., first:last] = (17 * (np.arange(rows) % 16)).astype(np.uint8)[:, None, None]
+    tensor = PackedTensor.empty(fmt, rows, cols)
+    tensor.pack_(0, raw)
+    return tensor, weights_of(raw, fmt, cols).astype(np.float64)
 
 
 def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from tests.kernels.oracle import (
     multiplies_bfloat16,
     packed,
+    packed_extremes,
     relative_error,
     rounded,
     seen_by,
@@ -64,6 +65,21 @@ def test_linear(name, each_isa):
             if FORMATS[name].rounds_activations:
                 allowed = rounded(x.numpy())[1] @ np.abs(values[0]).T + FLOAT32_SUMS * np.abs(exact).max()
                 assert (np.abs(result.numpy() - exact) <= allowed).all()
+
+
+@pytest.mark.parametrize("name", [name for name in ALL_FORMATS if FORMATS[name].rounds_activations])
+def test_linear_with_the_largest_sums(name, each_isa):
+    """Equal bytes in all of a row (weights as large as the format has them) times activations of one magnitude."""
+    rows, cols = 16, 768
+    weight, values = packed_extremes(name, rows, cols)
+    x = torch.ones(6, cols)
+    x[1] = -1
+    x[2, ::2] = -1
+    x[3, 1::2] = -1
+    x[4, :100] = -1
+    for num_tokens in (1, 2, 3, 4, 6):
+        expected = seen_by(name, x[:num_tokens].numpy(), num_tokens) @ values.T
+        assert relative_error(linear(x[:num_tokens], weight), expected) < FLOAT32_SUMS, num_tokens
 
 
 @pytest.mark.parametrize("name", ["F32", "BF16", "Q4_K", "Q8_0"])

@@ -375,7 +375,9 @@ void write_result(const AttentionArgs& a, const AttentionTask& task, const TileW
             for (int64_t r = 0; r < rows; ++r) store(result.acc + (first + r) * width + column, block[r]);
         }
         for (int64_t r = first; r < first + rows; ++r) {
-            result.max[r] = w.maximum[r];
+            // Keys that a row does not see may have replaced a maximum that was not a number; the sum is not a number
+            // still.
+            result.max[r] = w.sum[r] == w.sum[r] ? w.maximum[r] : w.sum[r];
             result.sum[r] = w.sum[r];
         }
     }

@@ -22,8 +22,8 @@ constexpr int64_t kTasksPerThread = 2;
 
 // Tiles are worth it from here on.
 constexpr int64_t kTileQueriesFrom = 8, kTileRowsFrom = 32;
-// Rows of a task by tiles, and floats of their results, which should stay in the second-level cache.
-constexpr int64_t kMaxTileRows = 512, kMinTileRows = 64, kMaxTileFloats = int64_t{128} << 10u;
+// Rows of a task. Results of tiles, in floats, should stay in the second-level cache.
+constexpr int64_t kMinRows = 64, kMaxRows = 256, kMaxTileRows = 512, kMaxTileFloats = int64_t{128} << 10u;
 
 // How the work is cut: row blocks of every (batch row, KV head), and key ranges where that is too few tasks.
 class TaskGrid {
@@ -31,8 +31,7 @@ class TaskGrid {
     TaskGrid(const AttentionArgs& a, int64_t num_threads) : a_(a), by_tiles_(goes_by_tiles(a, a.num_queries)) {
         const int64_t wanted = num_threads > 1 ? kTasksPerThread * num_threads : 1;
         num_rows_ = a.group * a.num_queries;
-        block_rows_ = kAttentionRows;
-        if (by_tiles_) block_rows_ = tile_task_rows(a, a.batch * a.num_kv_heads * num_rows_, wanted);
+        block_rows_ = rows_of_task(a, by_tiles_, a.batch * a.num_kv_heads * num_rows_, wanted);
         num_blocks_ = (num_rows_ + block_rows_ - 1) / block_rows_;
         num_row_tasks_ = a.batch * a.num_kv_heads * num_blocks_;
         const int64_t splits = (wanted + num_row_tasks_ - 1) / std::max<int64_t>(num_row_tasks_, 1);
@@ -89,7 +88,7 @@ struct TaskKernel {
     explicit TaskKernel(const AttentionArgs& a, const TaskGrid& grid)
         : rows(grid.block_rows()), result_floats(rows * (2 + padded(a.value_dim))) {
         const AttentionKernels& kernels = attention_kernels();
-        scratch_floats = grid.by_tiles() ? kernels.tile_scratch_floats(a, rows) : kernels.scratch_floats(a);
+        scratch_floats = (grid.by_tiles() ? kernels.tile_scratch_floats : kernels.scratch_floats)(a, rows);
         partial = grid.by_tiles() ? kernels.tile_partial : kernels.partial;
         finish = kernels.finish;
     }
@@ -147,9 +146,10 @@ bool goes_by_tiles(const AttentionArgs& a, int64_t num_queries) {
     return num_queries >= kTileQueriesFrom && num_queries * a.group >= kTileRowsFrom;
 }
 
-int64_t tile_task_rows(const AttentionArgs& a, int64_t num_rows, int64_t num_tasks) {
-    int64_t rows = kMaxTileRows;
-    while (rows > kMinTileRows && (rows * a.value_dim > kMaxTileFloats || num_rows < rows * num_tasks)) rows /= 2;
+int64_t rows_of_task(const AttentionArgs& a, bool by_tiles, int64_t num_rows, int64_t num_tasks) {
+    int64_t rows = by_tiles ? kMaxTileRows : kMaxRows;
+    while (rows > kMinRows && by_tiles && rows * a.value_dim > kMaxTileFloats) rows /= 2;
+    while (rows > kMinRows && num_rows < rows * num_tasks) rows /= 2;
     return rows;
 }
 

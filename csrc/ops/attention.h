@@ -82,7 +82,6 @@ struct AttentionPartial {
     float* acc;  // [num_rows][padded(value_dim)] sum of exp(score - max) * v
 };
 
-constexpr int64_t kAttentionRows = 64;      // rows of a task, at most
 constexpr int64_t kAttentionKeyBlock = 64;  // keys between two updates of the running maximum, at most
 constexpr int64_t kTileKeys = 256;          // the same by tiles, exactly, counted from a task's first key
 
@@ -136,15 +135,15 @@ static inline KeyRange visible_keys(const AttentionArgs& a, int64_t batch, int64
 }
 
 struct AttentionKernels {
-    // Scratch that one call of partial() needs, in floats.
-    int64_t (*scratch_floats)(const AttentionArgs& a);
+    // Scratch that one call of partial() needs for so many rows, in floats.
+    int64_t (*scratch_floats)(const AttentionArgs& a, int64_t num_rows);
     // Computes the partial result of a task. scratch is 64-byte aligned.
     void (*partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result);
     // into = what `into` and `from` are together, of num_rows rows. A row of `from` that saw no key changes nothing.
     void (*fold)(const AttentionArgs& a, int64_t num_rows, const AttentionPartial& into, const AttentionPartial& from);
     // Merges the partial results of a task's rows over all key ranges, adds the sinks, divides, writes a.out.
     void (*finish)(const AttentionArgs& a, const AttentionTask& task, const AttentionPartial* partials, int64_t count);
-    // The same as the first two by tiles, for tasks of any number of rows; null where there are none.
+    // The same as the first two by tiles; null where there are none.
     int64_t (*tile_scratch_floats)(const AttentionArgs& a, int64_t num_rows);
     void (*tile_partial)(const AttentionArgs& a, const AttentionTask& task, float* scratch,
                          const AttentionPartial& result);
@@ -155,15 +154,16 @@ MOESAIC_DECLARE_KERNELS(AttentionKernels, attention_kernels)
 // the calling thread wants independent_rows(). Single tokens, and the few that remain of a prompt, never do.
 bool goes_by_tiles(const AttentionArgs& a, int64_t num_queries);
 
-// Rows of a task by tiles: many, because what they share is prepared for each task anew, but few enough for about
-// `num_tasks` tasks out of `num_rows` rows.
-int64_t tile_task_rows(const AttentionArgs& a, int64_t num_rows, int64_t num_tasks);
+// Rows of a task: many, because what they share is prepared for each task anew, but few enough for about `num_tasks`
+// tasks out of `num_rows` rows.
+int64_t rows_of_task(const AttentionArgs& a, bool by_tiles, int64_t num_rows, int64_t num_tasks);
 
 // Computes a.out for all batch rows, heads and queries, on the thread pool.
 void attention(const AttentionArgs& a);
 
 // The same for a.pages != null, where attention() goes. What a query gets depends on its own sequence alone, to the
-// bit: neither on the other sequences, nor on how many of its tokens are computed at once, nor on threads.
+// bit: neither on the other sequences, nor on how many of its tokens are computed at once (but for whether these go by
+// tiles), nor on threads.
 void paged_attention(const AttentionArgs& a);
 
 }  // namespace moesaic

@@ -21,18 +21,18 @@ struct Workspace {
     int64_t depth, value_width;
 };
 
-int64_t scratch_floats(const AttentionArgs& a) {
+int64_t scratch_floats(const AttentionArgs& a, int64_t num_rows) {
     const int64_t depth = score_depth(a);
-    return kAttentionRows * depth + kAttentionKeyBlock * depth + kAttentionKeyBlock * padded(a.value_dim) +
-           kAttentionRows * kAttentionKeyBlock;
+    return num_rows * depth + kAttentionKeyBlock * depth + kAttentionKeyBlock * padded(a.value_dim) +
+           num_rows * kAttentionKeyBlock;
 }
 
-Workspace make_workspace(const AttentionArgs& a, float* scratch) {
+Workspace make_workspace(const AttentionArgs& a, int64_t num_rows, float* scratch) {
     Workspace w;
     w.depth = score_depth(a);
     w.value_width = padded(a.value_dim);
     w.q = scratch;
-    w.keys = w.q + kAttentionRows * w.depth;
+    w.keys = w.q + num_rows * w.depth;
     w.values = w.keys + kAttentionKeyBlock * w.depth;
     w.scores = w.values + kAttentionKeyBlock * w.value_width;
     return w;
@@ -258,7 +258,7 @@ bool any_visible(const AttentionArgs& a, const AttentionTask& task, int64_t key,
 
 template <class Load>
 void partial_of(const AttentionArgs& a, const AttentionTask& task, float* scratch, const AttentionPartial& result) {
-    const Workspace w = make_workspace(a, scratch);
+    const Workspace w = make_workspace(a, task.num_rows, scratch);
     for (int64_t r = 0; r < task.num_rows; ++r) {
         result.max[r] = kNegativeInfinity;
         result.sum[r] = 0.0f;

@@ -87,10 +87,12 @@ struct RowCut {
 
 RowCut cut_rows(const AttentionArgs& a, int64_t sequence, int64_t num_threads) {
     const int64_t num_queries = num_queries_of(a, sequence), num_rows = num_queries * a.group;
-    if (!goes_by_tiles(a, num_queries)) return {num_rows, kAttentionRows, false};
+    const bool by_tiles = goes_by_tiles(a, num_queries);
     // Long sequences are cut at their segments too.
-    const int64_t num_segments = std::max<int64_t>(a.pages->num_keys[sequence] / kShortestTileSegment, 1);
-    return {num_rows, tile_task_rows(a, num_rows * a.num_kv_heads * num_segments, kLargestShare * num_threads), true};
+    const int64_t last = std::max<int64_t>(a.pages->num_keys[sequence] - 1, 0);
+    const int64_t num_segments = segment_of(last, shortest_segment(by_tiles)) + 1;
+    const int64_t num_tasks = num_threads > 1 ? kLargestShare * num_threads : 1;
+    return {num_rows, rows_of_task(a, by_tiles, num_rows * a.num_kv_heads * num_segments, num_tasks), by_tiles};
 }
 
 RowTask row_task(const AttentionArgs& a, int64_t sequence, int64_t kv_head, int64_t row, const RowCut& cut) {
@@ -186,7 +188,7 @@ class Runner {
         const AttentionKernels& kernels = attention_kernels();
         const int64_t of_tiles =
             work.largest_tile_task > 0 ? kernels.tile_scratch_floats(a, work.largest_tile_task) : 0;
-        return std::max(of_tiles, work.largest_task > 0 ? kernels.scratch_floats(a) : 0);
+        return std::max(of_tiles, work.largest_task > 0 ? kernels.scratch_floats(a, work.largest_task) : 0);
     }
 
     void partial(const RowTask& rows, const AttentionTask& task, float* scratch, const AttentionPartial& result) const {

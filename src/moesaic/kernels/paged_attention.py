@@ -1,7 +1,8 @@
 """Attention over a paged cache on the CPU: sequences of different lengths in one call; see csrc/ops/attention.h.
 
 The arguments are those of `triton.attention`, which does the same on a GPU. What a token gets depends on its own
-sequence alone, to the bit. This module knows no model, and no cache but its tensors.
+sequence alone, to the bit, and on whether it is one of at least eight on a bfloat16 cache, which AMX goes through by
+tiles unless the thread wants `independent_rows()`. This module knows no model, and no cache but its tensors.
 """
 
 from __future__ import annotations

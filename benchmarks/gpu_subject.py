@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +103,12 @@ class Subject:
         """Experts on the CPU; without and with the cache, on one copy of the other weights."""
         plan = self._prepare("hybrid", self.num_layers).plan
         budget = plan.vram_budget(this_computer(True))
+        whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))
+        if whole.upload_experts and not budget.upload_experts:  # the experts of a few layers would all be there
+            budget = replace(budget, upload_experts=whole.upload_experts)
         start_on_gpu(self.model, plan, budget)
         runner = self.model.runner
-        cache = runner.slots.cache
+        cache, runner.lending = runner.slots.cache, None  # it would give the cache more than its share
         # One runner for both: two would have two caches of keys and values, which the budget has no room for.
         with_cache, runner.slots = runner.slots, ExpertSlots()
         uploads, runner.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
@@ -114,7 +118,6 @@ class Subject:
         runner.slots, runner.uploads, runner._buckets = with_cache, uploads, {}
         runner.server.uses.zero_()
         # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
-        whole = self._prepare("hybrid", None).plan.vram_budget(this_computer(True))
         slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))
         slots = min(slots, cache.policy.num_slots)
         num_layers, num_experts = cache.policy.slot_of.shape

@@ -47,7 +47,8 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     expert = 4 * 3 * 256 * 256
     # q, k, v and what o reads: 256 + 128 + 128 + 256; experts: top_k * (gate, up, output)
     widest = max(768, 3 * (2 * 256 + 256))
-    working = 4 * (1000 * (4 * 256 + widest) + 2 * 32 * 512 + (16 + 32) * 64 * 2 * 64)
+    expanded = 2 * 256 * 256  # q's matrix in bfloat16
+    working = 4 * (1000 * (4 * 256 + widest) + 2 * 32 * 512 + (16 + 32) * 64 * 2 * 64) + expanded
     assert budget_of(plan, with_gpu) == VramBudget(
         total=GIB,
         context=1000,
@@ -210,7 +211,8 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     attending = low + query + (latent + rope) + heads * value + at_once * (2 * latent + latent // 2) + heads * rope
     routed = c["num_experts_per_tok"] * (2 * inner + hidden) + 2 * inner
     widest = max(attending, routed)
-    working = 4 * (4096 * (4 * hidden + widest) + 2 * 32 * vocab + 6144 * 2 * rope)
+    expanded = 2 * c["intermediate_size"] * hidden  # a matrix of a dense layer in bfloat16
+    working = 4 * (4096 * (4 * hidden + widest) + 2 * 32 * vocab + 6144 * 2 * rope) + expanded
 
     budget = budget_of(plan, machine)
     assert budget.weights == layers * (attention + vectors) + (layers - dense) * moe + dense * mlp + head
@@ -311,3 +313,14 @@ def test_lots_are_never_more_than_there_is(lot: int) -> None:
         assert lots.num_blocks >= lots.first_blocks == 42 and lots.num_blocks * 3000 <= lots.most_keys * lot
         assert lots.staging * lot >= budget.staging and lots.slots(lots.least) >= 1
         assert lots.num_blocks <= max(42, 32 * 64) and lots.rotary_positions <= 4000
+
+
+def test_latents_of_a_short_context(deepseek: tuple[Plan, Hardware]) -> None:
+    """Fewer tokens attend with more heads at once: the queries on latents of 512 tokens are those of 128 heads."""
+    step = deepseek[0].step
+    assert (step.latent_heads, step.latent_dim) == (128, 512)
+    without = dataclasses.replace(step, latent_heads=0)
+    queries_and_sums, copy = 2 * 4 * 512 * 128 * 512, 2 * 512 * 128 * 512
+    short = step.working_bytes(512) - 4 * 512 * (4 * step.hidden_size + step.attention)
+    rest = without.working_bytes(512) - 4 * 512 * (4 * step.hidden_size + max(step.widest, step.attention))
+    assert short - rest == queries_and_sums + copy

@@ -79,13 +79,14 @@ def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, int
     """
     config = model.config.get_text_config()
     hidden = int(config.hidden_size)
-    widths, latents = {"attention": 0, "mlp": 0, "shared_experts": 0}, (0, 0)
+    widths, latents, largest = {"attention": 0, "mlp": 0, "shared_experts": 0}, (0, 0), 0
     moe_blocks = {name.rpartition(".")[0] for name, role in roles.items() if role == "experts"}
     for name, module in model.named_modules():
         role = roles[name]
         if role in widths and roles[name.rpartition(".")[0]] != role and name not in moe_blocks:
             width = _attention_width(module) if role == "attention" else _outputs(module)
             widths[role] = max(widths[role], width)
+            largest = max([largest, *(linear.weight.numel() for linear in _linears(module))])
             if hasattr(module, "kv_lora_rank"):
                 latents = int(module.num_heads), int(module.kv_lora_rank)
     experts = top_k * (2 * intermediate + hidden)  # gate, up and output of every choice
@@ -94,13 +95,18 @@ def step_sizes(model: PreTrainedModel, roles: Mapping[str, str], top_k: int, int
     rotary = 2 * int(head or hidden // config.num_attention_heads)  # cosines and sines
     longest = getattr(config, "max_position_embeddings", None)
     longest = longest if isinstance(longest, int) and longest > 0 else 0
-    return StepSizes(hidden, top_k, int(config.vocab_size), widest, rotary, longest, widths["attention"], *latents)
+    return StepSizes(
+        hidden, top_k, int(config.vocab_size), widest, rotary, longest, widths["attention"], *latents, largest
+    )
 
 
 def _outputs(module: Any) -> int:
     """Outputs of the matrices inside a block, the last of which gives the block's own."""
-    linears = [child for child in module.modules() if type(child).__name__ == "Linear"]
-    return sum(int(linear.weight.shape[0]) for linear in linears[:-1])
+    return sum(int(linear.weight.shape[0]) for linear in _linears(module)[:-1])
+
+
+def _linears(module: Any) -> list[Any]:
+    return [child for child in module.modules() if type(child).__name__ == "Linear"]
 
 
 def _attention_width(attention: Any) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from moesaic.errors import PlanError
+from moesaic.kernels.limits import EXPANDED_WEIGHTS
 from moesaic.modules.mla import latent_heads_at_once
 from moesaic.placement.lots import VramLots, divide
 from moesaic.placement.roles import layer_of
@@ -61,7 +62,7 @@ _UPLOAD_PART = 32  # of the experts that there is room for, at most one in so ma
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
-_FLOAT = 4
+_FLOAT, _BFLOAT16 = 4, 2
 _CHOICE_BYTES = 20  # an expert's number and whether the CPU has it (int64 each), its weight (float32)
 
 
@@ -83,6 +84,7 @@ class StepSizes:
         longest: positions of a sequence that the model was made for; 0 if its configuration does not say.
         attention: floats per token that attention holds.
         latent_heads, latent_dim: of MLA, whose queries and sums on the latents come on top, of some heads at a time.
+        largest: weights of the largest matrix but routed experts and head.
     """
 
     hidden_size: int = 0
@@ -94,6 +96,7 @@ class StepSizes:
     attention: int = 0
     latent_heads: int = 0
     latent_dim: int = 0
+    largest: int = 0
 
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
@@ -102,7 +105,11 @@ class StepSizes:
         if self.latent_heads:  # queries, sums, and a copy of one of them in bfloat16
             attention += latent_heads_at_once(chunk, self.latent_heads, self.latent_dim) * (5 * self.latent_dim // 2)
         activations = chunk * (_STREAMS * self.hidden_size + max(self.widest, attention))
-        return (activations + 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary) * _FLOAT
+        expanded = _BFLOAT16 * min(self.largest, EXPANDED_WEIGHTS)
+        return (
+            expanded
+            + (activations + 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary) * _FLOAT
+        )
 
     def mailbox_bytes(self, context: int) -> int:
         """Pinned DRAM through which the tokens of a chunk and those of a decode step are handed to the CPU and back."""

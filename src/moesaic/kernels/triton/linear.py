@@ -8,6 +8,7 @@ import triton.language as tl
 
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
+from moesaic.kernels.limits import EXPANDED_WEIGHTS
 from moesaic.kernels.triton.activations import to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
@@ -22,7 +23,6 @@ MAX_DECODE_TOKENS = 8
 """Up to so many tokens are multiplied by vector units, straight from the tiles."""
 
 _EXPAND_FROM = 128  # from so many tokens on expanding a matrix takes less time than it saves
-_EXPANDED_WEIGHTS = 1 << 28  # at a time
 
 _ENOUGH_WARPS = 2048  # to keep the memory of a large GPU busy: 16 on each of 128 multiprocessors
 
@@ -220,7 +220,7 @@ def _expanded(
     cols = x.shape[1]
     dtype = operand_dtype(form)
     a = x.to(dtype)
-    step = max(16, _EXPANDED_WEIGHTS // cols // 16 * 16)
+    step = max(16, EXPANDED_WEIGHTS // cols // 16 * 16)
     for first in range(0, rows, step):
         count = min(step, rows - first)
         w = expand(views.panels(first // 16, form.panel_units(cols)), form, count, cols, dtype)

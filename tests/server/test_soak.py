@@ -89,7 +89,7 @@ async def serving() -> AsyncIterator[Server]:
     options, metrics = ServerOptions(port=0), Metrics()
     load = loader(ModelOptions("demo", serving=(("kv_cache", KV_CACHE), ("max_batch", 8))))
     state = await load(metrics)
-    engine = state.engine._engine._engine  # type: ignore[attr-defined]
+    engine = state.engine._engine  # type: ignore[attr-defined]
     assert isinstance(engine, Engine)
     listener = bind(options.host, options.port)
     web = make_web_server(build_app(state, options, metrics=metrics), options)

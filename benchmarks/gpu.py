@@ -186,6 +186,7 @@ def measure_all(arguments: argparse.Namespace, rows: Path) -> None:
             "prefill": [int(n) for n in arguments.prefill.split(",")],
             "tokens": arguments.tokens,
             "repeat": arguments.repeat,
+            "zipf": arguments.zipf,
         }
         problem = f"not run: {seconds:.0f} s left" if seconds < 15 else None
         problem = problem or run_subject(fields, seconds, rows, rows.with_name("log.txt"))
@@ -242,6 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to decode in a run")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--vram", default="24GiB")
+    parser.add_argument("--zipf", type=float, metavar="EXPONENT", help="hybrid: routers with favourites")
     parser.add_argument("--budget", type=float, default=480.0, metavar="SECONDS")
     parser.add_argument("--machine", default="", help="a line about the machine for the report")
     parser.add_argument(

@@ -28,7 +28,7 @@ class Task:
 
     Attributes:
         model: preset.
-        weight_format: of all matrices.
+        weight_format: of matrices, as `FormatMix.parse` takes it.
         layers: how many; all if None.
         vram: bytes.
         parts: of `gpu.PARTS`.
@@ -36,6 +36,7 @@ class Task:
         tokens: to decode in a run.
         repeat: runs.
         seconds: time for all of it, from the start of the process.
+        zipf: exponent by which the GPU's routers choose (see `expert_cache_gpu`); None: the model's own routers.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Task:
     tokens: int
     repeat: int
     seconds: float
+    zipf: float | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Task:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from expert_cache_gpu import ZipfRouters
 from gpu_parts import GIB, Report, Snapshot, Task, TimedTail, memory
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
@@ -109,6 +110,8 @@ class Subject:
         start_on_gpu(self.model, plan, budget)
         runner = self.model.runner
         cache, runner.lending = runner.slots.cache, None  # it would give the cache more than its share
+        if self.task.zipf is not None:
+            ZipfRouters(runner).set_exponent(self.task.zipf)
         # One runner for both: two would have two caches of keys and values, which the budget has no room for.
         with_cache, runner.slots = runner.slots, ExpertSlots()
         uploads, runner.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():  # before anything imports triton: kernels for
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the tests."""
-    parser.addoption("--soak-seconds", type=float, default=120.0, help="how long tests/server/test_soak.py asks (60)")
+    parser.addoption("--soak-seconds", type=float, default=120.0, help="how long tests/server/test_soak.py asks (120)")
 
 
 @pytest.fixture

@@ -175,8 +175,9 @@ def _lock(data: torch.Tensor) -> None:
     status = cudart.cudaHostRegister(address, data.nbytes, 0)
     if int(status) != 0:
         # The runtime remembers the failure until somebody asks, and somebody else would be blamed for it.
-        with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device="cuda").add_(1)
+        if torch.cuda.is_available():
+            with contextlib.suppress(RuntimeError):
+                torch.zeros(1, device="cuda").add_(1)
         raise KernelError(
             f"{data.nbytes / 2**30:.2f} GiB of experts cannot be page-locked ({status}): raise the limit of locked "
             "memory (ulimit -l)."

@@ -70,7 +70,7 @@ def test_few_tokens(fmt, num_tokens):
 
 def test_matrices_are_expanded_in_parts(monkeypatch):
     monkeypatch.setattr(subject, "_EXPAND_FROM", 9)
-    monkeypatch.setattr(subject, "_EXPANDED_WEIGHTS", 32 * 16 + 5)
+    monkeypatch.setattr(subject, "EXPANDED_WEIGHTS", 32 * 16 + 5)
     check("Q8_0", 53, 32, 17)
 
 

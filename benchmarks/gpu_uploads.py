@@ -248,7 +248,7 @@ def text(row: Row) -> str:
 
 
 def main() -> None:
-    """A process for each subject: page-locked memory of one is not given back before its end."""
+    """A process for each subject, so that none finds what another left behind."""
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")

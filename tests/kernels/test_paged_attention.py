@@ -58,6 +58,21 @@ class Batch:
         self.starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
         self.where = (self.tables, torch.tensor(lengths, dtype=torch.int32), self.starts)
 
+    def attend_in_parts(self, q, most, **options):
+        """What queries of every sequence alone, at most so many at a time, attend to."""
+        out = torch.empty_like(q)
+        for index, (length, count) in enumerate(zip(self.lengths, self.queries, strict=True)):
+            for first in range(0, count, most):
+                end = min(count, first + most)
+                part = slice(int(self.starts[index]) + first, int(self.starts[index]) + end)
+                where = (
+                    self.tables[index : index + 1],
+                    torch.tensor([length - count + end], dtype=torch.int32),
+                    torch.tensor([0, end - first], dtype=torch.int32),
+                )
+                out[part] = paged_attention(q[part], *self.pools, *where, **options)
+        return out
+
     def randn(self, *shape, seed=1):
         return torch.randn(sum(self.queries), *shape, generator=torch.Generator().manual_seed(seed))
 
@@ -150,18 +165,7 @@ def test_a_row_does_not_depend_on_the_batch_to_the_bit():
     for threads in (1, 2, 7):
         _native.set_num_threads(threads)
         results.append(paged_attention(q, *batch.pools, *batch.where, scale=0.2, sliding_window=900))
-        alone = torch.empty_like(q)
-        for index, (length, count) in enumerate(zip(batch.lengths, batch.queries, strict=True)):
-            for i in range(0, count, 3):
-                end = min(count, i + 3)
-                part = slice(int(batch.starts[index]) + i, int(batch.starts[index]) + end)
-                where = (
-                    batch.tables[index : index + 1],
-                    torch.tensor([length - count + end], dtype=torch.int32),
-                    torch.tensor([0, end - i], dtype=torch.int32),
-                )
-                alone[part] = paged_attention(q[part], *batch.pools, *where, scale=0.2, sliding_window=900)
-        results.append(alone)
+        results.append(batch.attend_in_parts(q, 3, scale=0.2, sliding_window=900))
     _native.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results[1:])
 

@@ -140,18 +140,7 @@ def test_a_row_depends_neither_on_others_nor_on_threads_nor_on_where_a_prompt_is
     for threads in (1, 2, 7):
         _native.set_num_threads(threads)
         results.append(paged_attention(q, *batch.pools, *batch.where, scale=0.2, sliding_window=3000))
-        parts = torch.empty_like(q)
-        for index, (length, count) in enumerate(zip(batch.lengths, batch.queries, strict=True)):
-            for i in range(0, count, 20):
-                end = min(count, i + 20)
-                part = slice(int(batch.starts[index]) + i, int(batch.starts[index]) + end)
-                where = (
-                    batch.tables[index : index + 1],
-                    torch.tensor([length - count + end], dtype=torch.int32),
-                    torch.tensor([0, end - i], dtype=torch.int32),
-                )
-                parts[part] = paged_attention(q[part], *batch.pools, *where, scale=0.2, sliding_window=3000)
-        results.append(parts)
+        results.append(batch.attend_in_parts(q, 20, scale=0.2, sliding_window=3000))
     _native.set_num_threads(before)
     assert all(torch.equal(result, results[0]) for result in results[1:])
 

@@ -245,8 +245,13 @@ class ModelRunner:
         streams = self.lending is not None and num_tokens > MAX_DECODE_TOKENS
         if self.lending is not None and streams:
             self.lending.begin_streaming()
-        path = StreamingPath(*common, self._staging, self.shares, num_tokens)
-        return path, self.lending.end_streaming if self.lending is not None and streams else None
+        on_end = self.lending.end_streaming if self.lending is not None and streams else None
+        try:
+            return StreamingPath(*common, self._staging, self.shares, num_tokens), on_end
+        except BaseException:
+            if on_end is not None:
+                on_end()
+            raise
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

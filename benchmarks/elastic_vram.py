@@ -135,7 +135,7 @@ def lend(subject: Subject, arguments: argparse.Namespace, say: Callable[[Row], N
     say(subject.row("before", 64, 1.0))
     if lending.staging is not None:
         began = time.perf_counter()
-        lending.begin_streaming()
+        lending.begin_streaming(1)
         taken = time.perf_counter() - began
         lending.end_streaming()
         say({"part": "lending", "what": "staging buffers come", "ms": round(taken * 1e3, 3)})

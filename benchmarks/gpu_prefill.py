@@ -35,7 +35,6 @@ from moesaic.engine.loader import load, this_computer
 from moesaic.engine.presets import get_preset
 from moesaic.kernels.packed import PackedTensor
 from moesaic.placement.units import parse_size
-from moesaic.placement.vram import PREFILL_CHUNK
 
 
 class Watch:
@@ -170,7 +169,7 @@ def main() -> None:
     parser.add_argument("--vram", default="24GiB")
     parser.add_argument("--lengths", default="512,2048,8192")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--chunk", type=int, default=PREFILL_CHUNK)
+    parser.add_argument("--chunk", type=int, help="tokens at once; as the plan says if not given")
     parser.add_argument("--host", action="store_true", help="what Python does in the meantime (all on the GPU)")
     parser.add_argument("--cache", action="store_true", help="with the expert cache, which begins full")
     parser.add_argument("--forced", action="store_true", help="all on the GPU, all on the CPU too")
@@ -196,7 +195,7 @@ def main() -> None:
             watch.reset()
             runs = [bench.run() for _ in range(arguments.repeat)]
             seconds = length / statistics.median(runs)
-            passes = -(-length // arguments.chunk)
+            passes = -(-length // (arguments.chunk or runner.options.max_chunk))
             whole = length / (seconds / layers * preset.num_layers)
             median, per_layer = statistics.median(runs), seconds / layers / passes * 1e3
             link = nbytes / layers / 54e9 * 1e3

@@ -199,7 +199,7 @@ def test_what_cannot_be_lent_is_refused_and_nothing_changes() -> None:
         before = sorted(uses[layer, each] for layer, experts in enumerate(held) for each in experts)
         assert 1 <= len(left) < len(before) and sorted(left) == before[-len(left) :]  # the most used ones stay
     assert ON_GPU or not lending.figures().staging  # prefill's buffers, which are idle, go before experts do
-    lending.begin_streaming()
+    lending.begin_streaming(1)
     assert lending.figures().staging and lending.num_slots == lending.lots.slots(lending.lots.least) >= 1
     assert subject.check_slots() == lending.num_slots
     lending.end_streaming()
@@ -209,13 +209,59 @@ def test_what_cannot_be_lent_is_refused_and_nothing_changes() -> None:
     assert sequence.length == 0
 
 
+class Allowed:
+    """What activations were allowed to have beside their part; whoever holds more than that refuses less."""
+
+    def __init__(self) -> None:
+        self.calls, self.held = list[int](), 0
+
+    def __call__(self, extra: int) -> bool:
+        self.calls.append(extra)
+        return extra >= self.held
+
+
+def test_a_long_chunk_has_memory_of_experts() -> None:
+    subject = Subject("qwen3_moe", first_blocks=2, slots=9)
+    lending, allowed = subject.lending, Allowed()
+    lending.lots = replace(lending.lots, chunk=8, long_chunk=64, long=2)
+    lending._allow = allowed
+    lot, slots = lending.lots.lot_bytes, lending.num_slots
+    for _ in range(2):  # as chunks of one prompt
+        lending.begin_streaming(64)
+        assert allowed.calls == [2 * lot] and lending.nbytes == (lending.lots.total - 2) * lot
+        assert lending.figures().staging and subject.check_slots() == lending.num_slots < slots
+        lending.end_streaming()
+    allowed.held = lot  # somebody still holds what was allocated meanwhile
+    for _ in range(lending_module._STEPS):
+        lending.after_step()
+    assert lending.nbytes == (lending.lots.total - 2) * lot and not lending.figures().staging
+    allowed.held = 0
+    for _ in range(lending_module._STEPS):
+        lending.after_step()
+    assert allowed.calls == [2 * lot, 0, 0] and lending.nbytes == lending.lots.nbytes
+    assert 1 <= subject.check_slots() <= lending.num_slots and lending.num_slots >= slots
+    lending.begin_streaming(8)
+    assert allowed.calls[-1] == 0  # short ones have memory of their own
+    lending.end_streaming()
+
+
+def test_memory_for_a_long_chunk_that_is_not_there() -> None:
+    subject = Subject("qwen3_moe", first_blocks=2, slots=9)
+    lending, allowed = subject.lending, Allowed()
+    lending.lots = replace(lending.lots, chunk=8, long_chunk=64, long=lending.lots.total)
+    lending._allow = allowed
+    with pytest.raises(KernelError, match="are missing"):
+        lending.begin_streaming(64)
+    assert not allowed.calls and not lending._streams
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 def test_a_loaded_model_lends_within_its_budget() -> None:
     def planned(vram: int | None) -> Prepared:
-        return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 2, "hybrid", vram=vram, context=512)
+        return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 4, "hybrid", vram=vram, context=512)
 
     first = planned(None).plan.vram_budget(this_computer(True))
-    vram = first.required + 400 * 2**20
+    vram = first.required + 1200 * 2**20
     prepared = planned(vram)
     lots = prepared.plan.vram_budget(this_computer(True)).lots
     assert lots is not None and lots.first_slots < lots.num_experts
@@ -233,6 +279,15 @@ def test_a_loaded_model_lends_within_its_budget() -> None:
 
     assert bool(steps(40).isfinite().all())
     before = lending.figures()
+    assert lots.long_chunk == runner.options.max_chunk > 512  # whose activations take more than was set aside
+    long = runner.new_sequence()
+    chunk = torch.randint(1000, (lots.long_chunk,), generator=torch.Generator().manual_seed(1))
+    assert bool(runner.prefill([(long, chunk)]).isfinite().all())
+    assert lending.nbytes == lots.nbytes - lots.long * lots.lot_bytes
+    long.free()
+    time.sleep(lending_module._SECONDS)
+    assert bool(steps(40).isfinite().all())
+    assert lending.nbytes == lots.nbytes and lending.figures().num_slots == before.num_slots
     assert not before.staging and before.num_slots == lots.first_slots
     held = runner.new_sequence()
     held.append((runner.pool.num_blocks - 3) * runner.options.block_size)
@@ -248,7 +303,8 @@ def test_a_loaded_model_lends_within_its_budget() -> None:
     cache.wait()
     tables = cache._tables.cpu().numpy()
     assert np.array_equal(tables, cache.policy.slot_of) and (tables >= 0).sum() >= 0.9 * before.num_slots
-    assert torch.cuda.max_memory_reserved() + lending.nbytes + DRIVER_BYTES <= vram
+    long_bytes = lots.long * lots.lot_bytes  # which PyTorch's allocator had while they were not among the lots
+    assert torch.cuda.max_memory_reserved() - long_bytes + lending.nbytes + DRIVER_BYTES <= vram
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 

@@ -15,7 +15,7 @@ from moesaic.engine.presets import get_preset
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.models import WeightMap
 from moesaic.placement import Gpu, Hardware, Plan, VramBudget, load_plan, make_plan
-from moesaic.placement.lots import divide
+from moesaic.placement.lots import VramLots, divide
 from moesaic.placement.rules import parse_rules
 from moesaic.placement.table import render_budget
 from moesaic.placement.vram import NO_STEP, StepSizes
@@ -247,7 +247,7 @@ def test_deepseek_v3_in_words_and_as_json(deepseek: tuple[Plan, Hardware]) -> No
     assert "10.2 GiB of weights in VRAM, 10.2 GiB read per token, cache 68.6 KiB per token" in table
     data = json.loads(plan.to_json())
     assert data["vram"]["kv_bytes_per_position"] == 61 * 576 * 2
-    assert data["dram"]["pinned_bytes"] == (4096 + 32) * (2 * 7168 * 4 + 8 * 20)
+    assert data["dram"]["pinned_bytes"] == (8192 + 32) * (2 * 7168 * 4 + 8 * 20)
     assert data["nbytes"] == data["dram"]["nbytes"] + data["vram"]["nbytes"]
 
 
@@ -277,8 +277,9 @@ def test_what_the_experts_can_lend(deepseek: tuple[Plan, Hardware]) -> None:
     angles = (lots.rotary_positions - 6144) * 2 * 64 * 4
     assert lots.total == (fixed.kv_cache + fixed.left - angles) // lot
     assert (lots.keys, lots.staging, lots.least) == (26, 24, 2)
-    assert lots.num_blocks == (lots.total - 26) * lot // block
+    assert lots.num_blocks == (lots.total - 26 - lots.long) * lot // block
     assert lots.first_slots == (lots.total - 26) * lot // 24772608
+    assert (lots.chunk, lots.long_chunk) == (4096, 8192) and lots.long * lot >= plan.step.chunk_bytes(4096) > GIB
     assert lots.most_keys + lots.staging + lots.least <= lots.total
     text = render_budget(budget)
     assert f"room for {(lots.num_blocks - 32) * 64} tokens in all, and for 16 experts on their way in prefill" in text
@@ -324,3 +325,28 @@ def test_latents_of_a_short_context(deepseek: tuple[Plan, Hardware]) -> None:
     short = step.working_bytes(512) - 4 * 512 * (4 * step.hidden_size + step.attention)
     rest = without.working_bytes(512) - 4 * 512 * (4 * step.hidden_size + max(step.widest, step.attention))
     assert short - rest == queries_and_sums + copy
+
+
+def test_long_chunks_where_experts_can_lend_the_memory() -> None:
+    step = StepSizes(hidden_size=10, widest=60, longest=100_000)
+    assert step.chunk_bytes(8192) - step.chunk_bytes(4096) == 4096 * 100 * 4
+    assert step.working_bytes(4096) == step.chunk_bytes(4096)
+    required = VramBudget(0, 4096, 100, 0, 96 * 3000, 15, 5, expert_bytes=2500, num_experts=30_000)
+
+    def lots_with(left: int, context: int = 4096) -> VramLots:
+        budget = dataclasses.replace(required, context=context, total=required.required + left)
+        lots = divide(budget, step, 64, 32, 4096, 8192)
+        assert lots is not None
+        return lots
+
+    extra = -(-4096 * 400 // 4096)
+    lots = lots_with(30_000_000)
+    assert (lots.chunk, lots.long_chunk, lots.long) == (4096, 8192, extra)
+    assert lots.most_keys + lots.staging + lots.least + lots.long <= lots.total  # there for the longest prompts too
+    short = lots_with(30_000_000, context=576)  # a small context at first: less is set aside
+    assert (short.chunk, short.long_chunk) == (576, 8192) and short.long > lots.long
+    tight = lots_with(8_000_000)
+    assert (tight.chunk, tight.long_chunk, tight.long) == (4096, 0, 0)
+    budget = dataclasses.replace(required, total=required.required + 30_000_000)
+    assert (budget.max_chunk, dataclasses.replace(budget, lots=lots).max_chunk) == (4096, 8192)
+    assert dataclasses.replace(budget, lots=tight).max_chunk == 4096

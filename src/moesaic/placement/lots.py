@@ -1,8 +1,8 @@
 """How VRAM that can be moved is divided at first, and how much of it the cache of keys and values could have.
 
 Such memory comes in lots. Three have them: the cache of keys and values, the cache of experts, and the buffers through
-which experts are streamed in prefill. What a plan gives each is where it begins; the experts lend to the other two. How
-lots are moved is not known here.
+which experts are streamed in prefill. What a plan gives each is where it begins; the experts lend to the other two, and
+to the activations of chunks that are longer than the memory set aside for them. How lots are moved is not known here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ LOT_BYTES = 16 * 1024**2
 """Memory that is moved at once: a multiple of what drivers map (2 MiB), few enough of them, and little wasted."""
 
 _FLOAT = 4
+_LONG_SHARE = 4  # chunks are long only where their lots are at most such a part of all
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ class VramLots:
         expert_bytes: of a slot.
         num_experts: that slots could hold.
         rotary_bytes: of a position's rotary angles.
+        chunk: tokens of a prompt that go through the layers at once in memory that is set aside for them.
+        long_chunk: the same with lots that experts lend; 0 if they lend none for it.
+        long: those lots.
         lot_bytes: of a lot.
     """
 
@@ -53,6 +57,9 @@ class VramLots:
     expert_bytes: int
     num_experts: int
     rotary_bytes: int = 0
+    chunk: int = 0
+    long_chunk: int = 0
+    long: int = 0
     lot_bytes: int = LOT_BYTES
 
     @property
@@ -80,7 +87,12 @@ class VramLots:
 
 
 def divide(
-    budget: VramBudget, step: StepSizes, block_size: int, max_batch: int, lot_bytes: int = LOT_BYTES
+    budget: VramBudget,
+    step: StepSizes,
+    block_size: int,
+    max_batch: int,
+    lot_bytes: int = LOT_BYTES,
+    long_chunk: int = 0,
 ) -> VramLots | None:
     """Lots of a budget; None if there is no cache of experts that could lend any.
 
@@ -90,6 +102,7 @@ def divide(
         block_size: positions of a block.
         max_batch: sequences at a time.
         lot_bytes: of a lot.
+        long_chunk: tokens that a chunk of a prompt should have where there is memory for it.
     """
     if budget.cache_experts < 1 or budget.kv_cache < 1 or budget.shortfall:
         return None
@@ -104,7 +117,11 @@ def divide(
     total = (free - (rotary_positions - first) * step.rotary * _FLOAT) // lot_bytes
     if total < keys + staging + least:
         return None
-    num_blocks = (total - staging - least) * lot_bytes // block_bytes
+    long_chunk = min(long_chunk, rotary_positions)
+    long = _ceil(step.chunk_bytes(long_chunk) - step.chunk_bytes(budget.max_chunk), lot_bytes)
+    if not staging or long_chunk <= budget.max_chunk or long * _LONG_SHARE > total - keys - staging - least:
+        long_chunk = long = 0
+    num_blocks = (total - staging - least - long) * lot_bytes // block_bytes
     if step.longest:
         num_blocks = min(num_blocks, max_batch * (_ceil(step.longest, block_size) + 1))
     return VramLots(
@@ -120,6 +137,9 @@ def divide(
         expert_bytes=budget.expert_bytes,
         num_experts=budget.num_experts,
         rotary_bytes=step.rotary * _FLOAT,
+        chunk=budget.max_chunk,
+        long_chunk=long_chunk,
+        long=long,
         lot_bytes=lot_bytes,
     )
 

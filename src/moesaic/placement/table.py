@@ -85,6 +85,9 @@ def _render_lots(budget: VramBudget, lots: VramLots) -> str:
         f"  the experts lend, {format_bytes(lots.lot_bytes)} at a time: room for {reach} tokens in all, and for "
         f"{budget.staging_experts} experts on their way in prefill",
     ]
+    if lots.long_chunk:
+        size = format_bytes(lots.long * lots.lot_bytes)
+        lines.append(f"  and {size} while longer prompts go through the layers, {lots.long_chunk} tokens at once")
     return "\n".join(lines)
 
 

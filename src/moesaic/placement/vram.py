@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_CONTEXT",
     "DRIVER_BYTES",
     "KV_BLOCK",
+    "LONG_CHUNK",
     "MAX_BATCH",
     "MAX_STATES",
     "MAX_UPLOADS",
@@ -44,7 +45,9 @@ DEFAULT_CONTEXT = 4096
 KV_BLOCK = 64
 """Positions of a block of the paged cache."""
 PREFILL_CHUNK = 4096
-"""Tokens of a prompt that go through the layers at once, at most."""
+"""Tokens of a prompt that go through the layers at once, at most, in memory that is set aside for them."""
+LONG_CHUNK = 8192
+"""The same where experts lend memory: experts that are streamed pass once for twice as many tokens."""
 MAX_BATCH = 32
 """Sequences of a decode step, at most."""
 MAX_STATES = 8
@@ -100,20 +103,22 @@ class StepSizes:
 
     def working_bytes(self, context: int) -> int:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
-        chunk = min(PREFILL_CHUNK, context)
+        expanded = _BFLOAT16 * min(self.largest, EXPANDED_WEIGHTS)
+        rest = 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary
+        return expanded + self.chunk_bytes(min(PREFILL_CHUNK, context)) + rest * _FLOAT
+
+    def chunk_bytes(self, num_tokens: int) -> int:
+        """Of that, what the activations of so many tokens of a prompt take."""
         attention = self.attention
         if self.latent_heads:  # queries, sums, and a copy of one of them in bfloat16
-            attention += latent_heads_at_once(chunk, self.latent_heads, self.latent_dim) * (5 * self.latent_dim // 2)
-        activations = chunk * (_STREAMS * self.hidden_size + max(self.widest, attention))
-        expanded = _BFLOAT16 * min(self.largest, EXPANDED_WEIGHTS)
-        return (
-            expanded
-            + (activations + 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary) * _FLOAT
-        )
+            heads = latent_heads_at_once(num_tokens, self.latent_heads, self.latent_dim)
+            attention += heads * (5 * self.latent_dim // 2)
+        return num_tokens * (_STREAMS * self.hidden_size + max(self.widest, attention)) * _FLOAT
 
     def mailbox_bytes(self, context: int) -> int:
         """Pinned DRAM through which the tokens of a chunk and those of a decode step are handed to the CPU and back."""
-        num_tokens = min(PREFILL_CHUNK, context) + MAX_BATCH
+        chunk = max(min(PREFILL_CHUNK, context), min(LONG_CHUNK, self.longest))
+        num_tokens = chunk + MAX_BATCH
         return num_tokens * (2 * self.hidden_size * _FLOAT + self.top_k * _CHOICE_BYTES)
 
 
@@ -158,6 +163,12 @@ class VramBudget:
     def num_blocks(self) -> int:
         """Blocks of the cache."""
         return cache_blocks(self.context)
+
+    @property
+    def max_chunk(self) -> int:
+        """Tokens of a prompt that go through the layers at once, at most."""
+        longest = 0 if self.lots is None else self.lots.long_chunk
+        return max(longest, min(PREFILL_CHUNK, self.context))
 
     @property
     def required(self) -> int:
@@ -240,7 +251,7 @@ def vram_budget(plan: Plan, total: int, context: int, fixed: str = "") -> VramBu
     uploads = min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0
     budget = replace(budget, upload_experts=uploads)
     on_gpu = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "gpu"]
-    lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH)
+    lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH, long_chunk=LONG_CHUNK)
     return replace(budget, fixed=fixed) if fixed and lots is not None else replace(budget, lots=lots)
 
 

@@ -2,8 +2,9 @@
 
 All three have addresses for the most that they could ever have, and memory for what they need; it goes from one to the
 other in lots, at the end of each. Experts that lose their slots are the least used ones, and slots that come back are
-filled again. Memory is moved between steps only, when the GPU has nothing to do. This module decides when, and knows
-neither what a block holds nor which expert deserves a slot.
+filled again. Activations of long chunks lie in memory of PyTorch's allocator, which may have more for as long as lots
+are given back to the device. Memory is moved between steps only, when the GPU has nothing to do. This module decides
+when, and knows neither what a block holds nor which expert deserves a slot.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class VramLending:
         driver: of the device.
         lots: how they begin, and how far they can go.
         clock: seconds from any start.
+        allow: lets activations have so many bytes beside what was set aside for them; False if they hold more.
 
     Attributes:
         experts: uint8, addresses of slots; the first `lots.slots(...)` have memory.
@@ -62,8 +64,14 @@ class VramLending:
         KernelError: the device has less memory than `lots` say.
     """
 
-    def __init__(self, driver: MemoryDriver, lots: VramLots, clock: Callable[[], float] = time.monotonic) -> None:
-        self.lots, self._driver, self._clock = lots, driver, clock
+    def __init__(
+        self,
+        driver: MemoryDriver,
+        lots: VramLots,
+        clock: Callable[[], float] = time.monotonic,
+        allow: Callable[[int], bool] = lambda nbytes: True,
+    ) -> None:
+        self.lots, self._driver, self._clock, self._allow = lots, driver, clock, allow
         self._stock = MemoryStock(driver, lots.lot_bytes, lots.total)
         self._keys = VirtualBuffer(self._stock, lots.most_keys, lots.keys)
         self._staging = VirtualBuffer(self._stock, lots.staging, lots.staging) if lots.staging else None
@@ -71,7 +79,7 @@ class VramLending:
         self._experts = VirtualBuffer(self._stock, most, min(most, self._stock.num_free))
         self._cache: ExpertCache | None = None
         self._pool: BlockPool | None = None
-        self._streams = self._steps = self._moves = 0
+        self._streams = self._steps = self._moves = self._lent_out = 0
         self._seconds, self._extended = 0.0, clock()
 
     @property
@@ -136,15 +144,17 @@ class VramLending:
             self._extended = self._clock()
         return self._num_backed()
 
-    def begin_streaming(self) -> None:
-        """A prefill is about to use its buffers; KernelError if there is no memory for them."""
+    def begin_streaming(self, num_tokens: int) -> None:
+        """A chunk of so many tokens is about to use prefill's buffers; KernelError if there is no memory for it."""
         self._streams += 1
-        if self._staging is not None and not self._staging.num_mapped:
-            try:
+        try:
+            if self._staging is not None and not self._staging.num_mapped:
                 self._move(self._staging, self._staging.num_lots)
-            except BaseException:
-                self._streams -= 1
-                raise
+            if num_tokens > self.lots.chunk and not self._lent_out:
+                self._lend_out(self.lots.long)
+        except BaseException:
+            self._streams -= 1
+            raise
 
     def end_streaming(self) -> None:
         """A prefill that had begun needs its buffers no more."""
@@ -162,6 +172,8 @@ class VramLending:
             return
         self._steps = 0
         staging = self._staging if self._staging is not None and not self._streams else None
+        if not self._streams:
+            self._take_back()
         idle = 0 if staging is None else staging.num_mapped
         kept = self._kept_keys()
         wanted = min(self._experts.num_lots, self._experts.num_mapped + self._stock.num_free + idle + kept.spare)
@@ -185,8 +197,31 @@ class VramLending:
 
     def _move(self, buffer: VirtualBuffer, num_lots: int) -> None:
         """Have so many lots in a buffer, at others' cost."""
-        began, more = time.perf_counter(), num_lots - buffer.num_mapped
+        began = time.perf_counter()
+        self._make_free(num_lots - buffer.num_mapped, buffer)
+        buffer.resize(num_lots)
+        self._count(began)
+
+    def _lend_out(self, num_lots: int) -> None:
+        """Let PyTorch's allocator have so many lots."""
+        began = time.perf_counter()
+        self._make_free(num_lots)
+        self._stock.shrink(num_lots)
+        self._lent_out = num_lots
+        self._allow(num_lots * self.lots.lot_bytes)
+        self._count(began)
+
+    def _take_back(self) -> None:
+        """Have lots again that PyTorch's allocator needs no more; they are free then."""
+        if self._lent_out and self._allow(0):
+            self._stock.num_lots += self._lent_out
+            self._lent_out = 0
+
+    def _make_free(self, more: int, buffer: VirtualBuffer | None = None) -> None:
+        """Let so many lots be free, at the cost of others than a buffer."""
         self._driver.synchronize()
+        if more > self._stock.num_free and not self._streams:
+            self._take_back()
         short = more - self._stock.num_free
         if short > 0 and self._staging is not None and self._staging is not buffer and not self._streams:
             self._staging.resize(0)
@@ -198,8 +233,6 @@ class VramLending:
             self._cache.resize(self.lots.slots(left))
             self._driver.synchronize()  # what was copied to slots that stay has come from those that go
             self._experts.resize(left)
-        buffer.resize(num_lots)
-        self._count(began)
 
     def _kept_keys(self) -> _Kept:
         """What the pool keeps: what it began with, what is held, and all of it while it was extended a moment ago."""

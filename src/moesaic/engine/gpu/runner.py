@@ -244,7 +244,7 @@ class ModelRunner:
             return ChunkPath(*common), None
         streams = self.lending is not None and num_tokens > MAX_DECODE_TOKENS
         if self.lending is not None and streams:
-            self.lending.begin_streaming()
+            self.lending.begin_streaming(num_tokens)
         on_end = self.lending.end_streaming if self.lending is not None and streams else None
         try:
             return StreamingPath(*common, self._staging, self.shares, num_tokens), on_end

@@ -1,8 +1,7 @@
 """From a loaded model and its plan to a model that runs on the GPU: uploads, budgets, page-locked experts, a runner.
 
-It carries out what the plan's budget of the VRAM says and decides nothing of it. Memory that the plan does not allow
-for cannot be taken by mistake: the allocator of the process is limited to the budget, less what is moved between
-borrowers (`lending`), which it does not know of and which has a limit of its own.
+It carries out what the plan's budget of the VRAM says and decides nothing of it: the allocator of the process is
+limited to the budget (`allocator_limit`), less what is moved between borrowers (`lending`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moesaic.engine.expert_profile import ExpertProfile, shape_of
+from moesaic.engine.gpu.allocator_limit import AllocatorLimit
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.cuda_memory import CudaMemory
 from moesaic.engine.gpu.expert_cache import ExpertCache
@@ -29,7 +29,7 @@ from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts, page_lock
 from moesaic.placement import Plan
 from moesaic.placement.lots import VramLots
-from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES, PREFILL_CHUNK, VramBudget
+from moesaic.placement.vram import KV_BLOCK, MAX_BATCH, MAX_STATES, VramBudget
 
 __all__ = ["start_on_gpu"]
 
@@ -53,9 +53,9 @@ def start_on_gpu(
         UnsupportedModelError: parts of the model do not run on a GPU yet.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    _limit_memory(budget.total, device)
+    limit = AllocatorLimit(budget.total, device)
     try:
-        return _start(model, plan, budget, device, profile)
+        return _start(model, plan, budget, limit, device, profile)
     except torch.cuda.OutOfMemoryError as error:
         raise PlanDoesNotFitError(
             f"plan '{plan.name}': {budget.total / 2**30:.2f} GiB of VRAM do not suffice: {error}. Use a smaller "
@@ -64,7 +64,12 @@ def start_on_gpu(
 
 
 def _start(
-    model: PreTrainedModel, plan: Plan, budget: VramBudget, device: torch.device, profile: ExpertProfile | None
+    model: PreTrainedModel,
+    plan: Plan,
+    budget: VramBudget,
+    limit: AllocatorLimit,
+    device: torch.device,
+    profile: ExpertProfile | None,
 ) -> PreTrainedModel:
     lots = budget.lots
     max_positions = budget.num_blocks * KV_BLOCK if lots is None else lots.rotary_positions
@@ -89,7 +94,7 @@ def _start(
         uploads = "there is no VRAM for experts to pass through"
         if budget.cache_experts == budget.num_experts:
             uploads = "the cache has room for all experts"
-        lending = None if lots is None else _lending(lots, budget, device)
+        lending = None if lots is None else _lending(lots, limit, device)
         if budget.staging_experts:
             memory = None if lending is None else lending.staging
             staging = StagingBuffers(in_dram, budget.staging_experts, device, memory)
@@ -97,7 +102,8 @@ def _start(
             shares = ExpertShares(costs)
             if budget.upload_experts:
                 uploads = start_uploads(in_dram, budget.upload_experts, decoder.top_k, device, costs)
-        cache = _cache(in_dram, budget, device, lending, budget.upload_experts if isinstance(uploads, str) else 0)
+        not_passing = budget.upload_experts if isinstance(uploads, str) else 0
+        cache = _cache(in_dram, budget, limit, device, lending, not_passing)
         if cache is not None and profile is not None:
             cache.fill(profile.uses[: len(in_dram)], profile.num_tokens)
         elif cache is not None:
@@ -108,20 +114,20 @@ def _start(
         max_batch=MAX_BATCH,
         num_states=MAX_STATES,
         max_positions=max_positions,
-        max_chunk=min(PREFILL_CHUNK, budget.context),
+        max_chunk=budget.max_chunk,
     )
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, uploads, lending)
     note = f"VRAM is divided once, and nothing of it can be lent: {budget.fixed}." if budget.fixed else ""
     return attach_runner(model, runner, shape_of(str(model.config.model_type), plan), note)
 
 
-def _lending(lots: VramLots, budget: VramBudget, device: torch.device) -> VramLending:
+def _lending(lots: VramLots, limit: AllocatorLimit, device: torch.device) -> VramLending:
     """The memory that moves; PyTorch's allocator has no more than the rest from now on."""
     torch.cuda.empty_cache()  # what loading took beside the weights
     torch.cuda.reset_peak_memory_stats(device)  # lots come on top of what is there from now on
-    _limit_memory(budget.total - lots.nbytes, device)
+    limit.leave(lots.nbytes)
     try:
-        return VramLending(CudaMemory(device), lots)
+        return VramLending(CudaMemory(device), lots, allow=limit.allow)
     except KernelError as error:
         raise PlanDoesNotFitError(
             f"{lots.nbytes / 2**30:.2f} GiB of VRAM for experts, keys and values cannot be had: {error} Give less with "
@@ -132,6 +138,7 @@ def _lending(lots: VramLots, budget: VramBudget, device: torch.device) -> VramLe
 def _cache(
     in_dram: list[PackedExperts],
     budget: VramBudget,
+    limit: AllocatorLimit,
     device: torch.device,
     lending: VramLending | None,
     not_passing: int,
@@ -142,8 +149,7 @@ def _cache(
         return ExpertCache(in_dram, num_slots, device) if budget.cache_experts else None
     if not_passing:
         torch.cuda.empty_cache()
-    nbytes = lending.take_over(not_passing * budget.expert_bytes)
-    _limit_memory(budget.total - nbytes, device)
+    limit.leave(lending.take_over(not_passing * budget.expert_bytes))
     cache = ExpertCache(in_dram, lending.num_slots, device, arena=lending.experts)
     lending.lend_from(cache)
     return cache
@@ -152,8 +158,3 @@ def _cache(
 def _owner(model: PreTrainedModel, experts: PackedExperts) -> tuple[str, Any]:
     """The module that holds these routed experts, and its name."""
     return next((name, module) for name, module in model.named_modules() if getattr(module, "packed", None) is experts)
-
-
-def _limit_memory(nbytes: int, device: torch.device) -> None:
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes - DRIVER_BYTES) / total), device)

@@ -13,7 +13,6 @@ import torch
 
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuTimedRuns", "StepShares", "StepTimes", "vram_bandwidth"]
 
@@ -62,7 +61,7 @@ class GpuTimedRuns:
         prompt_tokens: tokens of each prompt.
         new_tokens: tokens to generate.
         batch: sequences that run together.
-        chunk: tokens of a prompt that go through the layers at once.
+        chunk: tokens of a prompt that go through the layers at once; as many as the runner lets if None.
     """
 
     def __init__(
@@ -72,10 +71,11 @@ class GpuTimedRuns:
         prompt_tokens: int,
         new_tokens: int,
         batch: int = 1,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
     ) -> None:
         self.runner, self.what = runner, what
-        self.prompt_tokens, self.new_tokens, self.batch, self._chunk = prompt_tokens, new_tokens, batch, chunk
+        self.prompt_tokens, self.new_tokens, self.batch = prompt_tokens, new_tokens, batch
+        self._chunk = runner.options.max_chunk if chunk is None else chunk
         self._random = torch.Generator().manual_seed(_SEED)
         self._vocab = runner.decoder.vocab_size
 

@@ -97,6 +97,19 @@ class MemoryStock:
         """The lot is mapped nowhere any more."""
         self._idle.append(piece)
 
+    def shrink(self, num_lots: int) -> None:
+        """Have so many lots fewer, which must be free; the device gets their memory back.
+
+        Raises:
+            KernelError: so many are not free.
+        """
+        if num_lots > self.num_free:
+            raise KernelError(f"{num_lots} lots are to go, and {self.num_free} are free.")
+        self.num_lots -= num_lots
+        while self._made > self.num_lots:
+            self.driver.release(self._idle.pop())
+            self._made -= 1
+
     def close(self) -> None:
         """Give lots that are not in use back to the device."""
         while self._idle:

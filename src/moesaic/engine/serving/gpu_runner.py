@@ -12,7 +12,6 @@ import torch
 from moesaic.engine.gpu.partial_prefill import PartialPrefill
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["GpuStepRunner"]
 
@@ -24,7 +23,6 @@ class GpuStepRunner:
         runner: who computes.
         max_batch: most sequences of a step, which goes in batches of the runner's; with recurrent states no more than
             there are.
-        max_chunk: most tokens of a prefill, for which the budget of the VRAM has room.
         on_close: called when it is closed.
 
     Attributes: as `StepRunner`.
@@ -34,13 +32,12 @@ class GpuStepRunner:
         self,
         runner: ModelRunner,
         max_batch: int = 64,
-        max_chunk: int = PREFILL_CHUNK,
         on_close: Callable[[], None] | None = None,
     ) -> None:
         self._runner, decoder, self._on_close = runner, runner.decoder, on_close
         self.pool, self.states = runner.pool, runner.states
         self.max_batch = max_batch if runner.states is None else min(max_batch, runner.states.num_slots)
-        self.max_chunk = max_chunk
+        self.max_chunk = runner.options.max_chunk
         self.num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
         self.vocab_size = decoder.vocab_size
         self.shares_prefixes = runner.states is None and decoder.tail is None  # what a tail keeps is in no block

@@ -28,7 +28,6 @@ from moesaic.errors import ConfigError, PlanDoesNotFitError
 from moesaic.kernels import set_num_threads
 from moesaic.modules.rotary import longest_context
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
-from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["ServingOptions", "engine_of", "make_engine"]
 
@@ -151,7 +150,7 @@ def _runner(model: PreTrainedModel, plan: Plan, options: ServingOptions) -> tupl
 
         path = options.save_expert_profile
         on_close = None if path is None else partial(model.save_expert_profile, path)
-        gpu = GpuStepRunner(model.runner, options.max_batch, min(PREFILL_CHUNK, plan.context), on_close)
+        gpu = GpuStepRunner(model.runner, options.max_batch, on_close)
         return gpu, model._moesaic_note
     nbytes = _cache_bytes(model, plan, options)
     room = room_for_cache(model, nbytes, max_batch=options.max_batch, context=options.context or DEFAULT_CONTEXT)

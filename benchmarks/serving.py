@@ -1,7 +1,7 @@
 """Many people at once: rates against the bound of bytes, what HTTP adds, a long prompt beside others, known beginnings.
 
     python benchmarks/serving.py --name NAME [--synthetic qwen3-30b-a3b] [--format Q4_K] [--layers 12]
-        [--users 1,8,32] [--long-prompt 32768] [--parts load,latency,fairness,prefix,demo]
+        [--users 1,8,32] [--long-prompt 32768] [--parts load,latency,fairness,prefix,demo] [--plan hybrid --vram 8GiB]
 
 One model is loaded for all parts; `demo` asks the built-in model. Writes benchmarks/results/serving-NAME.md, part by
 part.
@@ -28,6 +28,7 @@ from moesaic.engine.serving.bench.subject import Subject, make_subject
 from moesaic.errors import MoesaicError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth
 from moesaic.placement import detect_hardware
+from moesaic.placement.units import parse_size
 from moesaic.server.bench.latency import Latency, measure_latency
 from moesaic.server.bench.measure import Load, measure_running, started
 
@@ -126,6 +127,8 @@ async def opened(args: argparse.Namespace, demo: bool) -> AsyncIterator[Model]:
         positions=1,
         cache_positions=loads if demo else max(loads, beside),
         threads=args.threads,
+        plan=args.plan,
+        vram=args.vram,
     )
     async with started(subject, 1024) as engine:
         yield Model(subject, engine)
@@ -160,6 +163,8 @@ def main() -> None:
     parser.add_argument("--format", default="Q4_K")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--plan", default="cpu", help="where the model's parts lie")
+    parser.add_argument("--vram", type=parse_size, help="of a GPU that may be used")
     parser.add_argument("--users", default="1,8,32")
     parser.add_argument("--prompt-tokens", default="128")
     parser.add_argument("--tokens", default="64")

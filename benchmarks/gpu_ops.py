@@ -1,6 +1,6 @@
 """Kernels on a GPU that are no products with packed weights: are they right on this card, and how long do they take.
 
-    python benchmarks/gpu_ops.py [--only attention,small] [--sweep NAME]
+    python benchmarks/gpu_ops.py [--only attention,expanded,small] [--sweep NAME]
 
 Every kernel is compared with float64 first; a wrong one ends the run. Times are those of a CUDA graph of 20 launches,
 divided by 20, the median of several replays. Attention in decode takes turns over 20 pools, as the layers of a model
@@ -25,6 +25,9 @@ from moesaic.kernels.triton.elementwise import combine
 from moesaic.kernels.triton.norm import add_rms_norm, rms_norm
 from moesaic.kernels.triton.rotary import RotaryTable, latent_rotate_append, norm_rotate_append
 from moesaic.kernels.triton.route import route, router_logits
+from moesaic.kvcache.step_input import StepInput
+from moesaic.modules.gpu.expanded_latents import attend_expanded
+from moesaic.modules.mla import latent_heads_at_once
 
 LAUNCHES, BLOCK_SIZE, DTYPE = 20, 64, torch.bfloat16
 GQA_HEADS, GQA_KV_HEADS, GQA_DIM = 32, 4, 128
@@ -123,7 +126,7 @@ class AttentionCase:
         columns = self.batch * (1 if self.latent else GQA_KV_HEADS)
         dims = (LATENT, ROPE, LATENT) if self.latent else (GQA_DIM, 0, GQA_DIM)
         device = torch.device("cuda", torch.cuda.current_device())
-        return choose_tiles(rows, columns, self.tables.shape[1] * BLOCK_SIZE, dims, DTYPE, device)
+        return choose_tiles(rows, columns, self.tables.shape[1] * BLOCK_SIZE, dims, DTYPE, device, self.latent)
 
     def line(self, time: float, tiles: Tiles) -> str:
         kind = "mla" if self.latent else "gqa"
@@ -146,6 +149,55 @@ def attention() -> None:
                 print(case.line(case.time(), case.chosen()), flush=True)
         case = AttentionCase(latent, 1, 2048, 2048)
         print(case.line(case.time(), case.chosen()), flush=True)
+
+
+class LongLatents:
+    """Latent attention of a long prompt, from queries before the absorption to values behind it, in both ways."""
+
+    def __init__(self, new: int, context: int) -> None:
+        nope, value = 128, 128
+        self.case = AttentionCase(True, 1, context, new)
+        self.k_b = random(MLA_HEADS, nope, LATENT).to(DTYPE) / LATENT**0.5
+        self.v_b = random(MLA_HEADS, LATENT, value).to(DTYPE) / LATENT**0.5
+        self.query, self.q_rope = random(new, MLA_HEADS, nope), self.case.queries[1]
+        self.pool, self.options = self.case.pools[0][0], {"scale": self.case.scale, "max_query_len": new}
+        self.group = latent_heads_at_once(new, MLA_HEADS, LATENT)
+
+    def absorbed(self) -> torch.Tensor:
+        case, parts = self.case, []
+        for first in range(0, MLA_HEADS, self.group):
+            some = slice(first, first + self.group)
+            q_latent = torch.bmm(self.query[:, some].transpose(0, 1).to(DTYPE), self.k_b[some]).transpose(0, 1)
+            at = case.tables, case.lens, case.starts
+            latents = q_latent.float().contiguous(), self.q_rope[:, some]
+            sums = paged_latent_attention(*latents, self.pool, *at, **self.options)
+            parts.append(torch.bmm(sums.transpose(0, 1).to(DTYPE), self.v_b[some]).transpose(0, 1).float())
+        return torch.cat(parts, 1)
+
+    def expanded(self) -> torch.Tensor:
+        case, zeros = self.case, torch.zeros(0)
+        step = StepInput(zeros, zeros, case.tables, case.lens, case.starts, zeros)
+        return attend_expanded(self.query, self.q_rope, self.k_b, self.v_b, self.pool, step, **self.options)
+
+
+def expanded() -> None:
+    for new, context in ((512, 512), (512, 8192), (2048, 2048), (8192, 8192), (8192, 32768)):
+        long = LongLatents(new, context)
+        check(f"mla new {new} context {context} expanded, beside absorbed", long.expanded(), long.absorbed(), 2e-2)
+        print(f"    absorbed {timed(long.absorbed):8.2f} ms, expanded {timed(long.expanded):8.2f} ms", flush=True)
+
+
+def timed(call: Callable[[], object], repeat: int = 5) -> float:
+    """Milliseconds of a call, the median."""
+    times = []
+    for _ in range(repeat):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
 
 
 def sweep(name: str) -> None:
@@ -282,7 +334,7 @@ def small() -> None:
             part(tokens)
 
 
-PARTS = {"attention": attention, "small": small}
+PARTS = {"attention": attention, "expanded": expanded, "small": small}
 
 
 def main() -> None:

@@ -123,6 +123,18 @@ def test_latent_attention_in_prefill():
     assert error_of(actual, latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
 
 
+def test_keys_in_two_parts_with_values_of_their_own():
+    case = Case([(30, 13), (5, 5), (44, 2)], 16)
+    query = case.random(20, 4, 24 + 40)
+    keys, values = case.pool(2, 64), case.pool(2, 48)
+    out = torch.zeros(20, 6, 48, device=DEVICE)
+    paged_attention(
+        query[..., :24], keys, values, *case.step, scale=0.1, max_query_len=13, q_rope=query[..., 24:], out=out[:, 1:5]
+    )
+    assert error_of(out[:, 1:5], attended(case, query, keys, values, 0.1)) < 2e-6
+    assert torch.count_nonzero(out[:, [0, 5]]) == 0
+
+
 def test_the_tiles_chosen_fit_and_fill():
     device = torch.device("cpu")
     decode = choose_tiles(8, 4, 4096, (128, 0, 128), torch.bfloat16, device)
@@ -130,7 +142,7 @@ def test_the_tiles_chosen_fit_and_fill():
     assert choose_tiles(8, 1, 4096, (128, 0, 128), torch.bfloat16, device).splits == 4
     assert choose_tiles(8, 1, 100, (128, 0, 128), torch.bfloat16, device).splits == 1
     assert choose_tiles(8, 64, 4096, (128, 0, 128), torch.bfloat16, device).splits == 1
-    latent = choose_tiles(128, 1, 4096, (512, 64, 512), torch.bfloat16, device)
+    latent = choose_tiles(128, 1, 4096, (512, 64, 512), torch.bfloat16, device, True)
     assert (16 + (latent.stages - 1) * latent.keys) * 576 * 2 <= 99 * 1024
     assert choose_tiles(2048 * 8, 4, 4096, (128, 0, 128), torch.bfloat16, device).splits == 1
 

@@ -57,6 +57,7 @@ def paged_attention(
     sliding_window: int | None = None,
     sinks: torch.Tensor | None = None,
     softcap: float | None = None,
+    q_rope: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
@@ -78,6 +79,7 @@ def paged_attention(
         sliding_window: only so many of the last keys are seen, a token's own among them.
         sinks: float32 `[heads]`, logits that take part in the softmax without a value (gpt-oss).
         softcap: scores become `softcap * tanh(score / softcap)` (Gemma 2).
+        q_rope: float32 `[tokens, heads, rope_dim]`, the rest of the queries if keys are `head_dim + rope_dim` wide.
         out: float32 `[tokens, heads, value_dim]`, or None to allocate it.
         tiles: how the work is cut up; chosen by shapes if None.
 
@@ -90,6 +92,11 @@ def paged_attention(
     _check_pool("keys", keys, 4)
     _check_pool("values", values, 4)
     _, block_size, kv_heads, head_dim = keys.shape
+    rope_dim = 0
+    if q_rope is not None:
+        rope_dim = q_rope.shape[-1]
+        head_dim -= rope_dim
+        _check_queries("q_rope", q_rope, (*q.shape[:2], rope_dim), keys.device)
     check_shape("values", values, (*keys.shape[:3], values.shape[3]))
     _check_queries("q", q, (q.shape[0], q.shape[1] if q.ndim == 3 else 0, head_dim), keys.device)
     if kv_heads < 1 or q.shape[1] % kv_heads or values.dtype != keys.dtype:
@@ -100,12 +107,13 @@ def paged_attention(
     key_strides = (keys.stride(0), keys.stride(1), keys.stride(2))
     value_strides = (values.stride(0), values.stride(1), values.stride(2))
     return _attend(
-        (q, q),
+        (q, q if q_rope is None else q_rope),
         (keys, values),
         (block_tables, seq_lens, query_start),
-        (*q.stride()[:2], 0, 0, *key_strides, *value_strides),
+        (*q.stride()[:2], *((0, 0) if q_rope is None else q_rope.stride()[:2]), *key_strides, *value_strides),
         kv_heads=kv_heads,
-        dims=(head_dim, 0, values.shape[3]),
+        dims=(head_dim, rope_dim, values.shape[3]),
+        latent=False,
         block_size=block_size,
         scale=scale,
         max_query_len=max_query_len,
@@ -171,6 +179,7 @@ def paged_latent_attention(
         (*q_latent.stride()[:2], *q_rope.stride()[:2], *strides, *strides),
         kv_heads=1,
         dims=(latent_dim, rope_dim, latent_dim),
+        latent=True,
         block_size=cache.shape[1],
         scale=scale,
         max_query_len=max_query_len,
@@ -190,6 +199,7 @@ def _attend(
     *,
     kv_heads: int,
     dims: tuple[int, int, int],
+    latent: bool,
     block_size: int,
     scale: float,
     max_query_len: int,
@@ -199,7 +209,7 @@ def _attend(
     out: torch.Tensor | None,
     tiles: Tiles | None,
 ) -> torch.Tensor:
-    """Both kinds of attention; dims are those of a key, of its second part, and of a value."""
+    """Both kinds of attention; dims are those of a key, of its second part, and of a value, which latents share."""
     q, device = queries[0], pool[0].device
     num_tokens, heads = q.shape[:2]
     block_tables, seq_lens, query_start = step
@@ -228,7 +238,8 @@ def _attend(
         if sliding_window is not None:
             longest = min(longest, sliding_window + max_query_len)
         sizes = tuple(_padded(dim) if dim else 0 for dim in dims)
-        tiles = choose_tiles(max_query_len * group, num_seqs * kv_heads, longest, sizes, pool[0].dtype, device)
+        columns = num_seqs * kv_heads
+        tiles = choose_tiles(max_query_len * group, columns, longest, sizes, pool[0].dtype, device, latent)
     target, lse = out.unsqueeze(0), out
     if tiles.splits > 1:
         target = torch.empty(tiles.splits, num_tokens, heads, value_dim, device=device)
@@ -262,6 +273,7 @@ def _attend(
         WINDOWED=sliding_window is not None,
         SOFTCAP=bool(softcap),
         SINKS=sinks is not None,
+        LATENT=latent,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -288,7 +300,13 @@ def _attend(
 
 
 def choose_tiles(
-    rows: int, columns: int, longest: int, dims: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    rows: int,
+    columns: int,
+    longest: int,
+    dims: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    latent: bool = False,
 ) -> Tiles:
     """How to cut up a call.
 
@@ -299,10 +317,11 @@ def choose_tiles(
         dims: of a key, of its second part (0: none) and of a value, padded.
         dtype: of the cache.
         device: where it runs; any but a CUDA device counts as a small one (Triton's interpreter).
+        latent: whether a key's first part is the value.
     """
     processors, shared = _device_limits(device)
     is_large = shared >= _LARGE_SHARED
-    latent, key_bytes = dims[1] > 0, (sum(dims[:2]) + (0 if dims[1] else dims[2])) * dtype.itemsize
+    key_bytes = (sum(dims[:2]) + (0 if latent else dims[2])) * dtype.itemsize
     if dtype == torch.float32:  # products on the vector units: a small path for exactness
         tile_rows, tile_keys, warps = 16, 16 if latent else 32, 4
     elif latent:

@@ -69,8 +69,9 @@ def attend_kernel(
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    LATENT: tl.constexpr,
 ):
-    """See `attention.paged_attention`. With ROPE_DIM keys have a second part behind the first, which is the value."""
+    """See `attention.paged_attention`. With ROPE_DIM keys have a second part; LATENT: the first is the value."""
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
     seq = tl.program_id(1) // KV_HEADS
     kv_head = tl.program_id(1) % KV_HEADS
@@ -147,7 +148,7 @@ def attend_kernel(
         fade = tl.exp2(highest - base)
         total = total * fade + tl.sum(shares, 1)
         highest = new_highest
-        if ROPE_DIM > 0:
+        if LATENT:
             value = key
         else:
             value_slots = blocks * value_block + (index % BLOCK_SIZE) * value_slot + kv_head * value_head

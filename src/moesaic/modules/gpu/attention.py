@@ -19,6 +19,7 @@ from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_appe
 from moesaic.kvcache.paged import KvShape
 from moesaic.modules.delta_net import DeltaNetParts
 from moesaic.modules.gpu.delta_net import GpuDeltaNet
+from moesaic.modules.gpu.expanded_latents import attend_expanded, expansion_pays
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.weights import GpuLinear, GpuLinears, GpuNorm, dense_heads
 from moesaic.modules.gqa import GqaParts
@@ -95,7 +96,7 @@ class GpuGqaAttention:
 
 
 class GpuMlaAttention:
-    """Latent attention, absorbed: keys and values are never expanded.
+    """Latent attention: absorbed, so that keys and values are never expanded, but in long chunks of prompts.
 
     Args:
         source: its equal on the CPU.
@@ -142,6 +143,18 @@ class GpuMlaAttention:
             self.kv_a_norm.eps,
             layout=self.rope_layout,
         )
+        if expansion_pays(where, step.max_query_len, pool.keys.shape[1]):
+            values = attend_expanded(
+                heads[..., : self.nope_dim],
+                q_rope,
+                self.k_b,
+                self.v_b,
+                pool.keys,
+                where,
+                scale=self.scaling,
+                max_query_len=step.max_query_len,
+            )
+            return self.o(values.view(tokens, -1))
         group = latent_heads_at_once(tokens, self.num_heads, self.latent_dim)
         if group == self.num_heads:
             return self.o(self._attend(heads, q_rope, slice(None), step).reshape(tokens, -1))

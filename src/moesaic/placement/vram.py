@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_CONTEXT",
     "DRIVER_BYTES",
     "KV_BLOCK",
+    "LENT_STAGING_BYTES",
     "LONG_CHUNK",
     "MAX_BATCH",
     "MAX_STATES",
@@ -54,6 +55,8 @@ MAX_STATES = 8
 """Sequences of a model with recurrent states that can be there at once."""
 STAGING_BYTES = 384 * 1024**2
 """What experts pass through that are streamed to the GPU in prefill, if an expert is not larger than a group of it."""
+LENT_STAGING_BYTES = 1280 * 1024**2
+"""The same where experts lend it: what the link brings while the GPU does all but experts."""
 STAGING_GROUPS = 4
 """Groups of such experts that are there at a time: while some are multiplied, others are on their way."""
 MAX_UPLOADS = 16
@@ -64,6 +67,7 @@ DRIVER_BYTES = 600 * 1024**2
 _UPLOAD_PART = 32  # of the experts that there is room for, at most one in so many
 _MARGIN_SHARE = 20  # a twentieth of what is free is left to others
 _MIN_MARGIN = 512 * 1024**2
+_ALLOCATOR = 96 * 1024**2  # PyTorch's takes segments of 20 MiB, of which parts lie idle; sums of keys that were split
 _STREAMS = 4  # hidden states per token: the residual, the normalised, a block's output, what comes from the CPU
 _FLOAT, _BFLOAT16 = 4, 2
 _CHOICE_BYTES = 20  # an expert's number and whether the CPU has it (int64 each), its weight (float32)
@@ -105,7 +109,7 @@ class StepSizes:
         """VRAM of a step: activations of a chunk of a prompt, logits with a copy to sample from, rotary angles."""
         expanded = _BFLOAT16 * min(self.largest, EXPANDED_WEIGHTS)
         rest = 2 * MAX_BATCH * self.vocab_size + cache_blocks(context) * KV_BLOCK * self.rotary
-        return expanded + self.chunk_bytes(min(PREFILL_CHUNK, context)) + rest * _FLOAT
+        return _ALLOCATOR + expanded + self.chunk_bytes(min(PREFILL_CHUNK, context)) + rest * _FLOAT
 
     def chunk_bytes(self, num_tokens: int) -> int:
         """Of that, what the activations of so many tokens of a prompt take."""
@@ -141,6 +145,7 @@ class VramBudget:
         num_experts: experts in DRAM that slots could hold, over all layers.
         states: recurrent states of MAX_STATES sequences, of linear attention.
         upload_experts: slots that misses of decode steps pass through.
+        streamed: bytes of slots that experts pass through in prefill, if none is larger than a group of them.
         lots: how the last three are divided where memory can be moved between them; None: once and for all.
         fixed: why not, "" if it can or there is nothing to move.
     """
@@ -156,6 +161,7 @@ class VramBudget:
     num_experts: int
     states: int = 0
     upload_experts: int = 0
+    streamed: int = STAGING_BYTES
     lots: VramLots | None = None
     fixed: str = ""
 
@@ -201,7 +207,7 @@ class VramBudget:
         if not self.num_experts or self.num_slots < 2:
             return 0
         most = min(self.num_experts, max(2, self.num_slots // 2))  # the cache gets as many at least
-        count = min(max(STAGING_GROUPS, STAGING_BYTES // self.expert_bytes), most)
+        count = min(max(STAGING_GROUPS, self.streamed // self.expert_bytes), most)
         return count // STAGING_GROUPS * STAGING_GROUPS or count
 
     @property
@@ -251,8 +257,11 @@ def vram_budget(plan: Plan, total: int, context: int, fixed: str = "") -> VramBu
     uploads = min(MAX_UPLOADS, budget.num_slots // _UPLOAD_PART) if has_misses else 0
     budget = replace(budget, upload_experts=uploads)
     on_gpu = [entry for entry in plan.entries if entry.role == "experts" and entry.device == "gpu"]
-    lots = None if on_gpu else divide(budget, plan.step, KV_BLOCK, MAX_BATCH, long_chunk=LONG_CHUNK)
-    return replace(budget, fixed=fixed) if fixed and lots is not None else replace(budget, lots=lots)
+    lent = replace(budget, streamed=LENT_STAGING_BYTES)
+    lots = None if on_gpu else divide(lent, plan.step, KV_BLOCK, MAX_BATCH, long_chunk=LONG_CHUNK)
+    if lots is None:
+        return budget
+    return replace(budget, fixed=fixed) if fixed else replace(lent, lots=lots)
 
 
 def is_absorbed(entry: Placement) -> bool:

@@ -85,7 +85,7 @@ class Turns:
     def set_cache(self, num_slots: int, policy: PromotionPolicy | None = None) -> None:
         """A new, empty cache."""
         self._ways.pop("on", None)
-        self.runner.slots, self.runner._buckets = self._ways["off"]
+        self.runner.steps.slots, self.runner.steps.buckets = self._ways["off"]
         self.cache = None
         torch.cuda.empty_cache()
         decoder = self.runner.decoder
@@ -95,7 +95,7 @@ class Turns:
 
     def rate(self, way: str) -> float:
         """Tokens per second."""
-        self.runner.slots, self.runner._buckets = self._ways[way]
+        self.runner.steps.slots, self.runner.steps.buckets = self._ways[way]
         if way == "on":
             # What was chosen without the cache is none of its business.
             self.cache._seen[:] = self.runner.server.uses.numpy().view("uint32")
@@ -258,8 +258,8 @@ def main() -> None:
     )
     model: Any = load(prepared, progress=False, lends=False)  # caches of several sizes are made beside it
     runner: ModelRunner = model.runner
-    runner.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
-    runner.uploads = None  # what a cache does by itself
+    runner.steps.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
+    runner.steps.uploads = None  # what a cache does by itself
     turns, routers = Turns(runner, arguments.tokens), ZipfRouters(runner)
     num_all = sum(experts.num_experts for experts in runner.decoder.routed)
     slots = max(8, round(0.01 * num_all))

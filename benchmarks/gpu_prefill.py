@@ -184,7 +184,7 @@ def main() -> None:
         flush=True,
     )
     if not arguments.cache:
-        runner.slots = ExpertSlots()
+        runner.steps.slots = ExpertSlots()
     watch = Watch(runner)
     compare(runner, watch, min(lengths))
     for length in lengths:

@@ -109,16 +109,17 @@ class Subject:
             budget = replace(budget, upload_experts=whole.upload_experts)
         start_on_gpu(self.model, plan, budget)
         runner = self.model.runner
-        cache, runner.lending = runner.slots.cache, None  # it would give the cache more than its share
+        cache, runner.steps.lending = runner.slots.cache, None  # it would give the cache more than its share
         if self.task.zipf is not None:
             ZipfRouters(runner).set_exponent(self.task.zipf)
         # One runner for both: two would have two caches of keys and values, which the budget has no room for.
-        with_cache, runner.slots = runner.slots, ExpertSlots()
-        uploads, runner.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
+        with_cache, runner.steps.slots = runner.slots, ExpertSlots()
+        uploads, runner.steps.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
         self._on_gpu(runner, plan, "hybrid", 0)
         if "cache" not in self.task.parts or cache is None:
             return
-        runner.slots, runner.uploads, runner._buckets = with_cache, uploads, {}
+        steps = runner.steps
+        steps.slots, steps.uploads, steps.buckets = with_cache, uploads, {}
         runner.server.uses.zero_()
         # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
         slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))

@@ -86,9 +86,9 @@ class Subject:
         runner, decoder = self.runner, self.runner.decoder
         self.chosen_at_start = runner.no_uploads or "on"
         staging = runner._staging
-        runner.slots, runner._staging = ExpertSlots(), None  # the VRAM is not what this is about
+        runner.steps.slots, runner._staging = ExpertSlots(), None  # the VRAM is not what this is about
         # No memory moves meanwhile: that would be timed, and staging keeps its own.
-        self.lending, runner.lending, runner.uploads = runner.lending, None, None
+        self.lending, runner.steps.lending, runner.steps.uploads = runner.lending, None, None
         torch.cuda.empty_cache()
         problem = why_not_readable(decoder.routed)
         if problem:
@@ -100,7 +100,7 @@ class Subject:
         self.num_layers = len(decoder.routed)
         ZipfRouters(runner).set_exponent(0.0)
         self.uploads = MissUploads(self.landing, UploadShares())
-        runner.uploads, runner._buckets = self.uploads, {}
+        runner.steps.uploads, runner.steps.buckets = self.uploads, {}
 
     def expected(self) -> int:
         """The share that is tried first."""

@@ -244,7 +244,7 @@ def test_misses_of_several_sequences_come_to_the_gpu(mode: str) -> None:
 def test_padding_uses_no_experts() -> None:
     """What runs before a graph is captured is neither counted as used nor as missing."""
     runner = on_gpu("qwen3_moe", uploads=some_uploads).runner
-    runner._warm_up(runner._bucket(2), 2, True)
+    runner.steps.warm_up(runner.steps.bucket(2), 2, True)
     assert runner.server.next_request > 1 and not runner.server.uses.any()
     assert (runner.uploads.statistics().missing, runner.uploads.statistics().brought) == (0, 0)
 

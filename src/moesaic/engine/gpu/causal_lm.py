@@ -136,7 +136,7 @@ class GpuCausalLM:
         if server is None or shape is None:
             raise ConfigError(f"{path}: all experts lie on the GPU: there is no use of them that a cache could learn.")
         uses = np.zeros((len(shape.num_experts), max(shape.num_experts)), np.int64)
-        uses[self.runner.served] = server.uses.numpy().view(np.uint32)
+        uses[self.runner.hand_off.served] = server.uses.numpy().view(np.uint32)
         num_tokens = int(uses.sum(axis=1).max()) // max(1, self.runner.decoder.top_k)
         write_profile(path, ExpertProfile(shape, num_tokens, uses))
 

@@ -98,21 +98,21 @@ class GpuTimedRuns:
             count: how many.
             before_step: called before each.
         """
-        runner, server = self.runner, self.runner.server
+        hand_off, server = self.runner.hand_off, self.runner.server
         steps: list[StepTimes] = []
         with self._sequences() as sequences:
             tokens = self._prefill(sequences)
-            runner.times = None if server is None else torch.zeros(len(server.layers), 2, dtype=torch.int64)
+            hand_off.times = None if server is None else torch.zeros(len(server.layers), 2, dtype=torch.int64)
             try:
                 for _ in range(count):
                     before_step()
                     began = time.perf_counter_ns()
                     tokens = self._step(sequences, tokens)
                     ended = time.perf_counter_ns()
-                    layers = [] if runner.times is None else runner.times.tolist()
+                    layers = [] if hand_off.times is None else hand_off.times.tolist()
                     steps.append(StepTimes(began, ended, tuple((asked, answered) for asked, answered in layers)))
             finally:
-                runner.times = None
+                hand_off.times = None
         return steps
 
     def profile(self) -> StepShares:

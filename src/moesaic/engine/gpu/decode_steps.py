@@ -1,0 +1,179 @@
+"""Decode steps: a bucket for each of some batch sizes, whose steps are captured once as a graph and replayed.
+
+The thread that replays a graph answers its requests for routed experts, so that there is no thread besides the kernels'
+pool. Without graphs the same is launched anew each time. It chooses neither tokens nor whose turn it is.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from moesaic.engine.gpu.hand_off import HandOff
+from moesaic.engine.gpu.lending import VramLending
+from moesaic.engine.gpu.runner_options import RunnerOptions
+from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.step_buffers import StepBuffers
+from moesaic.engine.gpu.uploads import MissUploads
+from moesaic.kvcache.paged import PagedSequence, PoolLayer
+from moesaic.kvcache.states import StateLayer
+from moesaic.modules.gpu.decoder import GpuDecoder
+from moesaic.modules.gpu.step import ExpertPath, GpuStep
+
+__all__ = ["Bucket", "DecodeSteps"]
+
+
+@dataclass(slots=True)
+class Bucket:
+    """The buffers of decode steps of up to so many sequences, and the graphs that read and write them."""
+
+    buffers: StepBuffers
+    out: torch.Tensor  # logits, or what the tail goes on with
+    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # without uploads, and with
+
+
+class DecodeSteps:
+    """Decode steps of a runner.
+
+    Args:
+        decoder: the model.
+        caches: of every layer on the GPU.
+        options: of the runner.
+        max_blocks: most blocks of a sequence.
+        hand_off: by which the CPU is asked for experts.
+        slots: routed experts on the GPU.
+        uploads: brings misses to the GPU; None: all are the CPU's.
+        lending: memory that moves between steps, or None.
+
+    Attributes:
+        slots: as given; whoever changes them or uploads must empty `buckets`, whose graphs use what there was.
+        uploads: as given.
+        lending: as given.
+        buckets: by the most sequences of their steps.
+    """
+
+    def __init__(
+        self,
+        decoder: GpuDecoder,
+        caches: list[PoolLayer | StateLayer],
+        options: RunnerOptions,
+        max_blocks: int,
+        hand_off: HandOff,
+        slots: ExpertSlots,
+        uploads: MissUploads | None = None,
+        lending: VramLending | None = None,
+    ) -> None:
+        self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
+        self._hand_off, self.slots, self.uploads, self.lending = hand_off, slots, uploads, lending
+        self.buckets: dict[int, Bucket] = {}
+
+    def run(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+        """Append one token to each of 1 to `max_batch` sequences.
+
+        Returns:
+            float32 `[sequences, vocab_size]`, or `[sequences, hidden_size]` for the decoder's tail; the next call may
+            overwrite it.
+
+        Raises:
+            GenerationError: the cache is full.
+            ExpertTimeoutError: GPU and CPU waited for each other too long. In both cases nothing was appended, but
+                sequences with recurrent states were emptied by the latter.
+        """
+        count = len(sequences)
+        bucket = self.bucket(count)
+        bucket.buffers.append(sequences)
+        try:
+            bucket.buffers.set_hidden(self._decoder.embed(torch.as_tensor(token_ids, dtype=torch.int64)))
+            bucket.buffers.upload()
+            self._run(bucket, count)
+        except BaseException:
+            self._hand_off.recover()
+            for sequence in sequences:
+                sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
+            raise
+        return bucket.out[:count]
+
+    def bucket(self, count: int) -> Bucket:
+        """The smallest one with room for `count` sequences; made if need be."""
+        size = self._size(count)
+        if size not in self.buckets:
+            self.buckets[size] = self._make_bucket(size)
+        return self.buckets[size]
+
+    def warm_up(self, bucket: Bucket, size: int, brings: bool) -> None:
+        """Compile and load every kernel of a step, in which all is padding, whose experts do not count as used."""
+        server = self._hand_off.server
+        uses = None if server is None else server.uses.clone()
+        self._compute(bucket, self._eager_path(size, brings), brings)
+        if server is not None and uses is not None:
+            server.uses.copy_(uses)
+
+    def _run(self, bucket: Bucket, count: int) -> None:
+        hand_off, cache, uploads, began = self._hand_off, self.slots.cache, self._uploads_of(count), time.perf_counter()
+        if cache is not None:
+            cache.before_step()
+        is_quiet = cache is None or not cache.is_busy
+        brings = uploads is not None and uploads.before_step(count, is_quiet)
+        if not bucket.graphs:
+            self._compute(bucket, self._eager_path(count, brings), brings)
+            if cache is not None:
+                cache.during_step()
+        else:
+            bucket.graphs[brings].replay()
+            if cache is not None:
+                cache.during_step()
+            hand_off.serve(count)
+        if cache is not None and hand_off.server is not None:  # while the GPU computes what follows the last layer
+            uses, way = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
+            cache.after_step(hand_off.served, uses, count, way)
+        if bucket.out.is_cuda:
+            torch.cuda.current_stream().synchronize()
+        hand_off.check()
+        if uploads is not None:
+            uploads.after_step(time.perf_counter() - began, is_quiet)
+        if self.lending is not None:
+            self.lending.after_step()
+
+    def _uploads_of(self, num_tokens: int) -> MissUploads | None:
+        """Who brings misses in steps of so many tokens."""
+        return self.uploads if self.uploads is not None and self.uploads.takes(self._size(num_tokens)) else None
+
+    def _compute(self, bucket: Bucket, path: ExpertPath, brings: bool) -> None:
+        """What a graph holds."""
+        decoder = self._decoder
+        with torch.no_grad():
+            hidden = bucket.buffers.hidden.clone()  # a graph is replayed on the same input
+            decoder.run(hidden, GpuStep(bucket.buffers.input, self._caches, decoder.angles, 1, path))
+            bucket.out.copy_(hidden if decoder.tail is not None else decoder.logits(hidden))
+            self._hand_off.end_step()
+            if brings and self.uploads is not None:
+                self.uploads.report()
+
+    def _eager_path(self, num_tokens: int, brings: bool) -> ExpertPath:
+        return self._hand_off.eager_path(self.slots, self.uploads if brings else None, num_tokens)
+
+    def _size(self, count: int) -> int:
+        return min(1 << (count - 1).bit_length(), self._options.max_batch)
+
+    def _make_bucket(self, size: int) -> Bucket:
+        decoder = self._decoder
+        device = decoder.device
+        width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
+        bucket = Bucket(
+            StepBuffers(size, self._max_blocks, decoder.hidden_size, device), torch.zeros(size, width, device=device)
+        )
+        if self._options.graphs and device.type == "cuda":
+            pool = torch.cuda.graph_pool_handle()  # only one of the graphs runs at a time
+            for brings in (False, True)[: 1 if self._uploads_of(size) is None else 2]:
+                self.warm_up(bucket, size, brings)
+                torch.cuda.synchronize()
+                path = self._hand_off.graph_path(self.slots, self.uploads if brings else None)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    self._compute(bucket, path, brings)
+                bucket.graphs[brings] = graph
+        return bucket

@@ -1,0 +1,107 @@
+"""Both ends of the way on which steps of a runner ask the CPU for experts: the GPU's exchange and who serves it.
+
+It knows which layers ask, and what to do when one side does not answer; neither sequences nor graphs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from moesaic.engine.gpu.paths import EagerPath, GraphPath
+from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.uploads import MissUploads
+from moesaic.errors import ExpertTimeoutError
+from moesaic.kernels.handoff import ExpertServer, Mailbox
+from moesaic.kernels.triton.handoff import Exchange
+from moesaic.modules.gpu.decoder import GpuDecoder
+from moesaic.modules.gpu.step import ExpertPath
+
+__all__ = ["HandOff"]
+
+
+class HandOff:
+    """A mailbox with both its ends.
+
+    Args:
+        decoder: the model.
+        slots: says which layers' experts are all on the GPU.
+        max_batch: most tokens of a request.
+        timeout: seconds that GPU and CPU wait for each other.
+
+    Attributes:
+        exchange: the GPU's side.
+        server: the CPU's side; None if it has no experts.
+        served: layers, of those with routed experts, whose experts the CPU is asked for.
+        times: see `ExpertServer.serve`; filled by `serve` if it is set.
+    """
+
+    def __init__(self, decoder: GpuDecoder, slots: ExpertSlots, max_batch: int, timeout: float) -> None:
+        device, self._timeout = decoder.device, timeout
+        self._positions, self.served = _request_positions(
+            [slots.is_complete(layer) for layer in range(len(decoder.routed))]
+        )
+        mailbox = None
+        self.server: ExpertServer | None = None
+        if self.served:
+            mailbox = Mailbox.of(max_batch, decoder.hidden_size, decoder.top_k, pinned=device.type == "cuda")
+            experts = [experts for experts in decoder.routed if experts is not None]
+            assert len(experts) == len(self.served)
+            self.server = ExpertServer(mailbox, experts, count_uses=True)
+        self.exchange = Exchange(mailbox, device)
+        self.exchange.set_timeout(timeout)
+        self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self.times: torch.Tensor | None = None
+
+    def graph_path(self, slots: ExpertSlots, uploads: MissUploads | None) -> ExpertPath:
+        """Who computes experts in a step that is captured, with these slots and uploads; then `serve` serves it."""
+        return GraphPath(self.exchange, slots, self._positions, uploads)
+
+    def eager_path(self, slots: ExpertSlots, uploads: MissUploads | None, num_tokens: int) -> ExpertPath:
+        """The same in a step without a graph, of so many tokens that are no padding; nobody else serves it."""
+        if self.server is None:
+            return self.graph_path(slots, None)
+        return EagerPath(self.exchange, slots, self._positions, self.server, num_tokens, self._timeout, uploads)
+
+    def end_step(self) -> None:
+        """The last thing that a step's GPU does: count its requests, and let the CPU see whether all were answered."""
+        self.exchange.advance(0 if self.server is None else len(self.server.layers))
+        self._failed.copy_(self.exchange.failed, non_blocking=True)
+
+    def serve(self, num_tokens: int) -> None:
+        """Answer all requests of a step of so many tokens.
+
+        Raises:
+            ExpertTimeoutError: a request did not come.
+        """
+        if self.server is not None:
+            self.server.serve(num_tokens, timeout=self._timeout, times=self.times)
+
+    def check(self) -> None:
+        """When a step is over: raise an ExpertTimeoutError if the GPU waited for an answer too long."""
+        if int(self._failed):
+            raise ExpertTimeoutError(
+                f"the CPU did not answer the GPU within {self._timeout:g} s: the computer is overloaded or the "
+                "process was stopped. The request failed; the next one may be tried."
+            )
+
+    def recover(self) -> None:
+        """After a failure: let the GPU drain, and begin to count requests anew."""
+        if self.server is None:
+            return
+        self.server.give_up()
+        if self.exchange.base.is_cuda:
+            torch.cuda.synchronize()
+        self.server.restart()
+        self.exchange.restart()
+        self._failed.zero_()
+
+
+def _request_positions(on_gpu: list[bool]) -> tuple[list[int | None], list[int]]:
+    """Of each layer with routed experts its request's position in a step, and the layers that are asked for."""
+    positions: list[int | None] = []
+    served: list[int] = []
+    for layer, complete in enumerate(on_gpu):
+        positions.append(None if complete else len(served))
+        if not complete:
+            served.append(layer)
+    return positions, served

@@ -125,7 +125,7 @@ def seconds(steps: list[StepTimes]) -> list[float]:
 
 def on_cpu(steps: list[StepTimes]) -> float:
     """Median seconds of a step in which the CPU computed experts."""
-    return statistics.median(sum(answered - asked for asked, answered in step.layers) / 1e9 for step in steps)
+    return statistics.median(sum(done - seen for seen, _, done in step.layers) / 1e9 for step in steps)
 
 
 def link_rows(subject: Subject) -> Iterator[Row]:

@@ -44,7 +44,8 @@ void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tok
 }  // namespace
 
 std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t first_request,
-                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times) {
+                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
+                           Deferral& deferral) {
     if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
     if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
     for (const ServedLayer& layer : layers) {
@@ -57,17 +58,28 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
         for (const ServedLayer& layer : layers) {
             const std::int64_t number = first_request + served;
             if (!wait_for(m.requested, number, Clock::now() + timeout)) {
+                deferral.forget();
                 answered.store(kGaveUp, std::memory_order_release);
                 return served;
             }
             const std::int64_t start = times.empty() ? 0 : nanoseconds();
             count_uses(layer, m, num_tokens);  // before the answer, after which the next request may come
-            moe_forward(*layer.experts, {m.experts, m.weights, m.top_k}, m.hidden, m.hidden_size, num_tokens, m.output);
+            Routing routing{m.experts, m.weights, m.top_k};
+            if (layer.num_deferred > 0) {
+                routing.experts = deferral.put_off(routing, m.hidden, num_tokens, layer.num_deferred);
+            }
+            moe_forward(*layer.experts, routing, m.hidden, m.hidden_size, num_tokens, m.output);
+            deferral.deliver(m.output, num_tokens);
             answered.store(number, std::memory_order_release);
-            if (!times.empty()) times[static_cast<std::size_t>(served)] = {start, nanoseconds()};
+            const std::int64_t end = times.empty() ? 0 : nanoseconds();
+            const bool was_deferred = deferral.compute(*layer.experts);  // while the other side goes on
+            if (!times.empty()) {
+                times[static_cast<std::size_t>(served)] = {start, end, was_deferred ? nanoseconds() : end};
+            }
             ++served;
         }
     } catch (...) {
+        deferral.forget();
         answered.store(kGaveUp, std::memory_order_release);
         throw;
     }

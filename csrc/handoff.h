@@ -9,6 +9,7 @@
 #include <limits>
 #include <span>
 
+#include "deferral.h"
 #include "moe.h"
 
 namespace moesaic {
@@ -30,18 +31,22 @@ constexpr std::int64_t kGaveUp = std::numeric_limits<std::int64_t>::max();
 // One layer of a step.
 struct ServedLayer {
     const Experts* experts;
-    std::uint32_t* uses;  // [num_experts], counts how often each was chosen; null: not counted
+    std::uint32_t* uses;        // [num_experts], counts how often each was chosen; null: not counted
+    std::int64_t num_deferred;  // experts of each token that come with the next answer; 0 for a step's last layer
 };
 
-// Nanoseconds of the steady clock at which a request was there, and at which it was answered.
+// Nanoseconds of the steady clock at which a request was seen, at which it was answered, and at which what had been put
+// off was computed, too.
 struct ServedTimes {
-    std::int64_t requested, answered;
+    std::int64_t requested, answered, completed;
 };
 
 // Answer the requests first_request, first_request + 1, ..., one per layer. Returns the number of layers served: fewer
 // than there are if a request did not come within `timeout_seconds`. Then, and when experts throw, `answered` becomes
-// kGaveUp. `times` is empty or has an element for each layer.
+// kGaveUp. `times` is empty or has an element for each layer. `deferral` is what the layer before the first one has put
+// off, and then what the last one has.
 std::int64_t serve_experts(const Mailbox& mailbox, std::span<const ServedLayer> layers, std::int64_t first_request,
-                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times);
+                           std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
+                           Deferral& deferral);
 
 }  // namespace moesaic

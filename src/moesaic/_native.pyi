@@ -697,5 +697,13 @@ class ExpertServer:
         times_ptr: int = 0,
     ) -> int:
         """
-        Answer one request for each of these layers; how many came in time. times_ptr: int64 [num_layers, 2], nanoseconds of the monotonic clock at arrival and answer, or 0.
+        Answer one request for each of these layers; how many came in time. times_ptr: int64 [num_layers, 3], nanoseconds of the monotonic clock when a request was seen, answered, and all of it computed; or 0.
         """
+
+    def defer(self, count: int) -> None:
+        """
+        From the next step on, the `count` experts of each token with the lowest weights come with the next layer's answer, but for the last layer's.
+        """
+
+    def forget(self) -> None:
+        """What the last layer that was served has put off will not be wanted."""

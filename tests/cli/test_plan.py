@@ -58,6 +58,25 @@ def test_auto_says_what_it_took(machine: None, tiny_folder: Path, capsys: pytest
     assert "warning: the GPU is not used: as 'hybrid' it needs " in out
 
 
+def test_late_experts_are_named(machine: None, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hybrid = (str(tiny_folder), "--plan", "hybrid", "--vram", "1GiB")
+    named = "in decode 2 of 3 experts arrive one layer late; answers differ slightly from the exact model."
+    assert named in printed(capsys, *hybrid, "--defer-experts", "2").splitlines()
+    assert "late" not in printed(capsys, *hybrid, "--defer-experts", "0")
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "bench decode", "bench serve"])
+def test_experts_that_cannot_be_late(
+    command: str, machine: None, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*command.split(), str(tiny_folder), *(["hi"] if command == "run" else []), "--defer-experts"]
+    assert main([*words, "1", "--plan", "cpu"]) == 2
+    message = "--defer-experts 1: with the plan 'cpu', as cpu, no layer on a GPU has routed experts on the CPU"
+    assert message in capsys.readouterr().err
+    assert main([*words, "3", "--plan", "hybrid", "--vram", "1GiB"]) == 2
+    assert "a token has 3 experts, at least one of which has to be on time: expected 0 to 2" in capsys.readouterr().err
+
+
 def test_the_speed_that_bandwidths_allow(machine: None, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (str(tiny_folder), "--plan", "hybrid", "--json", "--bandwidth")
     data = json.loads(printed(capsys, *words, "dram=10GB/s,vram=1TB/s"))
@@ -117,6 +136,8 @@ def test_a_gpu_that_pytorch_cannot_use(
         ("demo --bandwidth 97GB/s", "expected dram=RATE, vram=RATE or both"),
         ("demo --bandwidth dram=97GB", "'97GB' is not a bandwidth"),
         ("demo --bandwidth dram=9GB/s,dram=9GB/s", "expected dram=RATE"),
+        ("demo --defer-experts -1", "'-1' is not a whole number of at least 0"),
+        ("demo --defer-experts some", "'some' is not a whole number of at least 0"),
         ("", "plan needs either MODEL or --synthetic PRESET"),
         ("demo --synthetic mixtral-8x7b", "plan needs either MODEL or --synthetic PRESET"),
     ],

@@ -23,8 +23,8 @@ from moesaic.errors import ConfigError, ExpertTimeoutError
 from moesaic.placement import Plan
 
 STEPS = [
-    StepTimes(1_000_000, 1_900_000, ((1_100_000, 1_300_000), (1_450_000, 1_800_000))),
-    StepTimes(2_000_000, 2_700_000, ((2_100_000, 2_200_000), (2_300_000, 2_600_000))),
+    StepTimes(1_000_000, 1_900_000, ((1_100_000, 1_300_000, 1_300_000), (1_450_000, 1_800_000, 1_800_000))),
+    StepTimes(2_000_000, 2_700_000, ((2_100_000, 2_200_000, 2_280_000), (2_300_000, 2_600_000, 2_600_000))),
 ]
 
 
@@ -57,6 +57,16 @@ def test_lanes_without_a_profiler() -> None:
     assert built["otherData"] == {"note": "text"}
     names = {e["args"]["name"] for e in built["traceEvents"] if e["ph"] == "M"}
     assert names == {"GPU", "CPU", "steps", "routed experts", "between answers and requests"}
+
+
+def test_experts_that_come_a_layer_late_are_drawn_behind_the_answer() -> None:
+    built = trace.build_trace(trace.lanes_of_steps(STEPS[1:], gpu=True), 2_000_000, {})
+    assert drawn(built, 2, 2) == [
+        ("experts of layer 0", 100.0, 100.0),
+        ("deferred experts of layer 0", 200.0, 80.0),
+        ("experts of layer 1", 300.0, 300.0),
+    ]
+    assert ("until layer 1 asks", 200.0, 100.0) in drawn(built, 1, 0)
 
 
 def test_a_model_that_is_all_on_the_gpu_has_no_experts_to_draw() -> None:
@@ -131,7 +141,7 @@ def test_only_kernels_copies_and_calls_are_kept_and_no_path() -> None:
 
 
 def test_the_order_of_answers_and_waiting_kernels_is_checked() -> None:
-    answers = [answered for step in STEPS for _, answered in step.layers]
+    answers = [answered for step in STEPS for _, answered, _ in step.layers]
     lanes = trace.lanes_of_profile([kernel("_wait", a / 1e3 - 10, 12.0) for a in answers], 0.0, 0, 10**7)
     assert "2.0 to 2.0 us after answers" in trace.check_order(lanes, STEPS)
     assert trace.check_order(lanes[1:], STEPS).startswith("not made: 3 waiting kernels for 4 answers")
@@ -152,7 +162,7 @@ class FakeBench:
                 before_step()
             began = time.perf_counter_ns()
             torch.ones(10).sum()
-            steps.append(StepTimes(began, began + 900_000, ((began + 100_000, began + 300_000),)))
+            steps.append(StepTimes(began, began + 900_000, ((began + 100_000, began + 300_000, began + 300_000),)))
         return steps
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_every_layer_of_every_step_gets_its_own_answer(mailbox: Mailbox) -> None
         target=lambda: answers.extend(ask(mailbox, number, inputs[number - 1]) for number in range(1, 7))
     )
     gpu.start()
-    times = torch.zeros(3, 2, dtype=torch.int64)
+    times = torch.zeros(3, 3, dtype=torch.int64)
     server.serve(sizes[0], times=times)
     server.serve(sizes[1], num_layers=1)
     server.serve(sizes[1], first_layer=1)
@@ -74,6 +75,7 @@ def test_every_layer_of_every_step_gets_its_own_answer(mailbox: Mailbox) -> None
         expected = moe_forward(x, experts, weights, layers[index % 3])
         torch.testing.assert_close(answers[index], expected, rtol=0, atol=0)
     assert (times[:, 1] >= times[:, 0]).all() and (times[1:, 0] >= times[:-1, 1]).all()
+    assert torch.equal(times[:, 1], times[:, 2])
     for layer in range(3):
         chosen = torch.cat([inputs[layer][1].flatten(), inputs[layer + 3][1].flatten()])
         assert server.uses[layer].tolist() == torch.bincount(chosen, minlength=NUM_EXPERTS).tolist()
@@ -116,3 +118,103 @@ def test_more_tokens_than_the_mailbox_holds_are_refused(mailbox: Mailbox) -> Non
     server = ExpertServer(mailbox, [make_experts(0)])
     with pytest.raises(KernelError, match="5 tokens in a mailbox for 1 to 4"):
         server.serve(MAX_TOKENS + 1)
+
+
+def split_by_weight(inputs: tuple[torch.Tensor, ...], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Experts that are on time, and those of the lowest weights, which are late; -1 in the other places."""
+    _, _, experts, weights = inputs
+    now, late = experts.clone(), torch.full_like(experts, -1)
+    for token in range(len(experts)):
+        for place in sorted(range(TOP_K), key=lambda place: (float(weights[token, place]), -place))[:count]:
+            late[token, place], now[token, place] = experts[token, place], -1
+    return now, late
+
+
+def serve_answers(server: ExpertServer, inputs: list[tuple[torch.Tensor, ...]], **options: Any) -> list[torch.Tensor]:
+    """Ask for one layer after the other, and serve; the answers."""
+    answers: list[torch.Tensor] = []
+    first = server.next_request
+    gpu = threading.Thread(
+        target=lambda: answers.extend(ask(server.mailbox, first + i, each) for i, each in enumerate(inputs))
+    )
+    gpu.start()
+    try:
+        server.serve(len(inputs[0][0]), **options)
+    finally:
+        gpu.join()
+    return answers
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_put_off_comes_with_the_next_answer(mailbox: Mailbox, count: int) -> None:
+    """Row by row; the last layer puts nothing off, and steps know nothing of each other."""
+    layers = [make_experts(seed) for seed in range(3)]
+    server = ExpertServer(mailbox, layers)
+    server.defer(count)
+    for step in range(2):
+        inputs = [request(mailbox, 10 * step + layer, num_tokens=3, hits=layer % 2) for layer in range(3)]
+        for each in inputs:
+            each[3][0] = 0.5  # equal weights: the later are late
+        times = torch.zeros(3, 3, dtype=torch.int64)
+        answers = serve_answers(server, inputs, times=times)
+        carried = torch.zeros(3, HIDDEN)
+        for layer, (x, _, experts, weights) in enumerate(inputs):
+            now, late = (experts, torch.full_like(experts, -1)) if layer == 2 else split_by_weight(inputs[layer], count)
+            expected = moe_forward(x, now, weights, layers[layer]) + carried
+            torch.testing.assert_close(answers[layer], expected, rtol=0, atol=0)
+            carried = moe_forward(x, late, weights, layers[layer])
+            assert bool(carried.any()) == (layer < 2)
+        assert (times[:, 2] > times[:, 1]).tolist() == [True, True, False]
+        assert (times[1:, 0] >= times[:-1, 2]).all()
+
+
+def test_what_is_put_off_outlives_a_call_but_no_failure(mailbox: Mailbox) -> None:
+    layers = [make_experts(0), make_experts(1)]
+    server = ExpertServer(mailbox, layers)
+    server.defer(2)
+    first, second = request(mailbox, 0, 2), request(mailbox, 1, 2)
+    _, late = split_by_weight(first, 2)
+    x, _, experts, weights = second
+    alone = moe_forward(x, experts, weights, layers[1])
+    serve_answers(server, [first], num_layers=1)
+    answers = serve_answers(server, [second], first_layer=1)
+    torch.testing.assert_close(answers[0], alone + moe_forward(first[0], late, first[3], layers[0]), rtol=0, atol=0)
+
+    with pytest.raises(ExpertTimeoutError, match="layer 1"):
+        serve_answers(server, [first], timeout=0.2)
+    server.restart()
+    torch.testing.assert_close(serve_answers(server, [second], first_layer=1)[0], alone, rtol=0, atol=0)
+
+    serve_answers(server, [first], num_layers=1)
+    server.restart()  # somebody else failed
+    torch.testing.assert_close(serve_answers(server, [second], first_layer=1)[0], alone, rtol=0, atol=0)
+
+
+def test_a_failure_in_what_was_put_off_frees_whoever_waits(mailbox: Mailbox) -> None:
+    """The next layer has fewer tokens, to which what was put off cannot be added."""
+    server = ExpertServer(mailbox, [make_experts(0), make_experts(1)])
+    server.defer(1)
+    serve_answers(server, [request(mailbox, 0, 2)], num_layers=1)
+    with pytest.raises(RuntimeError, match="different numbers of tokens"):
+        serve_answers(server, [request(mailbox, 1, 1)], first_layer=1)
+    assert int(mailbox.answered) > 2**62
+    server.restart()
+    x, _, experts, weights = inputs = request(mailbox, 2, 1)
+    expected = moe_forward(x, experts, weights, server.layers[1])
+    torch.testing.assert_close(serve_answers(server, [inputs], first_layer=1)[0], expected, rtol=0, atol=0)
+
+
+def test_weights_that_are_no_numbers_break_nothing(mailbox: Mailbox) -> None:
+    server = ExpertServer(mailbox, [make_experts(0), make_experts(1)])
+    server.defer(1)
+    inputs = [request(mailbox, seed, 2) for seed in range(2)]
+    inputs[0][3][0] = float("nan")
+    assert torch.isfinite(serve_answers(server, inputs)[1][1]).all()
+
+
+def test_at_least_one_expert_is_on_time(mailbox: Mailbox) -> None:
+    server = ExpertServer(mailbox, [make_experts(0)])
+    for count in (-1, TOP_K):
+        with pytest.raises(KernelError, match=f"{count} of {TOP_K} experts .* expected 0 to {TOP_K - 1}"):
+            server.defer(count)
+    assert server.deferred == 0

@@ -16,6 +16,7 @@ from moesaic.cli import bench_serve
 from moesaic.cli.options import (
     add_any_model_arguments,
     add_budget_arguments,
+    add_deferral_argument,
     add_profile_arguments,
     list_presets,
     positive_int,
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _add_single_arguments(single)
         if what == "decode":
             add_profile_arguments(single)
+            add_deferral_argument(single)
         single.set_defaults(measure=_run_single)
     serve = whats.add_parser("serve", help=bench_serve.HELP, description=bench_serve.DESCRIPTION)
     bench_serve.add_arguments(serve)
@@ -99,6 +101,7 @@ def _run_single(arguments: argparse.Namespace) -> int:
         trace=arguments.trace,
         expert_profile=getattr(arguments, "expert_profile", None),
         save_expert_profile=getattr(arguments, "save_expert_profile", None),
+        defer_experts=getattr(arguments, "defer_experts", None) or 0,
     )
     print(json.dumps(asdict(result), indent=2) if arguments.json else _render(result))
     return 0
@@ -114,10 +117,12 @@ def _gpu_lines(gpu: GpuFigures) -> list[str]:
         lines.append(
             f"uploads: {gpu.uploads:.2f} missing experts of a layer in a step, {gpu.upload_share:.1%} of the misses"
         )
+    if gpu.deferred:
+        lines.append(f"deferral: {gpu.deferred}")
     if gpu.step_seconds is not None and gpu.experts_seconds is not None and gpu.between_seconds is not None:
         lines.append(
             f"a step: {gpu.step_seconds * 1e3:.2f} ms, of which experts on the CPU {gpu.experts_seconds * 1e3:.2f} ms, "
-            f"from answers to next requests {gpu.between_seconds * 1e3:.2f} ms"
+            f"waiting for requests {gpu.between_seconds * 1e3:.2f} ms"
         )
     if gpu.roofline_seconds is not None and gpu.dram_bytes is not None and gpu.vram_bytes is not None:
         lines.append(

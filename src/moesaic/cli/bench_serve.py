@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_any_model_arguments, byte_size, list_presets, positive_int
+from moesaic.cli.options import add_any_model_arguments, add_deferral_argument, byte_size, list_presets, positive_int
 from moesaic.cli.terminal import printable
 from moesaic.config import read_settings
 from moesaic.errors import ConfigError
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic bench serve`."""
     add_any_model_arguments(parser)
     parser.add_argument("--vram", type=byte_size, metavar="SIZE", help="GPU memory to use (default: what is free)")
+    add_deferral_argument(parser)
     server = parser.add_argument_group("a server instead of a model")
     server.add_argument("--url", metavar="URL", help="ask the server there, by OpenAI's /v1/completions")
     server.add_argument("--api-key", metavar="KEY", help="key to show it (default: MOESAIC_API_KEY)")
@@ -133,6 +134,7 @@ def _measure_engine(arguments: argparse.Namespace, load: Load) -> ServeResult:
         vram=arguments.vram,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
+        defer_experts=arguments.defer_experts or 0,
     )
     return measure_engine(load, subject, http=arguments.http, say=_say)
 

@@ -7,11 +7,13 @@ import argparse
 __all__ = [
     "add_any_model_arguments",
     "add_budget_arguments",
+    "add_deferral_argument",
     "add_model_arguments",
     "add_profile_arguments",
     "add_threads_argument",
     "byte_size",
     "list_presets",
+    "natural_number",
     "positive_int",
 ]
 
@@ -22,6 +24,13 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return value
+
+
+def natural_number(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 0")
+    return int(text)
 
 
 def byte_size(text: str) -> int:
@@ -58,6 +67,18 @@ def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--context", type=positive_int, metavar="N", help="tokens of cache to leave room for (default: 4096)"
+    )
+
+
+def add_deferral_argument(parser: argparse._ActionsContainer) -> None:
+    """Add what makes decode quicker by not quite computing the model."""
+    parser.add_argument(
+        "--defer-experts",
+        type=natural_number,
+        metavar="N",
+        help="on a GPU with experts on the CPU: N experts of each token, those that count least, arrive one layer late "
+        "in decode, so that CPU and GPU wait less for each other; answers differ slightly from the exact model's "
+        "(default: 0)",
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from moesaic.cli.options import (
     add_any_model_arguments,
     add_budget_arguments,
+    add_deferral_argument,
     list_presets,
 )
 from moesaic.errors import ConfigError
@@ -33,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `moesaic plan`."""
     add_any_model_arguments(parser)
     add_budget_arguments(parser)
+    add_deferral_argument(parser)
     parser.add_argument(
         "--bandwidth",
         type=_bandwidths,
@@ -50,13 +52,17 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if (arguments.model is None) == (arguments.synthetic is None):
         raise ConfigError("plan needs either MODEL or --synthetic PRESET ('--synthetic list' shows the presets).")
+    from moesaic.engine.deferral import check_deferral, deferral_note
     from moesaic.engine.loader import this_computer
 
-    plan = _plan(arguments)
+    plan, late = _plan(arguments), arguments.defer_experts or 0
+    check_deferral(plan, late)
     hardware = this_computer(plan.uses_gpu)
     budget = plan.vram_budget(hardware)
     bandwidths = _known_bandwidths(arguments, hardware)
     print(_json(plan, budget, bandwidths) if arguments.json else _render(plan, budget, bandwidths))
+    if late and not arguments.json:
+        print(f"in decode {deferral_note(plan, late)}")
     plan.check_fits(hardware)
     if not arguments.json:
         print(_fits(plan, budget, hardware))

@@ -9,7 +9,13 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_model_arguments, add_profile_arguments, add_threads_argument, positive_int
+from moesaic.cli.options import (
+    add_deferral_argument,
+    add_model_arguments,
+    add_profile_arguments,
+    add_threads_argument,
+    positive_int,
+)
 from moesaic.cli.terminal import printable, stream
 from moesaic.errors import ConfigError
 
@@ -44,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-k", type=int, metavar="K", help="keep the K likeliest tokens; 0 keeps all")
     sampling.add_argument("--seed", type=int, metavar="S", help="for the same answer again")
     add_profile_arguments(parser)
+    add_deferral_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
 
 
@@ -75,7 +82,8 @@ def _converse(
     ids = session.encode_raw(prompt) if arguments.raw else session.encode_chat(messages)
     if arguments.json:
         answer = session.answer(ids, sampling)
-        print(json.dumps(_report(arguments.model, answer, load_seconds), ensure_ascii=False))
+        report = _report(arguments.model, answer, load_seconds) | {"defer_experts": arguments.defer_experts or 0}
+        print(json.dumps(report, ensure_ascii=False))
     else:
         answer = session.answer(ids, sampling, on_text=stream)
         print(flush=True)
@@ -133,7 +141,10 @@ def _load(arguments: argparse.Namespace) -> Session:
         offline=arguments.offline,
         progress=sys.stderr.isatty(),
         expert_profile=arguments.expert_profile,
+        defer_experts=arguments.defer_experts or 0,
     )
+    if arguments.defer_experts:
+        print(f"note: {printable(model._moesaic_note)}", file=sys.stderr)
     if arguments.save_expert_profile is not None and not hasattr(model, "save_expert_profile"):
         raise ConfigError("--save-expert-profile: the model runs on no GPU, so there is no cache of experts.")
     return Session(model, tokenizer)

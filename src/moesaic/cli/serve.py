@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import (
+    add_deferral_argument,
     add_model_arguments,
     add_profile_arguments,
     add_threads_argument,
@@ -41,6 +42,7 @@ _SERVING = (
     "max_batch",
     "expert_profile",
     "save_expert_profile",
+    "defer_experts",
 )
 _DEFAULT_PORT = 8671
 _DRAIN_SECONDS = 30
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--max-waiting", type=positive_int, metavar="N", help="most that wait for them (default: 256)")
     engine.add_argument("--kv-cache", type=byte_size, metavar="SIZE", help="memory for what requests have read so far")
     add_profile_arguments(engine)
+    add_deferral_argument(engine)
     engine.add_argument(
         "--on-engine-failure",
         choices=("exit", "restart"),

@@ -38,6 +38,7 @@ class AutoModelForCausalLM:
         progress: Progress = True,
         offline: bool = False,
         expert_profile: str | Path | None = None,
+        defer_experts: int = 0,
     ) -> PreTrainedModel:
         """Load a model on packed weights; `generate()` works as in transformers.
 
@@ -52,6 +53,8 @@ class AutoModelForCausalLM:
             offline: take from the hub only what is on this computer.
             expert_profile: a file from `model.save_expert_profile(file)`, with whose busiest experts the cache of
                 experts on a GPU begins.
+            defer_experts: so many experts of each token, those with the lowest weights, arrive one layer late in decode
+                where the CPU computes them for a GPU: quicker, and answers differ slightly from the exact model's.
 
         Raises:
             MoesaicError: the model cannot be found, read, placed or run; see `moesaic.errors`.
@@ -59,7 +62,7 @@ class AutoModelForCausalLM:
         if threads is not None:
             set_num_threads(threads)
         prepared = prepare(model, gguf=gguf, plan=plan, vram=parse_vram(vram), context=context, offline=offline)
-        return load(prepared, progress=progress, expert_profile=expert_profile)
+        return load(prepared, progress=progress, expert_profile=expert_profile, defer_experts=defer_experts)
 
 
 def parse_vram(vram: int | str | None) -> int | None:

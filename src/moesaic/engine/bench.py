@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel
 
 from moesaic.engine.bench_checks import check_batch, check_context, check_trace
+from moesaic.engine.deferral import check_deferral
 from moesaic.engine.expert_profile import check_profile_use
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
@@ -110,6 +111,7 @@ def measure(
     trace: Path | None = None,
     expert_profile: str | Path | None = None,
     save_expert_profile: str | Path | None = None,
+    defer_experts: int = 0,
 ) -> BenchResult:
     """Load or build a model and measure it.
 
@@ -133,6 +135,7 @@ def measure(
         trace: file for a Chrome trace of a few decode steps on a GPU.
         expert_profile: as for `from_pretrained`.
         save_expert_profile: file to write the use of experts to.
+        defer_experts: as for `from_pretrained`.
 
     Raises:
         ConfigError: an unknown preset, or more layers than it has; a trace of something else than decode on a GPU.
@@ -163,9 +166,10 @@ def measure(
     check_trace(trace, what, prepared.plan)
     if save_expert_profile is not None:
         check_profile_use(prepared.plan, "--save-expert-profile")
+    check_deferral(prepared.plan, defer_experts)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
     vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0
-    loaded = load(prepared, progress=progress, expert_profile=expert_profile)
+    loaded = load(prepared, progress=progress, expert_profile=expert_profile, defer_experts=defer_experts)
     bench = _timed_runs(loaded, what, prompt_tokens, new_tokens, batch)
     bench.run()
     runs = tuple(bench.run() for _ in range(repeat))

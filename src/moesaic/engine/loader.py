@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from moesaic.engine.build import build_modules, check_no_meta_tensors, initialise_buffers
 from moesaic.engine.causal_lm import finish_model
+from moesaic.engine.deferral import check_deferral, deferral_note
 from moesaic.engine.expert_profile import ExpertProfile, check_profile_use, read_profile, shape_of
 from moesaic.engine.gpu.cuda_memory import why_not
 from moesaic.engine.packing import Progress, run_jobs
@@ -158,6 +159,7 @@ def load(
     *,
     progress: Progress = True,
     expert_profile: str | Path | None = None,
+    defer_experts: int = 0,
     lends: bool = True,
 ) -> PreTrainedModel:
     """Read and pack the weights of a prepared model and connect it to the kernels.
@@ -169,6 +171,8 @@ def load(
         prepared: from `prepare`; its checkpoint is closed, so it can be loaded once.
         progress: see `packing.Progress`.
         expert_profile: a file with whose busiest experts the cache on a GPU begins.
+        defer_experts: so many experts of each token, of those that the CPU computes for a GPU in decode, arrive one
+            layer late: quicker, and not quite the model.
         lends: whether that cache lends memory, if the GPU's can be moved.
 
     Returns:
@@ -179,8 +183,9 @@ def load(
         PlanError: the plan needs a GPU and there is none that can be used.
         CheckpointError: a tensor is damaged.
         UnsupportedModelError: the model needs something that the kernels do not have.
-        ConfigError: the profile is none of this model, or the plan uses no GPU.
+        ConfigError: the profile is none of this model, or the plan uses no GPU; or there is nothing to defer.
     """
+    check_deferral(prepared.plan, defer_experts)
     profile = None if expert_profile is None else _profile(prepared, expert_profile)
     hardware = this_computer(prepared.plan.uses_gpu)
     prepared.plan.check_fits(hardware)
@@ -203,7 +208,10 @@ def load(
         budget = replace(budget, lots=None, fixed="that was not wanted")
     from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
 
-    return start_on_gpu(model, prepared.plan, budget, profile)
+    model = start_on_gpu(model, prepared.plan, budget, profile)
+    if defer_experts:
+        model._moesaic_defer(defer_experts, deferral_note(prepared.plan, defer_experts))
+    return model
 
 
 def _profile(prepared: Prepared, path: str | Path) -> ExpertProfile:

@@ -86,6 +86,7 @@ class ExpertServer:
         count_uses: whether to count how often each expert is chosen.
         uses: int32 `[num_layers, num_experts]`, how often so far (a uint32; whoever reads it may set it back).
         next_request: number of the next request.
+        deferred: experts of each token that come with the next layer's answer; see `defer`.
     """
 
     mailbox: Mailbox
@@ -93,6 +94,7 @@ class ExpertServer:
     count_uses: bool = False
     uses: torch.Tensor = field(init=False)
     next_request: int = field(default=1, init=False)
+    deferred: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         box = self.mailbox
@@ -122,6 +124,24 @@ class ExpertServer:
             described,
         )
 
+    def defer(self, count: int) -> None:
+        """From the next step on, compute some experts of a layer after its answer: they come with the next layer's.
+
+        They are those of all `top_k` experts of a token whose weights are lowest, as far as they are the CPU's. Nothing
+        of the last layer is put off.
+
+        Args:
+            count: how many; 0: none.
+
+        Raises:
+            KernelError: at least one expert of a token has to be on time.
+        """
+        top_k = self.mailbox.chosen.shape[1]
+        if not 0 <= count < max(1, top_k):
+            raise KernelError(f"{count} of {top_k} experts are to come a layer late: expected 0 to {top_k - 1}.")
+        self._native.defer(count)
+        self.deferred = count
+
     def serve(
         self,
         num_tokens: int,
@@ -138,8 +158,8 @@ class ExpertServer:
             first_layer: position in `layers`.
             num_layers: how many; all from the first on if None.
             timeout: seconds to wait for each request.
-            times: int64 `[num_layers, 2]` to be filled with the nanoseconds (of the monotonic clock) at which requests
-                arrived and were answered.
+            times: int64 `[num_layers, 3]` to be filled with the nanoseconds (of the monotonic clock) at which requests
+                were seen, were answered, and what had been put off was computed, too.
 
         Raises:
             ExpertTimeoutError: a request did not come. All polls that wait for this mailbox pass from then on, until
@@ -165,5 +185,6 @@ class ExpertServer:
     def restart(self) -> None:
         """Serve again after a failure; nothing on the GPU may be waiting."""
         self.next_request = 1
+        self._native.forget()
         self.mailbox.requested.zero_()
         self.mailbox.answered.zero_()

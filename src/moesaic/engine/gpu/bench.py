@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from moesaic.engine.deferral import deferral_note
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.placement import Plan
@@ -38,11 +39,12 @@ class GpuFigures:
         no_uploads: why nothing ever is.
         step_seconds: of a decode step, median.
         experts_seconds: of that, the CPU computed experts.
-        between_seconds: of that, from an answer of the CPU to the next request: attention, router, hand-off.
+        between_seconds: of that, the CPU waited for the next layer's request: attention, router, hand-off.
         dram_bytes: read for a step's tokens by the CPU or over the link: not experts found in the cache.
         vram_bytes: read by the GPU, with them.
         roofline_seconds: the limit of a step.
         roofline_share: of the limit in what was measured.
+        deferred: what is to be said of experts that arrive one layer late; nothing if none does.
     """
 
     device: str
@@ -61,6 +63,7 @@ class GpuFigures:
     vram_bytes: int | None
     roofline_seconds: float | None
     roofline_share: float | None
+    deferred: str
 
 
 def gpu_figures(
@@ -81,6 +84,7 @@ def gpu_figures(
     brought = 0 if uploads is None else uploads.statistics().brought
     shares = bench.profile() if bench.what == "decode" else None
     served = 0 if runner.server is None else len(runner.server.layers)
+    deferred = 0 if runner.server is None else runner.server.deferred
     num_steps = served * (bench.new_tokens - 1) if shares is not None else 0
     done = None if uploads is None else uploads.statistics(bench.batch)
     hit_rate = 0.0
@@ -112,4 +116,5 @@ def gpu_figures(
         vram_bytes=vram_bytes,
         roofline_seconds=roofline,
         roofline_share=None if roofline is None or shares is None else roofline / shares.step,
+        deferred=deferral_note(plan, deferred) if deferred else "",
     )

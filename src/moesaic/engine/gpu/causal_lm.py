@@ -140,6 +140,11 @@ class GpuCausalLM:
         num_tokens = int(uses.sum(axis=1).max()) // max(1, self.runner.decoder.top_k)
         write_profile(path, ExpertProfile(shape, num_tokens, uses))
 
+    def _moesaic_defer(self, count: int, note: str) -> None:
+        """Let so many experts of each token arrive one layer late in decode, and say so."""
+        self.runner.hand_off.defer(count)
+        self._moesaic_note = " ".join(filter(None, (self._moesaic_note, note)))
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -10,7 +10,7 @@ import torch
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.uploads import MissUploads
-from moesaic.errors import ExpertTimeoutError
+from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.modules.gpu.decoder import GpuDecoder
@@ -51,6 +51,16 @@ class HandOff:
         self.exchange.set_timeout(timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self.times: torch.Tensor | None = None
+
+    def defer(self, count: int) -> None:
+        """From the next step on, `count` experts of each token arrive one layer late; see `ExpertServer.defer`.
+
+        Raises:
+            KernelError: a token has not so many, or the CPU has none.
+        """
+        if self.server is None:
+            raise KernelError("experts that all lie on the GPU cannot arrive late.")
+        self.server.defer(count)
 
     def graph_path(self, slots: ExpertSlots, uploads: MissUploads | None) -> ExpertPath:
         """Who computes experts in a step that is captured, with these slots and uploads; then `serve` serves it."""

@@ -27,7 +27,7 @@ class StepShares:
     Attributes:
         step: from the call to the logits.
         experts: the CPU computes experts, all layers together.
-        between: from an answer to the next request, all layers together: attention, router and the hand-off.
+        between: the CPU waits for the next request, all layers together: attention, router and the hand-off.
         ends: the rest: launch, first and last layer, head.
     """
 
@@ -44,12 +44,13 @@ class StepTimes:
     Attributes:
         began: it was called for.
         ended: its token had been chosen.
-        layers: of each layer whose experts the CPU computed, when it was asked and when it had answered.
+        layers: of each layer whose experts the CPU computed, when it saw the request, when it had answered, and when it
+            had computed those that come a layer late, too.
     """
 
     began: int
     ended: int
-    layers: tuple[tuple[int, int], ...]
+    layers: tuple[tuple[int, int, int], ...]
 
 
 class GpuTimedRuns:
@@ -102,7 +103,7 @@ class GpuTimedRuns:
         steps: list[StepTimes] = []
         with self._sequences() as sequences:
             tokens = self._prefill(sequences)
-            hand_off.times = None if server is None else torch.zeros(len(server.layers), 2, dtype=torch.int64)
+            hand_off.times = None if server is None else torch.zeros(len(server.layers), 3, dtype=torch.int64)
             try:
                 for _ in range(count):
                     before_step()
@@ -110,7 +111,7 @@ class GpuTimedRuns:
                     tokens = self._step(sequences, tokens)
                     ended = time.perf_counter_ns()
                     layers = [] if hand_off.times is None else hand_off.times.tolist()
-                    steps.append(StepTimes(began, ended, tuple((asked, answered) for asked, answered in layers)))
+                    steps.append(StepTimes(began, ended, tuple((seen, end, done) for seen, end, done in layers)))
             finally:
                 hand_off.times = None
         return steps
@@ -119,8 +120,8 @@ class GpuTimedRuns:
         """Take a run of decode steps apart."""
         rows: list[tuple[float, float, float]] = []
         for step in self.timed_steps(self.new_tokens - 1):
-            experts = sum(answered - asked for asked, answered in step.layers)
-            between = sum(after[0] - before[1] for before, after in pairwise(step.layers))
+            experts = sum(done - seen for seen, _, done in step.layers)
+            between = sum(after[0] - before[2] for before, after in pairwise(step.layers))
             rows.append(((step.ended - step.began) / 1e9, experts / 1e9, between / 1e9))
         step_seconds, experts_seconds, between_seconds = (
             statistics.median(column) for column in zip(*rows, strict=True)

@@ -84,10 +84,12 @@ def lanes_of_steps(steps: Sequence[StepTimes], *, gpu: bool) -> list[Event]:
     for index, step in enumerate(steps):
         events.append(_event(_CPU, _STEPS, f"step {index}", step.began, step.ended))
         before = step.began
-        for layer, (requested, answered) in enumerate(step.layers):
+        for layer, (requested, answered, done) in enumerate(step.layers):
             if gpu:
                 events.append(_event(_GPU, _BETWEEN, f"until layer {layer} asks", before, requested))
             events.append(_event(_CPU, _EXPERTS, f"experts of layer {layer}", requested, answered))
+            if done > answered:
+                events.append(_event(_CPU, _EXPERTS, f"deferred experts of layer {layer}", answered, done))
             before = answered
         if gpu:
             events.append(_event(_GPU, _BETWEEN, "after the last answer", before, step.ended))
@@ -176,7 +178,7 @@ def write_trace(bench: GpuTimedRuns, path: Path, num_steps: int = 4) -> None:
 def check_order(on_gpu: Sequence[Event], steps: Sequence[StepTimes]) -> str:
     """How long after answers the kernels ended that wait for them, which is never before: a check of the clocks."""
     ends = sorted(event["ts"] + event["dur"] for event in on_gpu if event["name"] == _POLL)
-    answers = [answered for step in steps for _, answered in step.layers]
+    answers = [answered for step in steps for _, answered, _ in step.layers]
     if not answers or len(ends) != len(answers):
         return f"not made: {len(ends)} waiting kernels for {len(answers)} answers"
     late = [(end - answered) / 1e3 for end, answered in zip(ends, answers, strict=True)]

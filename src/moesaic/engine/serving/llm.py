@@ -47,6 +47,7 @@ class LLM:
         offline: take from the hub only what is on this computer.
         expert_profile: a file from an earlier run, with whose busiest experts the cache of experts on a GPU begins.
         save_expert_profile: file to which `close` writes how often each expert was chosen.
+        defer_experts: so many experts of each token arrive one layer late in decode on a GPU with experts on the CPU.
         progress: of the load: True draws a bar, False is silent, a function is called with (bytes done, bytes in all).
 
     Raises:
@@ -69,6 +70,7 @@ class LLM:
         offline: bool = False,
         expert_profile: str | Path | None = None,
         save_expert_profile: str | Path | None = None,
+        defer_experts: int = 0,
         progress: Progress = True,
     ) -> None:
         options = ServingOptions(
@@ -84,6 +86,7 @@ class LLM:
             prefix_cache=prefix_cache,
             expert_profile=expert_profile,
             save_expert_profile=save_expert_profile,
+            defer_experts=defer_experts,
         )
         self._engine: Engine | None = make_engine(model, options, progress)
         self._numbers = count()

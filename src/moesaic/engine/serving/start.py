@@ -49,6 +49,7 @@ class ServingOptions:
         prefix_cache: whether beginnings that were computed are kept.
         expert_profile: as for `AutoModelForCausalLM`.
         save_expert_profile: file to which the use of experts is written when the engine is closed.
+        defer_experts: as for `AutoModelForCausalLM`.
     """
 
     gguf: str | Path | None = None
@@ -63,6 +64,7 @@ class ServingOptions:
     prefix_cache: bool = True
     expert_profile: str | Path | None = None
     save_expert_profile: str | Path | None = None
+    defer_experts: int = 0
 
 
 def make_engine(model: str, options: ServingOptions | None = None, progress: Progress = True) -> Engine:
@@ -96,7 +98,12 @@ def make_engine(model: str, options: ServingOptions | None = None, progress: Pro
     if options.save_expert_profile is not None:
         check_profile_use(prepared.plan, "save expert profile")
     facts = ModelFacts.of(model, prepared)
-    loaded = load(prepared, progress=progress, expert_profile=options.expert_profile)
+    loaded = load(
+        prepared,
+        progress=progress,
+        expert_profile=options.expert_profile,
+        defer_experts=options.defer_experts,
+    )
     return engine_of(loaded, prepared, tokenizer, options, facts)
 
 

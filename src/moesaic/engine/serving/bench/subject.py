@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
+from moesaic.engine.deferral import deferral_note
 from moesaic.engine.loader import Prepared, load
 from moesaic.engine.serving.bench.bound import ExpertBytes, StepBytes
 from moesaic.engine.serving.cache_room import BLOCK_SIZE
@@ -33,6 +34,7 @@ class Subject:
         model: that it runs.
         prepared: what it was loaded from.
         total_layers: of the real model.
+        defer_experts: experts of each token that arrive one layer late.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Subject:
     model: Any
     prepared: Prepared
     total_layers: int
+    defer_experts: int = 0
 
     @property
     def expert_modules(self) -> list[str]:
@@ -49,9 +52,10 @@ class Subject:
     def describe(self) -> str:
         """The model and what runs it, on one line."""
         layers = num_layers_of(self.prepared)
+        late = f"; {deferral_note(self.prepared.plan, self.defer_experts)}" if self.defer_experts else ""
         return (
             f"{self.name}, {expert_formats(self.prepared.plan)}, {layers} of {self.total_layers} layers, "
-            f"{num_threads()} threads, {active_isa()}"
+            f"{num_threads()} threads, {active_isa()}{late}"
         )
 
 
@@ -70,6 +74,7 @@ def make_subject(
     vram: int | None = None,
     offline: bool = False,
     progress: bool = False,
+    defer_experts: int = 0,
 ) -> Subject:
     """Load or build a model, with a cache for a load.
 
@@ -87,6 +92,7 @@ def make_subject(
         vram: bytes, as for `from_pretrained`.
         offline: as for `from_pretrained`.
         progress: as for `from_pretrained`.
+        defer_experts: as for `from_pretrained`.
 
     Raises:
         MoesaicError: as for `bench.measure`.
@@ -110,12 +116,12 @@ def make_subject(
         raise GenerationError(
             f"a request of {positions} tokens with its answer, but the model's context is {longest}: use shorter ones."
         )
-    loaded = load(prepared, progress=progress)
+    loaded = load(prepared, progress=progress, defer_experts=defer_experts)
     states = users * prepared.plan.state_bytes_on("cpu")  # which get at most half
     cache = states + max(states, needed * max(1, prepared.plan.kv_bytes_per_position))
     options = ServingOptions(max_batch=users, kv_cache=cache)
     engine = engine_of(loaded, prepared, None, options)
-    return Subject(preset or str(model), engine, loaded, prepared, total)
+    return Subject(preset or str(model), engine, loaded, prepared, total, defer_experts)
 
 
 def step_bytes(plan: Plan, cache_positions: float) -> StepBytes:

@@ -167,11 +167,18 @@ def test_what_the_gpu_computes_is_never_late() -> None:
     assert runner.uploads is not None and runner.uploads.statistics().brought > 0
 
 
-def test_nothing_is_late_unless_it_was_asked_for() -> None:
-    """The same bits before it is switched on and after it is switched off."""
+@pytest.fixture(scope="module")
+def prefilled() -> tuple[ModelRunner, PagedSequence]:
+    """A runner, and a sequence of three tokens."""
     runner = runner_of("qwen3_moe")
     sequence = runner.new_sequence()
     runner.prefill([(sequence, inputs(1, 3)[0])])
+    return runner, sequence
+
+
+def test_nothing_is_late_unless_it_was_asked_for(prefilled: tuple[ModelRunner, PagedSequence]) -> None:
+    """The same bits before it is switched on and after it is switched off."""
+    runner, sequence = prefilled
     before = again(runner, sequence)
     runner.hand_off.defer(2)
     between = again(runner, sequence)
@@ -180,13 +187,14 @@ def test_nothing_is_late_unless_it_was_asked_for() -> None:
     assert relative_error(between, before) > MARGIN
 
 
-def test_a_failure_leaves_nothing_to_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_nothing_to_the_next_step(
+    prefilled: tuple[ModelRunner, PagedSequence], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CPU fails when the first layer has put experts off; the step after it is as if nothing had been."""
-    runner = runner_of("qwen3_moe")
-    server, sequence = runner.server, runner.new_sequence()
+    runner, sequence = prefilled
+    server, length = runner.server, sequence.length
     assert server is not None
     runner.hand_off.defer(2)
-    runner.prefill([(sequence, inputs(1, 3)[0])])
     expected, serve = again(runner, sequence), server.serve
 
     def fails(num_tokens: int, *, first_layer: int, **options: Any) -> None:
@@ -198,7 +206,7 @@ def test_a_failure_leaves_nothing_to_the_next_step(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ExpertTimeoutError, match="the test's"):
         runner.decode([sequence], [5])
     monkeypatch.setattr(server, "serve", serve)
-    assert sequence.length == 3
+    assert sequence.length == length
     assert torch.equal(again(runner, sequence), expected)
 
 

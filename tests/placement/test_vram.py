@@ -48,7 +48,7 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     # q, k, v and what o reads: 256 + 128 + 128 + 256; experts: top_k * (gate, up, output)
     widest = max(768, 3 * (2 * 256 + 256))
     expanded = 2 * 256 * 256  # q's matrix in bfloat16
-    working = 4 * (1000 * (4 * 256 + widest) + 2 * 32 * 512 + (16 + 32) * 64 * 2 * 64) + expanded + 96 * MIB
+    working = 4 * (1000 * (4 * 256 + widest) + 2 * 32 * 512 + (16 + 32) * 64 * 2 * 64) + expanded + 128 * MIB
     assert budget_of(plan, with_gpu) == VramBudget(
         total=GIB,
         context=1000,
@@ -212,7 +212,7 @@ def test_deepseek_v3_on_24_gib(deepseek: tuple[Plan, Hardware]) -> None:
     routed = c["num_experts_per_tok"] * (2 * inner + hidden) + 2 * inner
     widest = max(attending, routed)
     expanded = 2 * c["intermediate_size"] * hidden  # a matrix of a dense layer in bfloat16
-    working = 4 * (4096 * (4 * hidden + widest) + 2 * 32 * vocab + 6144 * 2 * rope) + expanded + 96 * MIB
+    working = 4 * (4096 * (4 * hidden + widest) + 2 * 32 * vocab + 6144 * 2 * rope) + expanded + 128 * MIB
 
     budget = budget_of(plan, machine)
     assert budget.weights == layers * (attention + vectors) + (layers - dense) * moe + dense * mlp + head

@@ -29,6 +29,7 @@ namespace moesaic {
     X("avx512vnni")             \
     X("avx512vbmi")             \
     X("avx512bitalg")           \
+    X("gfni")                   \
     X("avx512bf16")             \
     X("avxvnni")
 
@@ -73,7 +74,7 @@ bool cpu_supports_isa(const char* name) {
     if (std::strcmp(name, "avx2") == 0) return avx2;
     if (std::strcmp(name, "avxvnni") == 0) return avx2 && all_of({"avxvnni"});
     if (std::strcmp(name, "avx512") == 0) return avx512;
-    const bool avx512_vbmi = avx512 && all_of({"avx512vbmi", "avx512bitalg"});
+    const bool avx512_vbmi = avx512 && all_of({"avx512vbmi", "avx512bitalg", "gfni"});
     if (std::strcmp(name, "avx512_vbmi") == 0) return avx512_vbmi;
     if (std::strcmp(name, "amx") == 0) return avx512_vbmi && all_of({"avx512bf16", "amx"});
     return false;

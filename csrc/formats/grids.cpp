@@ -358,6 +358,28 @@ constexpr uint8_t signed_level(uint8_t level, bool is_negative) {
     return static_cast<uint8_t>(is_negative ? 128 - level : level);
 }
 
+// The bits of a weight's number in its plane.
+template <class Planes>
+constexpr uint8_t in_plane(int k, int number) {
+    int out = 0;
+    for (int b = 0; b < Planes::kNumberBits; ++b) out |= (number >> b & 1) << Planes::kBits[k][b];
+    return static_cast<uint8_t>(out);
+}
+
+// levels: by number and, above it, sign.
+template <class Planes>
+constexpr void fill_signed_levels(const uint8_t (&levels)[16], uint8_t (&out)[4][64]) {
+    for (int k = 0; k < 4; ++k) {
+        for (int seen = 0; seen < 64; ++seen) {
+            int number = 0;
+            for (int b = 0; b <= Planes::kNumberBits; ++b) {
+                number |= (seen << Planes::kFirstSeen[k] >> Planes::kBits[k][b] & 1) << b;
+            }
+            out[k][seen] = levels[number];
+        }
+    }
+}
+
 template <int N>
 constexpr Codebook8<N> codebook_of_8(const uint16_t (&grid)[N], const uint8_t (&levels)[4]) {
     Codebook8<N> book{};
@@ -367,9 +389,10 @@ constexpr Codebook8<N> codebook_of_8(const uint16_t (&grid)[N], const uint8_t (&
             const int code = grid[n] >> (2 * k) & 3;
             book.bytes[n] |= static_cast<uint64_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << (8 * (k % 2) + 2 * (k / 2)));
+            book.planes[k / 4][n] |= in_plane<PlanesOf8>(k % 4, code);
         }
-        for (int h = 0; h < 2; ++h) book.planes[h][n] = static_cast<uint8_t>(grid[n] >> (8 * h));
     }
+    fill_signed_levels<PlanesOf8>(book.levels, book.signed_levels);
     return book;
 }
 
@@ -383,9 +406,10 @@ constexpr Codebook4<N> codebook_of_4(const uint16_t (&grid)[N], const uint8_t (&
             const int code = grid[n] >> (4 * k) & 7;
             book.bytes[n] |= static_cast<uint32_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << kBit[k]);
+            book.planes[k / 2][n] |= in_plane<PlanesOf4>(k, code);
         }
-        for (int h = 0; h < 2; ++h) book.planes[h][n] = static_cast<uint8_t>(grid[n] >> (8 * h));
     }
+    fill_signed_levels<PlanesOf4>(book.levels, book.signed_levels);
     return book;
 }
 

@@ -49,6 +49,20 @@ struct IQ2_S {
         lookup8_signed(kIq2SGrid, or_b(and_b(low, set1_lane(0x00ff00ff)), even), or_b(shr_16(low, 8), odd),
                        load_b(tile + kTileSigns + 64 * g), quads);
     }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    // The second plane, turned by two bytes, has entries 0 and 1 where the first has 2 and 3: each half of the group
+    // gets quads of its own.
+    static constexpr int kQuadOrder[8] = {0, 2, 1, 3, 5, 7, 4, 6};
+    MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
+        const vb low = load_b(tile + kTileQs + 64 * g), high = spread_u8(tile + kTileQh + 16 * g);
+        const vb signs = load_b(tile + kTileSigns + 64 * g);
+        vb planes[2];
+        lookup_planes(kIq2SGrid.planes, table_index(low, high, 0x40100401, 0x80200802), planes);
+        const vb turned = rotate_32<16>(planes[1]);
+        signed_quads(kIq2SGrid, select_b(0x0000ffff, planes[0], turned), bits_from<-2, 6, 2, 10>(signs), quads);
+        signed_quads(kIq2SGrid, select_b(0x0000ffff, turned, planes[0]), bits_from<18, 26, 14, 22>(signs), quads + 4);
+    }
+#endif
 #endif
 };
 

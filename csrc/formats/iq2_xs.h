@@ -51,6 +51,20 @@ struct IQ2_XS {
         MOESAIC_UNROLL
         for (int i = 0; i < 8; ++i) quads[i] = mixed[i / 2 == 1 ? i + 2 : i / 2 == 2 ? i - 2 : i];
     }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    // Bytes 0 and 2 of a lane are for the two entries of a, 1 and 3 for those of b. The second plane, turned by a byte,
+    // has those of a where the first has those of b: each half of the group gets quads of its own.
+    static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 7, 4, 5, 6};
+    MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
+        const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
+        const vb low = select_b(0x00ff00ff, a, shl_16(b, 8)), high = select_b(0x00ff00ff, shr_16(a, 8), b);
+        vb planes[2];
+        lookup_planes(kIq2XsGrid.planes, table_index(low, high, 0x01010101), planes);
+        const vb turned = rotate_32<8>(planes[1]), signs = signs_of<1>(high);
+        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, planes[0], turned), bits_from<-2, 2, 14, 18>(signs), quads);
+        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, turned, planes[0]), bits_from<26, 6, 10, 22>(signs), quads + 4);
+    }
+#endif
 #endif
 };
 

@@ -46,6 +46,16 @@ struct IQ2_XXS {
         const vb indices = load_b(s.words + 128 * g - 64), signs = signs_of_codes(load_b(s.words + 128 * g));
         lookup8_signed(kIq2XxsGrid, and_b(indices, set1_lane(0x00ff00ff)), shr_16(indices, 8), signs, quads);
     }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    static constexpr int kQuadOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+    MOESAIC_INLINE void mixed_group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
+        vb planes[2];
+        lookup_planes(kIq2XxsGrid.planes, table_index(load_b(s.words + 128 * g - 64)), planes);
+        const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 128 * g)));
+        signed_quads(kIq2XxsGrid, planes[0], shl_16(signs, 2), quads);
+        signed_quads(kIq2XxsGrid, planes[1], shr_16(signs, 2), quads + 4);
+    }
+#endif
 #endif
 };
 

@@ -52,6 +52,18 @@ struct IQ3_S {
         half_group<0>(tile + kTileQs + 128 * g, high, signs, quads);
         half_group<1>(tile + kTileQs + 128 * g, high, signs, quads);
     }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
+        const vb high = spread_u8(tile + kTileQh + 16 * g), signs = load_b(tile + kTileSigns + 64 * g);
+        const uint8_t* qs = tile + kTileQs + 128 * g;
+        vb planes[2];
+        lookup_planes(kIq3SGrid.planes, table_index(load_b(qs), high, 0x08040201), planes);
+        signed_quads(kIq3SGrid, planes, bits_from<-2, 2, 6, 10>(signs), quads);
+        lookup_planes(kIq3SGrid.planes, table_index(load_b(qs + 64), high, 0x80402010), planes);
+        signed_quads(kIq3SGrid, planes, bits_from<14, 18, 22, 26>(signs), quads + 4);
+    }
+#endif
 #endif
 };
 

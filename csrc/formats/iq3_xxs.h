@@ -47,6 +47,17 @@ struct IQ3_XXS {
         lookup4_signed<0>(kIq3XxsGrid, and_b(a, even), shr_16(a, 8), signs, quads);
         lookup4_signed<1>(kIq3XxsGrid, and_b(b, even), shr_16(b, 8), signs, quads);
     }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales& s, int g, vb (&quads)[8]) {
+        const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 64 * g)));
+        vb planes[2];
+        lookup_planes(kIq3XxsGrid.planes, table_index(load_b(tile + kTileQs + 128 * g)), planes);
+        signed_quads(kIq3XxsGrid, planes, bits_from<-2, 2, 6, 10>(signs), quads);
+        lookup_planes(kIq3XxsGrid.planes, table_index(load_b(tile + kTileQs + 128 * g + 64)), planes);
+        signed_quads(kIq3XxsGrid, planes, bits_from<14, 18, 22, 26>(signs), quads + 4);
+    }
+#endif
 #endif
 };
 

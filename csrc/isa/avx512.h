@@ -271,7 +271,7 @@ MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const
 }  // namespace
 }  // namespace moesaic
 
-#if defined(__AVX512VBMI__) && defined(__AVX512BITALG__)
+#if defined(__AVX512VBMI__) && defined(__AVX512BITALG__) && defined(__GFNI__)
 #include "isa/avx512_byte_tables.h"
 #endif
 #include "isa/lookups.h"

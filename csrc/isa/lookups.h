@@ -1,5 +1,5 @@
 // Lookups of codebook entries with signs, in the words of the vocabulary; included by each isa/<name>.h at its end.
-// Instruction sets that do better with signs define MOESAIC_HAS_BYTE_TABLES and the words that are called below it.
+// Those with tables of bytes have other words for these (avx512_byte_tables.h).
 #pragma once
 
 namespace moesaic {
@@ -7,25 +7,17 @@ namespace {
 
 // Bytes of 7 bits, each with the parity of its bits as the eighth.
 MOESAIC_INLINE vb with_parity(vb codes) {
-#ifdef MOESAIC_HAS_BYTE_TABLES
-    return or_b(codes, and_b(shl_16(count_bits(codes), 7), set1_b(0x80)));
-#else
     vb p = xor_b(codes, shr_16(codes, 4));
     p = xor_b(p, shr_16(p, 2));
     p = xor_b(p, shr_16(p, 1));
     return or_b(codes, and_b(shl_16(p, 7), set1_b(0x80)));
-#endif
 }
 
 // The low 28 bits of a lane as four bytes of 7 bits.
 MOESAIC_INLINE vb spread_sevens(vb words) {
-#ifdef MOESAIC_HAS_BYTE_TABLES
-    return and_b(bits_from<0, 7, 14, 21>(words), set1_b(0x7f));
-#else
     const vb even = or_b(and_b(words, set1_lane(0x7f)), and_b(shl_32(words, 2), set1_lane(0x7f0000)));
     const vb odd = or_b(and_b(shl_32(words, 1), set1_lane(0x7f00)), and_b(shl_32(words, 3), set1_lane(0x7f000000)));
     return or_b(even, odd);
-#endif
 }
 
 // The eight weights of an entry, with signs from byte t of each lane.
@@ -40,9 +32,6 @@ MOESAIC_INLINE void mirror_entry(vb first, vb second, vb signs, vb& first_signed
 // lane of `signs`: weight k of entry t is negative.
 template <int N>
 MOESAIC_INLINE void lookup8_signed(const Codebook8<N>& book, vb even, vb odd, vb signs, vb (&quads)[8]) {
-#ifdef MOESAIC_HAS_BYTE_TABLES
-    return lookup8_by_bytes(book, even, odd, signs, quads);
-#endif
     vb a[4], b[4];
     lookup8(book, even, a);
     lookup8(book, odd, b);
@@ -55,9 +44,6 @@ MOESAIC_INLINE void lookup8_signed(const Codebook8<N>& book, vb even, vb odd, vb
 // The same for 16 weights in entries of 4: quads 4 u to 4 u + 3, their signs in bytes 2 u and 2 u + 1.
 template <int u, int N>
 MOESAIC_INLINE void lookup4_signed(const Codebook4<N>& book, vb even, vb odd, vb signs, vb (&quads)[8]) {
-#ifdef MOESAIC_HAS_BYTE_TABLES
-    return lookup4_by_bytes<u>(book, even, odd, signs, quads);
-#endif
     vb a[2], b[2];
     lookup4(book, even, a);
     lookup4(book, odd, b);

@@ -14,13 +14,14 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
         for (int g = 0; g < kGroups; ++g, ++token) {
             prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
             vb quads[8];
-            quads_of_group<F>(panel, scales, g, quads);
+            direct_quads<F>(panel, scales, g, quads);
+            const ValuesOfGroup<F> x(*token);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 vi dots = initial_sum<F>(*token, h);
                 MOESAIC_UNROLL
                 for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                    dots = dot4<kFullRange<F>>(dots, quads[i], token->values + 4 * i);
+                    dots = dot4<kFullRange<F>>(dots, quads[i], x.values + 4 * i);
                 }
                 const int sub = g * kSubs<F> + h;
                 sum = fma(mul(to_float(dots), F::scale(scales, sub)), set1(token->scale), sum);

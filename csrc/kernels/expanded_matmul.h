@@ -23,7 +23,7 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
                 for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
             } else {
                 vb quads[8];
-                F::group(tile, scales, g, quads);
+                quads_of_group<F>(tile, scales, g, quads);
                 MOESAIC_UNROLL
                 for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quads[i]);
             }

@@ -15,13 +15,14 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
             prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
             vb quads[8];
             direct_quads<F>(panel, scales, g, quads);
-            const ValuesOfGroup<F> x(*token);
+            int8_t in_order[32];
+            const int8_t* values = direct_values<F>(*token, in_order);
             MOESAIC_UNROLL
             for (int h = 0; h < kSubs<F>; ++h) {
                 vi dots = initial_sum<F>(*token, h);
                 MOESAIC_UNROLL
                 for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                    dots = dot4<kFullRange<F>>(dots, quads[i], x.values + 4 * i);
+                    dots = dot4<kFullRange<F>>(dots, quads[i], values + 4 * i);
                 }
                 const int sub = g * kSubs<F> + h;
                 sum = fma(mul(to_float(dots), F::scale(scales, sub)), set1(token->scale), sum);

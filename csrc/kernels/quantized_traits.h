@@ -23,26 +23,40 @@ MOESAIC_INLINE vf scaled_sum(const ActivationGroup& x, int h) {
     return set1(kSubs<F> == 1 ? x.scaled_sum : x.scaled_half_sums[h]);
 }
 
+#ifdef MOESAIC_HAS_BYTE_TABLES
 // Quads may come mixed: byte t of quad 4 h + i that F::mixed_group() gives is byte i of quad F::kQuadOrder[4 h + t],
 // which is in half h if each half has a scale.
 template <class F>
-#ifdef MOESAIC_HAS_BYTE_TABLES
 constexpr bool kMixesQuads = requires { F::kQuadOrder; };
-#else
-constexpr bool kMixesQuads = false;
+
+template <class F>
+MOESAIC_INLINE void sorted_group(const uint8_t* tile, const typename F::Scales& scales, int g, vb (&quads)[8]) {
+    vb mixed[8];
+    F::mixed_group(tile, scales, g, mixed);
+    transpose_bytes(mixed);
+    transpose_bytes(mixed + 4);
+    MOESAIC_UNROLL
+    for (int i = 0; i < 8; ++i) quads[F::kQuadOrder[i]] = mixed[i];
+}
+
+template <class F>
+struct MixedOrder {
+    uint8_t from[32] = {};
+    constexpr MixedOrder() {
+        for (int i = 0; i < 32; ++i) from[i] = static_cast<uint8_t>(4 * F::kQuadOrder[i / 16 * 4 + i % 4] + i / 4 % 4);
+    }
+};
+template <class F>
+constexpr MixedOrder<F> kMixedOrder{};
 #endif
 
 // The 8 quads of group g of a tile.
 template <class F>
 MOESAIC_INLINE void quads_of_group(const uint8_t* tile, const typename F::Scales& scales, int g, vb (&quads)[8]) {
-    if constexpr (kMixesQuads<F>) {
-        vb mixed[8];
-        F::mixed_group(tile, scales, g, mixed);
-        transpose_bytes(mixed);
-        transpose_bytes(mixed + 4);
-        MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) quads[F::kQuadOrder[i]] = mixed[i];
-    } else if constexpr (requires { F::group(tile, scales, g, quads); }) {
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    if constexpr (kMixesQuads<F>) return sorted_group<F>(tile, scales, g, quads);
+#endif
+    if constexpr (requires { F::group(tile, scales, g, quads); }) {
         F::group(tile, scales, g, quads);
     } else {
         MOESAIC_UNROLL
@@ -50,34 +64,25 @@ MOESAIC_INLINE void quads_of_group(const uint8_t* tile, const typename F::Scales
     }
 }
 
-// The activations of a group as its quads are multiplied by them.
-template <class F, bool kMixed = kMixesQuads<F>>
-struct ValuesOfGroup {
-    const int8_t* values;
-    explicit ValuesOfGroup(const ActivationGroup& x) : values(x.values) {}
-};
-
-#ifdef MOESAIC_HAS_BYTE_TABLES
-template <class F>
-struct ByteOrder {
-    uint8_t from[32] = {};
-    constexpr ByteOrder() {
-        for (int i = 0; i < 32; ++i) from[i] = static_cast<uint8_t>(4 * F::kQuadOrder[i / 16 * 4 + i % 4] + i / 4 % 4);
-    }
-};
-template <class F>
-struct ValuesOfGroup<F, true> {
-    int8_t values[32];
-    static constexpr ByteOrder<F> kOrder{};
-    explicit ValuesOfGroup(const ActivationGroup& x) { permute_32(x.values, kOrder.from, values); }
-};
-#endif
-
-// The 8 quads of group g of a tile, mixed if they come mixed.
+// The quads of a group as direct products take them: mixed if that is how they come.
 template <class F>
 MOESAIC_INLINE void direct_quads(const uint8_t* tile, const typename F::Scales& scales, int g, vb (&quads)[8]) {
+#ifdef MOESAIC_HAS_BYTE_TABLES
     if constexpr (kMixesQuads<F>) return F::mixed_group(tile, scales, g, quads);
+#endif
     quads_of_group<F>(tile, scales, g, quads);
+}
+
+// The activations of a group in the order of those quads: in `out`, or where they are.
+template <class F>
+MOESAIC_INLINE const int8_t* direct_values(const ActivationGroup& x, [[maybe_unused]] int8_t (&out)[32]) {
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    if constexpr (kMixesQuads<F>) {
+        permute_32(x.values, kMixedOrder<F>.from, out);
+        return out;
+    }
+#endif
+    return x.values;
 }
 
 // How many quads a narrow sum takes: two products of each, together less than 2^15. A power of two.

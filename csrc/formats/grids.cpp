@@ -1,5 +1,7 @@
 #include "formats/grids.h"
 
+#include "formats/grid_numbers.h"
+
 namespace moesaic {
 
 namespace {
@@ -358,22 +360,57 @@ constexpr uint8_t signed_level(uint8_t level, bool is_negative) {
     return static_cast<uint8_t>(is_negative ? 128 - level : level);
 }
 
-// The bits of a weight's number in its plane.
-template <class Planes>
-constexpr uint8_t in_plane(int k, int number) {
+template <int N>
+constexpr GridNumbers<N> numbers_of(const uint16_t (&places)[N]) {
+    GridNumbers<N> numbers{};
+    for (int n = 0; n < N; ++n) {
+        numbers.places[n] = places[n];
+        numbers.numbers[places[n]] = static_cast<uint16_t>(n);
+    }
+    return numbers;
+}
+
+template <int N>
+constexpr GridNumbers<N> as_published() {
+    uint16_t places[N] = {};
+    for (int n = 0; n < N; ++n) places[n] = static_cast<uint16_t>(n);
+    return numbers_of(places);
+}
+
+// The bits of a weight's number in the byte of its half.
+template <class Halves>
+constexpr uint8_t in_half(int k, int number) {
     int out = 0;
-    for (int b = 0; b < Planes::kNumberBits; ++b) out |= (number >> b & 1) << Planes::kBits[k][b];
+    for (int b = 0; b < Halves::kNumberBits; ++b) out |= (number >> b & 1) << Halves::kBits[k][b];
     return static_cast<uint8_t>(out);
 }
 
+// Not to be called: where it is, halves that should be the same differ, and the program does not compile.
+void halves_differ() {}
+
+template <int N>
+constexpr void fill_halves(const uint8_t (&first)[N], const uint8_t (&second)[N],
+                           uint8_t (&out)[2][kHalfTables<N>][64]) {
+    bool is_filled[2][kHalfTables<N>][64] = {};
+    for (int half = 0; half < 2; ++half) {
+        for (int n = 0; n < N; ++n) {
+            const HalfPlace at = place_of_half<N>(half, n);
+            const uint8_t byte = half == 0 ? first[n] : second[n];
+            if (is_filled[half][at.table][at.byte] && out[half][at.table][at.byte] != byte) halves_differ();
+            out[half][at.table][at.byte] = byte;
+            is_filled[half][at.table][at.byte] = true;
+        }
+    }
+}
+
 // levels: by number and, above it, sign.
-template <class Planes>
+template <class Halves>
 constexpr void fill_signed_levels(const uint8_t (&levels)[16], uint8_t (&out)[4][64]) {
     for (int k = 0; k < 4; ++k) {
         for (int seen = 0; seen < 64; ++seen) {
             int number = 0;
-            for (int b = 0; b <= Planes::kNumberBits; ++b) {
-                number |= (seen << Planes::kFirstSeen[k] >> Planes::kBits[k][b] & 1) << b;
+            for (int b = 0; b <= Halves::kNumberBits; ++b) {
+                number |= (seen << Halves::kFirstSeen[k] >> Halves::kBits[k][b] & 1) << b;
             }
             out[k][seen] = levels[number];
         }
@@ -381,35 +418,41 @@ constexpr void fill_signed_levels(const uint8_t (&levels)[16], uint8_t (&out)[4]
 }
 
 template <int N>
-constexpr Codebook8<N> codebook_of_8(const uint16_t (&grid)[N], const uint8_t (&levels)[4]) {
+constexpr Codebook8<N> codebook_of_8(const uint16_t (&grid)[N], const uint8_t (&levels)[4],
+                                     const GridNumbers<N>& numbers = as_published<N>()) {
     Codebook8<N> book{};
+    uint8_t halves[2][N] = {};
     for (int i = 0; i < 16; ++i) book.levels[i] = signed_level(levels[i % 4], i / 4 % 2 == 1);
     for (int n = 0; n < N; ++n) {
         for (int k = 0; k < 8; ++k) {
-            const int code = grid[n] >> (2 * k) & 3;
+            const int code = grid[numbers.places[n]] >> (2 * k) & 3;
             book.bytes[n] |= static_cast<uint64_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << (8 * (k % 2) + 2 * (k / 2)));
-            book.planes[k / 4][n] |= in_plane<PlanesOf8>(k % 4, code);
+            halves[k / 4][n] |= in_half<HalvesOf8>(k % 4, code);
         }
     }
-    fill_signed_levels<PlanesOf8>(book.levels, book.signed_levels);
+    fill_halves<N>(halves[0], halves[1], book.halves);
+    fill_signed_levels<HalvesOf8>(book.levels, book.signed_levels);
     return book;
 }
 
 template <int N>
-constexpr Codebook4<N> codebook_of_4(const uint16_t (&grid)[N], const uint8_t (&levels)[8]) {
+constexpr Codebook4<N> codebook_of_4(const uint16_t (&grid)[N], const uint8_t (&levels)[8],
+                                     const GridNumbers<N>& numbers = as_published<N>()) {
     constexpr int kBit[4] = {0, 8, 4, 12};
     Codebook4<N> book{};
+    uint8_t halves[2][N] = {};
     for (int i = 0; i < 16; ++i) book.levels[i] = signed_level(levels[i % 8], i / 8 == 1);
     for (int n = 0; n < N; ++n) {
         for (int k = 0; k < 4; ++k) {
-            const int code = grid[n] >> (4 * k) & 7;
+            const int code = grid[numbers.places[n]] >> (4 * k) & 7;
             book.bytes[n] |= static_cast<uint32_t>(levels[code]) << (8 * k);
             book.codes[n] = static_cast<uint16_t>(book.codes[n] | code << kBit[k]);
-            book.planes[k / 2][n] |= in_plane<PlanesOf4>(k, code);
+            halves[k / 2][n] |= in_half<HalvesOf4>(k, code);
         }
     }
-    fill_signed_levels<PlanesOf4>(book.levels, book.signed_levels);
+    fill_halves<N>(halves[0], halves[1], book.halves);
+    fill_signed_levels<HalvesOf4>(book.levels, book.signed_levels);
     return book;
 }
 
@@ -420,11 +463,15 @@ constexpr uint8_t kIq3SLevels[8] = {64 + 1, 64 + 3, 64 + 5, 64 + 7, 64 + 9, 64 +
 
 }  // namespace
 
+constinit const GridNumbers<512> kIq2XsNumbers = numbers_of(kIq2XsPlaces);
+constinit const GridNumbers<1024> kIq2SNumbers = numbers_of(kIq2SPlaces);
+constinit const GridNumbers<512> kIq3SNumbers = numbers_of(kIq3SPlaces);
+
 constinit const Codebook8<256> kIq2XxsGrid = codebook_of_8(kIq2Xxs, kIq2Levels);
-constinit const Codebook8<512> kIq2XsGrid = codebook_of_8(kIq2Xs, kIq2Levels);
-constinit const Codebook8<1024> kIq2SGrid = codebook_of_8(kIq2S, kIq2Levels);
+constinit const Codebook8<512> kIq2XsGrid = codebook_of_8(kIq2Xs, kIq2Levels, numbers_of(kIq2XsPlaces));
+constinit const Codebook8<1024> kIq2SGrid = codebook_of_8(kIq2S, kIq2Levels, numbers_of(kIq2SPlaces));
 constinit const Codebook8<2048> kIq1Grid = codebook_of_8(kIq1, kIq1Levels);
 constinit const Codebook4<256> kIq3XxsGrid = codebook_of_4(kIq3Xxs, kIq3XxsLevels);
-constinit const Codebook4<512> kIq3SGrid = codebook_of_4(kIq3S, kIq3SLevels);
+constinit const Codebook4<512> kIq3SGrid = codebook_of_4(kIq3S, kIq3SLevels, numbers_of(kIq3SPlaces));
 
 }  // namespace moesaic

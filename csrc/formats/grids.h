@@ -5,6 +5,16 @@
 
 namespace moesaic {
 
+// Numbers of entries in tiles where these are not those of the published grid (scripts/number_grids.py).
+template <int N>
+struct GridNumbers {
+    uint16_t places[N];   // in the published grid, by number
+    uint16_t numbers[N];  // by place
+};
+extern const GridNumbers<512> kIq2XsNumbers;
+extern const GridNumbers<1024> kIq2SNumbers;
+extern const GridNumbers<512> kIq3SNumbers;
+
 // 64 plus one of 8, 25, 43.
 extern const Codebook8<256> kIq2XxsGrid;
 extern const Codebook8<512> kIq2XsGrid;

@@ -20,7 +20,19 @@ struct IQ2_S {
             const int scale = block[kScales + t / 4] >> (t / 2 % 2 * 4) & 15;
             const float step = d * (0.5f + static_cast<float>(scale)) * 0.25f;
             const int index = block[kQs + t] | (block[kQh + t / 4] >> (t % 4 * 2) & 3) << 8;
-            signed_weights(step, kIq2SGrid.bytes[index], 8, block[kSigns + t], y + 8 * t);
+            signed_weights(step, kIq2SGrid.bytes[kIq2SNumbers.numbers[index]], 8, block[kSigns + t], y + 8 * t);
+        }
+    }
+
+    // Tiles have other numbers for entries than blocks.
+    static constexpr const auto& kNumbers = kIq2SNumbers;
+    template <class Map>
+    static void renumber(uint8_t* block, const Map& to) {
+        for (int t = 0; t < 32; ++t) {
+            uint8_t& high = block[kQh + t / 4];
+            const int at = t % 4 * 2, number = to[block[kQs + t] | (high >> at & 3) << 8];
+            block[kQs + t] = static_cast<uint8_t>(number);
+            high = static_cast<uint8_t>((high & ~(3 << at)) | number >> 8 << at);
         }
     }
 
@@ -50,17 +62,17 @@ struct IQ2_S {
                        load_b(tile + kTileSigns + 64 * g), quads);
     }
 #ifdef MOESAIC_HAS_BYTE_TABLES
-    // The second plane, turned by two bytes, has entries 0 and 1 where the first has 2 and 3: each half of the group
+    // The second half, turned by two bytes, has entries 0 and 1 where the first has 2 and 3: each half of the group
     // gets quads of its own.
     static constexpr int kQuadOrder[8] = {0, 2, 1, 3, 5, 7, 4, 6};
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb low = load_b(tile + kTileQs + 64 * g), high = spread_u8(tile + kTileQh + 16 * g);
         const vb signs = load_b(tile + kTileSigns + 64 * g);
-        vb planes[2];
-        lookup_planes(kIq2SGrid.planes, table_index(low, high, 0x40100401, 0x80200802), planes);
-        const vb turned = rotate_32<16>(planes[1]);
-        signed_quads(kIq2SGrid, select_b(0x0000ffff, planes[0], turned), bits_from<-2, 6, 2, 10>(signs), quads);
-        signed_quads(kIq2SGrid, select_b(0x0000ffff, turned, planes[0]), bits_from<18, 26, 14, 22>(signs), quads + 4);
+        vb halves[2];
+        lookup_halves(kIq2SGrid.halves, entry_numbers(low, high, 0x40100401, 0x80200802), halves);
+        const vb turned = rotate_32<16>(halves[1]);
+        signed_quads(kIq2SGrid, select_b(0x0000ffff, halves[0], turned), bits_from<-2, 6, 2, 10>(signs), quads);
+        signed_quads(kIq2SGrid, select_b(0x0000ffff, turned, halves[0]), bits_from<18, 26, 14, 22>(signs), quads + 4);
     }
 #endif
 #endif

@@ -20,7 +20,19 @@ struct IQ2_XS {
             const int scale = block[kScales + t / 4] >> (t / 2 % 2 * 4) & 15;
             const float step = d * (0.5f + static_cast<float>(scale)) * 0.25f;
             const uint32_t packed = load_u16(block + kQs + 2 * t);
-            signed_weights(step, kIq2XsGrid.bytes[packed & 511u], 8, signs_of_code(packed >> 9), y + 8 * t);
+            signed_weights(step, kIq2XsGrid.bytes[kIq2XsNumbers.numbers[packed & 511u]], 8, signs_of_code(packed >> 9),
+                           y + 8 * t);
+        }
+    }
+
+    // Tiles have other numbers for entries than blocks.
+    static constexpr const auto& kNumbers = kIq2XsNumbers;
+    template <class Map>
+    static void renumber(uint8_t* block, const Map& to) {
+        for (uint8_t* p = block + kQs; p < block + kQs + 64; p += 2) {
+            const int packed = load_u16(p), number = to[packed & 511];
+            p[0] = static_cast<uint8_t>(number);
+            p[1] = static_cast<uint8_t>((packed >> 8 & 254) | number >> 8);
         }
     }
 
@@ -52,17 +64,17 @@ struct IQ2_XS {
         for (int i = 0; i < 8; ++i) quads[i] = mixed[i / 2 == 1 ? i + 2 : i / 2 == 2 ? i - 2 : i];
     }
 #ifdef MOESAIC_HAS_BYTE_TABLES
-    // Bytes 0 and 2 of a lane are for the two entries of a, 1 and 3 for those of b. The second plane, turned by a byte,
+    // Bytes 0 and 2 of a lane are for the two entries of a, 1 and 3 for those of b. The second half, turned by a byte,
     // has those of a where the first has those of b: each half of the group gets quads of its own.
     static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 7, 4, 5, 6};
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
         const vb low = select_b(0x00ff00ff, a, shl_16(b, 8)), high = select_b(0x00ff00ff, shr_16(a, 8), b);
-        vb planes[2];
-        lookup_planes(kIq2XsGrid.planes, table_index(low, high, 0x01010101), planes);
-        const vb turned = rotate_32<8>(planes[1]), signs = signs_of<1>(high);
-        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, planes[0], turned), bits_from<-2, 2, 14, 18>(signs), quads);
-        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, turned, planes[0]), bits_from<26, 6, 10, 22>(signs), quads + 4);
+        vb halves[2];
+        lookup_halves(kIq2XsGrid.halves, entry_numbers(low, high, 0x01010101), halves);
+        const vb turned = rotate_32<8>(halves[1]), signs = signs_of<1>(high);
+        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, halves[0], turned), bits_from<-2, 2, 14, 18>(signs), quads);
+        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, turned, halves[0]), bits_from<26, 6, 10, 22>(signs), quads + 4);
     }
 #endif
 #endif

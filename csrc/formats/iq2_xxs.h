@@ -49,11 +49,11 @@ struct IQ2_XXS {
 #ifdef MOESAIC_HAS_BYTE_TABLES
     static constexpr int kQuadOrder[8] = {0, 2, 4, 6, 1, 3, 5, 7};
     MOESAIC_INLINE void mixed_group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
-        vb planes[2];
-        lookup_planes(kIq2XxsGrid.planes, table_index(load_b(s.words + 128 * g - 64)), planes);
+        vb halves[2];
+        lookup_halves(kIq2XxsGrid.halves, entry_numbers(load_b(s.words + 128 * g - 64)), halves);
         const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 128 * g)));
-        signed_quads(kIq2XxsGrid, planes[0], shl_16(signs, 2), quads);
-        signed_quads(kIq2XxsGrid, planes[1], shr_16(signs, 2), quads + 4);
+        signed_quads(kIq2XxsGrid, halves[0], shl_16(signs, 2), quads);
+        signed_quads(kIq2XxsGrid, halves[1], shr_16(signs, 2), quads + 4);
     }
 #endif
 #endif

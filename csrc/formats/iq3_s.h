@@ -20,7 +20,19 @@ struct IQ3_S {
             const float step = d * static_cast<float>(1 + 2 * (block[kScales + i / 16] >> (i / 8 % 2 * 4) & 15));
             const int index = block[kQs + i] | (block[kQh + i / 8] >> i % 8 & 1) << 8;
             const int signs = block[kSigns + i / 2] >> (i % 2 * 4);
-            signed_weights(step, kIq3SGrid.bytes[index], 4, signs, y + 4 * i);
+            signed_weights(step, kIq3SGrid.bytes[kIq3SNumbers.numbers[index]], 4, signs, y + 4 * i);
+        }
+    }
+
+    // Tiles have other numbers for entries than blocks.
+    static constexpr const auto& kNumbers = kIq3SNumbers;
+    template <class Map>
+    static void renumber(uint8_t* block, const Map& to) {
+        for (int i = 0; i < 64; ++i) {
+            uint8_t& high = block[kQh + i / 8];
+            const int at = i % 8, number = to[block[kQs + i] | (high >> at & 1) << 8];
+            block[kQs + i] = static_cast<uint8_t>(number);
+            high = static_cast<uint8_t>((high & ~(1 << at)) | number >> 8 << at);
         }
     }
 
@@ -57,11 +69,11 @@ struct IQ3_S {
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb high = spread_u8(tile + kTileQh + 16 * g), signs = load_b(tile + kTileSigns + 64 * g);
         const uint8_t* qs = tile + kTileQs + 128 * g;
-        vb planes[2];
-        lookup_planes(kIq3SGrid.planes, table_index(load_b(qs), high, 0x08040201), planes);
-        signed_quads(kIq3SGrid, planes, bits_from<-2, 2, 6, 10>(signs), quads);
-        lookup_planes(kIq3SGrid.planes, table_index(load_b(qs + 64), high, 0x80402010), planes);
-        signed_quads(kIq3SGrid, planes, bits_from<14, 18, 22, 26>(signs), quads + 4);
+        vb halves[2];
+        lookup_halves(kIq3SGrid.halves, entry_numbers(load_b(qs), high, 0x08040201), halves);
+        signed_quads(kIq3SGrid, halves, bits_from<-2, 2, 6, 10>(signs), quads);
+        lookup_halves(kIq3SGrid.halves, entry_numbers(load_b(qs + 64), high, 0x80402010), halves);
+        signed_quads(kIq3SGrid, halves, bits_from<14, 18, 22, 26>(signs), quads + 4);
     }
 #endif
 #endif

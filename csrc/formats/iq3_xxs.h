@@ -51,11 +51,11 @@ struct IQ3_XXS {
     static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales& s, int g, vb (&quads)[8]) {
         const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 64 * g)));
-        vb planes[2];
-        lookup_planes(kIq3XxsGrid.planes, table_index(load_b(tile + kTileQs + 128 * g)), planes);
-        signed_quads(kIq3XxsGrid, planes, bits_from<-2, 2, 6, 10>(signs), quads);
-        lookup_planes(kIq3XxsGrid.planes, table_index(load_b(tile + kTileQs + 128 * g + 64)), planes);
-        signed_quads(kIq3XxsGrid, planes, bits_from<14, 18, 22, 26>(signs), quads + 4);
+        vb halves[2];
+        lookup_halves(kIq3XxsGrid.halves, entry_numbers(load_b(tile + kTileQs + 128 * g)), halves);
+        signed_quads(kIq3XxsGrid, halves, bits_from<-2, 2, 6, 10>(signs), quads);
+        lookup_halves(kIq3XxsGrid.halves, entry_numbers(load_b(tile + kTileQs + 128 * g + 64)), halves);
+        signed_quads(kIq3XxsGrid, halves, bits_from<14, 18, 22, 26>(signs), quads + 4);
     }
 #endif
 #endif

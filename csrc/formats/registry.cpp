@@ -68,6 +68,20 @@ void move_block(const Field (&fields)[kNumFields], std::uint8_t* block, std::uin
     }
 }
 
+// move_block() for a format whose tiles have numbers of their own for entries of a codebook.
+template <class F, Direction direction>
+void move_renumbered_block(std::uint8_t* block, std::uint8_t* tile, int row) {
+    if constexpr (direction == Direction::kPack) {
+        std::uint8_t copy[F::kBlockBytes];
+        memcpy(copy, block, sizeof(copy));
+        F::renumber(copy, F::kNumbers.numbers);
+        move_block<direction>(F::kFields, copy, tile, row);
+    } else {
+        move_block<direction>(F::kFields, block, tile, row);
+        F::renumber(block, F::kNumbers.places);
+    }
+}
+
 template <class F, Direction direction>
 void move_row(std::uint8_t* blocks, std::uint8_t* panel, int row, std::int64_t cols) {
     std::int64_t k = 0;
@@ -79,7 +93,11 @@ void move_row(std::uint8_t* blocks, std::uint8_t* panel, int row, std::int64_t c
     }
     for (; k < cols; k += F::kBlock) {
         const std::int64_t at = k / F::kBlock * F::kBlockBytes;
-        move_block<direction>(F::kFields, blocks + at, panel + at * kTileRows, row);
+        if constexpr (requires { F::kNumbers; }) {
+            move_renumbered_block<F, direction>(blocks + at, panel + at * kTileRows, row);
+        } else {
+            move_block<direction>(F::kFields, blocks + at, panel + at * kTileRows, row);
+        }
     }
 }
 

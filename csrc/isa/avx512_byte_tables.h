@@ -2,16 +2,16 @@
 // may use them. Formats then may define, beside group(), mixed_group() and kQuadOrder (quantized_traits.h), with these
 // words:
 //
-//   table_index()    64 indices: their low bytes, and where in a lane of another vector their ninth and tenth bits are
-//   lookup_planes()  the two planes of 64 entries: a byte has the numbers of the levels of some weights of its entry
-//   signed_quads()   four quads from a plane (8 weights an entry) or from both (4 weights), byte t of a lane from
-//                    entry t, whose signs are in bits 2 to 5 of byte t
+//   entry_numbers()  of 64 entries: their low bytes, and where in a lane of another vector their ninth and tenth bits
+//   are lookup_halves()  a byte for either half of 64 entries: the numbers of the levels of its weights signed_quads()
+//   four quads from a half of 8 weights or from both of 4 weights, byte t of a lane from entry t, whose
+//                    signs are in bits 2 to 5 of byte t
 //   signs_of<b>()    8 signs from 7 bits, from bit b of each byte on: the number of minus signs is even
 //   bits_from()      bytes of 8 bits from anywhere in a lane
 //   select_b()       bits of the first vector where a lane of the mask has ones, of the second elsewhere
 //
-// Of a byte of a plane with signs in between, a lookup sees six bits, in which it disregards those that belong to other
-// weights: as it is and shifted by two, the byte is the index of two weights.
+// Of the byte of a half with signs in between, a lookup sees six bits, in which it disregards those that belong to
+// other weights: as it is and shifted by two, the byte is the index of two weights.
 #pragma once
 
 #define MOESAIC_HAS_BYTE_TABLES
@@ -45,53 +45,75 @@ MOESAIC_INLINE vb signs_of(vb codes) {
     return {_mm512_gf2p8affine_epi64_epi8(codes.v, _mm512_set1_epi64(static_cast<long long>(rows)), 0)};
 }
 
-// Indices of 64 entries as lookups take them: bits 0 to 5, and masks of those whose bit 6, 7, 8, 9 is one.
-struct TableIndex {
-    __m512i low;
-    __mmask64 bit_6, bit_7, bits_6_and_7, bit_8, bit_9;
+// Numbers of 64 entries: bits 0 to 7, and masks of those whose bit 6, 7, 8, 9 is one.
+struct EntryNumbers {
+    vb low;
+    __mmask64 bit_6, bit_7, bit_8, bit_9;
 };
-MOESAIC_INLINE TableIndex table_index(vb low) {
-    const __mmask64 bit_6 = _mm512_movepi8_mask(shl_16(low, 1).v), bit_7 = _mm512_movepi8_mask(low.v);
-    return {low.v, bit_6, bit_7, _kand_mask64(bit_6, bit_7), 0, 0};
+MOESAIC_INLINE EntryNumbers entry_numbers(vb low) {
+    return {low, _mm512_movepi8_mask(shl_16(low, 1).v), _mm512_movepi8_mask(low.v), 0, 0};
 }
-MOESAIC_INLINE TableIndex table_index(vb low, vb high, uint32_t ninth, uint32_t tenth = 0) {
-    TableIndex index = table_index(low);
-    index.bit_8 = _mm512_test_epi8_mask(high.v, set1_lane(ninth).v);
-    if (tenth != 0) index.bit_9 = _mm512_test_epi8_mask(high.v, set1_lane(tenth).v);
-    return index;
-}
-
-// 64 lookups in N bytes. Those that come later overwrite: fewer instructions than permutes of two tables and blends.
-template <int N>
-MOESAIC_INLINE __m512i lookup_bytes(const uint8_t* table, const TableIndex& index) {
-    if constexpr (N > 256) {
-        return _mm512_mask_blend_epi8(N == 512 ? index.bit_8 : index.bit_9, lookup_bytes<N / 2>(table, index),
-                                      lookup_bytes<N / 2>(table + N / 2, index));
-    }
-    const auto overwrite = [&](__m512i before, __mmask64 where, const uint8_t* bytes) {
-        return _mm512_mask_permutexvar_epi8(before, where, index.low, _mm512_load_si512(bytes));
-    };
-    __m512i out = _mm512_permutexvar_epi8(index.low, _mm512_load_si512(table));
-    out = overwrite(out, index.bit_6, table + 64);
-    out = overwrite(out, index.bit_7, table + 128);
-    return overwrite(out, index.bits_6_and_7, table + 192);
-}
-template <int N>
-MOESAIC_INLINE void lookup_planes(const uint8_t (&planes)[2][N], const TableIndex& index, vb (&out)[2]) {
-    for (int h = 0; h < 2; ++h) out[h] = {lookup_bytes<N>(planes[h], index)};
+MOESAIC_INLINE EntryNumbers entry_numbers(vb low, vb high, uint32_t ninth, uint32_t tenth = 0) {
+    EntryNumbers numbers = entry_numbers(low);
+    numbers.bit_8 = _mm512_test_epi8_mask(high.v, set1_lane(ninth).v);
+    if (tenth != 0) numbers.bit_9 = _mm512_test_epi8_mask(high.v, set1_lane(tenth).v);
+    return numbers;
 }
 
+// 64 lookups by the low six bits of each byte, everywhere or where the mask says.
 MOESAIC_INLINE vb lookup64(vb index, const uint8_t (&table)[64]) {
     return {_mm512_permutexvar_epi8(index.v, _mm512_load_si512(table))};
 }
+MOESAIC_INLINE void lookup64(vb& out, __mmask64 where, vb index, const uint8_t (&table)[64]) {
+    out.v = _mm512_mask_permutexvar_epi8(out.v, where, index.v, _mm512_load_si512(table));
+}
+
+// Halves of 64 entries, by tables as place_of_half() has them: a permute for each, where later ones overwrite. That is
+// fewer instructions than permutes of two tables and blends.
+MOESAIC_INLINE void lookup_halves(const uint8_t (&tables)[2][4][64], const EntryNumbers& n, vb (&out)[2]) {
+    for (int half = 0; half < 2; ++half) {
+        out[half] = lookup64(n.low, tables[half][0]);
+        lookup64(out[half], n.bit_6, n.low, tables[half][1]);
+        lookup64(out[half], n.bit_7, n.low, tables[half][2]);
+        lookup64(out[half], _kand_mask64(n.bit_6, n.bit_7), n.low, tables[half][3]);
+    }
+}
+// Tables 1 to 4 of a grid of 512, given those numbers whose bit 7, whose bit 8, and whose both are to be looked up.
+MOESAIC_INLINE void lookup_last_tables(const uint8_t (*tables)[64], const EntryNumbers& n, vb shared, __mmask64 bit_7,
+                                       __mmask64 bit_8, __mmask64 both, vb& out) {
+    lookup64(out, bit_7, shared, tables[1]);
+    lookup64(out, bit_8, shared, tables[2]);
+    lookup64(out, both, n.low, tables[3]);
+    lookup64(out, _kand_mask64(both, n.bit_6), n.low, tables[4]);
+}
+MOESAIC_INLINE void lookup_halves(const uint8_t (&tables)[2][5][64], const EntryNumbers& n, vb (&out)[2]) {
+    const __mmask64 both = _kand_mask64(n.bit_7, n.bit_8);
+    for (int half = 0; half < 2; ++half) {
+        const vb shared = half == 0 ? shr_16(n.low, 1) : n.low;
+        out[half] = lookup64(shared, tables[half][0]);
+        lookup_last_tables(tables[half], n, shared, n.bit_7, n.bit_8, both, out[half]);
+    }
+}
+MOESAIC_INLINE void lookup_halves(const uint8_t (&tables)[2][7][64], const EntryNumbers& n, vb (&out)[2]) {
+    const __mmask64 bit_7 = _kand_mask64(n.bit_9, n.bit_7), bit_8 = _kand_mask64(n.bit_9, n.bit_8);
+    const __mmask64 both = _kand_mask64(bit_7, n.bit_8);
+    for (int half = 0; half < 2; ++half) {
+        const vb by_fours = half == 0 ? shr_16(n.low, 2) : n.low, shared = half == 0 ? shr_16(n.low, 1) : n.low;
+        out[half] = lookup64(by_fours, tables[half][0]);
+        lookup64(out[half], half == 0 ? n.bit_8 : n.bit_6, by_fours, tables[half][1]);
+        lookup64(out[half], n.bit_9, shared, tables[half][2]);
+        lookup_last_tables(tables[half] + 2, n, shared, bit_7, bit_8, both, out[half]);
+    }
+}
+
 template <int N>
-MOESAIC_INLINE void signed_quads(const Codebook8<N>& book, vb plane, vb signs, vb* quads) {
-    const vb upper = shr_16(select_b(0xf0f0f0f0, plane, signs), 2), lower = select_b(0x0f0f0f0f, plane, signs);
+MOESAIC_INLINE void signed_quads(const Codebook8<N>& book, vb half, vb signs, vb* quads) {
+    const vb upper = shr_16(select_b(0xf0f0f0f0, half, signs), 2), lower = select_b(0x0f0f0f0f, half, signs);
     for (int k = 0; k < 4; ++k) quads[k] = lookup64(k < 2 ? upper : lower, book.signed_levels[k]);
 }
 template <int N>
-MOESAIC_INLINE void signed_quads(const Codebook4<N>& book, const vb (&planes)[2], vb signs, vb* quads) {
-    const vb pairs[2] = {select_b(0x0c0c0c0c, signs, planes[0]), select_b(0x30303030, signs, planes[1])};
+MOESAIC_INLINE void signed_quads(const Codebook4<N>& book, const vb (&halves)[2], vb signs, vb* quads) {
+    const vb pairs[2] = {select_b(0x0c0c0c0c, signs, halves[0]), select_b(0x30303030, signs, halves[1])};
     for (int k = 0; k < 4; ++k) {
         quads[k] = lookup64(k % 2 == 0 ? pairs[k / 2] : shr_16(pairs[k / 2], 2), book.signed_levels[k]);
     }

@@ -62,6 +62,19 @@ MOESAIC_INLINE void lookup_ternary(vb even, vb odd, vb (&quads)[8]) {
     }
 }
 
+#ifdef MOESAIC_HAS_BYTE_TABLES
+// Quads of four entries of 8 weights, with signs of entry t in byte t of a lane, such that the first two entries and
+// the last two have quads of their own: the second halves, turned by two bytes, have the first entries where the first
+// halves have the last.
+constexpr int kOrderOfTurnedHalves[8] = {0, 2, 1, 3, 5, 7, 4, 6};
+template <int N>
+MOESAIC_INLINE void quads_by_sixteens(const Codebook8<N>& book, const vb (&halves)[2], vb signs, vb (&quads)[8]) {
+    const vb turned = rotate_32<16>(halves[1]);
+    signed_quads(book, select_b(0x0000ffff, halves[0], turned), bits_from<-2, 6, 2, 10>(signs), quads);
+    signed_quads(book, select_b(0x0000ffff, turned, halves[0]), bits_from<18, 26, 14, 22>(signs), quads + 4);
+}
+#endif
+
 #endif
 
 }  // namespace

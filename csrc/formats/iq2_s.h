@@ -24,10 +24,11 @@ struct IQ2_S {
         }
     }
 
-    // Tiles have other numbers for entries than blocks.
-    static constexpr const auto& kNumbers = kIq2SNumbers;
-    template <class Map>
-    static void renumber(uint8_t* block, const Map& to) {
+    // Tiles have numbers of our own for entries.
+    static void to_tile(uint8_t* block) { renumber(block, kIq2SNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber(block, kIq2SNumbers.places); }
+    template <int N>
+    static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
         for (int t = 0; t < 32; ++t) {
             uint8_t& high = block[kQh + t / 4];
             const int at = t % 4 * 2, number = to[block[kQs + t] | (high >> at & 3) << 8];
@@ -62,17 +63,13 @@ struct IQ2_S {
                        load_b(tile + kTileSigns + 64 * g), quads);
     }
 #ifdef MOESAIC_HAS_BYTE_TABLES
-    // The second half, turned by two bytes, has entries 0 and 1 where the first has 2 and 3: each half of the group
-    // gets quads of its own.
-    static constexpr int kQuadOrder[8] = {0, 2, 1, 3, 5, 7, 4, 6};
+    static constexpr const int (&kQuadOrder)[8] = kOrderOfTurnedHalves;
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         const vb low = load_b(tile + kTileQs + 64 * g), high = spread_u8(tile + kTileQh + 16 * g);
         const vb signs = load_b(tile + kTileSigns + 64 * g);
         vb halves[2];
         lookup_halves(kIq2SGrid.halves, entry_numbers(low, high, 0x40100401, 0x80200802), halves);
-        const vb turned = rotate_32<16>(halves[1]);
-        signed_quads(kIq2SGrid, select_b(0x0000ffff, halves[0], turned), bits_from<-2, 6, 2, 10>(signs), quads);
-        signed_quads(kIq2SGrid, select_b(0x0000ffff, turned, halves[0]), bits_from<18, 26, 14, 22>(signs), quads + 4);
+        quads_by_sixteens(kIq2SGrid, halves, signs, quads);
     }
 #endif
 #endif

@@ -25,19 +25,29 @@ struct IQ2_XS {
         }
     }
 
-    // Tiles have other numbers for entries than blocks.
-    static constexpr const auto& kNumbers = kIq2XsNumbers;
-    template <class Map>
-    static void renumber(uint8_t* block, const Map& to) {
-        for (uint8_t* p = block + kQs; p < block + kQs + 64; p += 2) {
-            const int packed = load_u16(p), number = to[packed & 511];
-            p[0] = static_cast<uint8_t>(number);
-            p[1] = static_cast<uint8_t>((packed >> 8 & 254) | number >> 8);
+    // Tiles have, in place of qs, the low bytes of 32 numbers of our own for entries, then their ninth bits, each under
+    // a code of signs.
+    static void to_tile(uint8_t* block) {
+        uint8_t bytes[64];
+        for (int t = 0; t < 32; ++t) {
+            const int packed = load_u16(block + kQs + 2 * t), number = kIq2XsNumbers.numbers[packed & 511];
+            bytes[t] = static_cast<uint8_t>(number);
+            bytes[32 + t] = static_cast<uint8_t>(packed >> 9 | number >> 8 << 7);
+        }
+        memcpy(block + kQs, bytes, 64);
+    }
+    static void from_tile(uint8_t* block) {
+        uint8_t bytes[64];
+        memcpy(bytes, block + kQs, 64);
+        for (int t = 0; t < 32; ++t) {
+            const int high = bytes[32 + t], place = kIq2XsNumbers.places[bytes[t] | high >> 7 << 8];
+            block[kQs + 2 * t] = static_cast<uint8_t>(place);
+            block[kQs + 2 * t + 1] = static_cast<uint8_t>((high & 127) << 1 | place >> 8);
         }
     }
 
 #ifdef MOESAIC_ISA
-    static constexpr int kTileQs = 0, kTileScales = 1024, kTileD = 1152;
+    static constexpr int kTileLow = 0, kTileHigh = 512, kTileScales = 1024, kTileD = 1152;
     static constexpr int kScaleGroup = 16, kZeroShift = 6, kLargest = 107;
     static constexpr bool kHasOffset = false;
     struct Scales {
@@ -54,27 +64,19 @@ struct IQ2_XS {
         return mul(s.eighth_d, to_float(load_u8(s.odd[j % 2] + j / 2 * 16)));
     }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
-        // Bytes 0 and 2 of a lane for the two entries of a, 1 and 3 for those of b; quads in the same order.
-        const vb signs = with_parity(or_b(shr_16(a, 9), and_b(shr_16(b, 1), set1_lane(0x7f007f00))));
-        const vb index = set1_lane(0x01ff01ff);
-        vb mixed[8];
-        lookup8_signed(kIq2XsGrid, and_b(a, index), and_b(b, index), signs, mixed);
-        MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) quads[i] = mixed[i / 2 == 1 ? i + 2 : i / 2 == 2 ? i - 2 : i];
+        const vb low = load_b(tile + kTileLow + 64 * g), high = load_b(tile + kTileHigh + 64 * g);
+        const vb ninth = set1_lane(0x01000100), low_byte = set1_lane(0x00ff00ff);
+        const vb even = or_b(and_b(low, low_byte), and_b(shl_16(high, 1), ninth));
+        const vb odd = or_b(and_b(shr_16(low, 8), low_byte), and_b(shr_16(high, 7), ninth));
+        lookup8_signed(kIq2XsGrid, even, odd, with_parity(and_b(high, set1_b(127))), quads);
     }
 #ifdef MOESAIC_HAS_BYTE_TABLES
-    // Bytes 0 and 2 of a lane are for the two entries of a, 1 and 3 for those of b. The second half, turned by a byte,
-    // has those of a where the first has those of b: each half of the group gets quads of its own.
-    static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 7, 4, 5, 6};
+    static constexpr const int (&kQuadOrder)[8] = kOrderOfTurnedHalves;
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);
-        const vb low = select_b(0x00ff00ff, a, shl_16(b, 8)), high = select_b(0x00ff00ff, shr_16(a, 8), b);
+        const vb high = load_b(tile + kTileHigh + 64 * g);
         vb halves[2];
-        lookup_halves(kIq2XsGrid.halves, entry_numbers(low, high, 0x01010101), halves);
-        const vb turned = rotate_32<8>(halves[1]), signs = signs_of<1>(high);
-        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, halves[0], turned), bits_from<-2, 2, 14, 18>(signs), quads);
-        signed_quads(kIq2XsGrid, select_b(0x00ff00ff, turned, halves[0]), bits_from<26, 6, 10, 22>(signs), quads + 4);
+        lookup_halves(kIq2XsGrid.halves, entry_numbers(load_b(tile + kTileLow + 64 * g), high), halves);
+        quads_by_sixteens(kIq2XsGrid, halves, signs_of_sevens(high), quads);
     }
 #endif
 #endif

@@ -51,7 +51,7 @@ struct IQ2_XXS {
     MOESAIC_INLINE void mixed_group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
         vb halves[2];
         lookup_halves(kIq2XxsGrid.halves, entry_numbers(load_b(s.words + 128 * g - 64)), halves);
-        const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 128 * g)));
+        const vb signs = signs_of_sevens(bits_from<0, 7, 14, 21>(load_b(s.words + 128 * g)));
         signed_quads(kIq2XxsGrid, halves[0], shl_16(signs, 2), quads);
         signed_quads(kIq2XxsGrid, halves[1], shr_16(signs, 2), quads + 4);
     }

@@ -24,10 +24,11 @@ struct IQ3_S {
         }
     }
 
-    // Tiles have other numbers for entries than blocks.
-    static constexpr const auto& kNumbers = kIq3SNumbers;
-    template <class Map>
-    static void renumber(uint8_t* block, const Map& to) {
+    // Tiles have numbers of our own for entries.
+    static void to_tile(uint8_t* block) { renumber(block, kIq3SNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber(block, kIq3SNumbers.places); }
+    template <int N>
+    static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
         for (int i = 0; i < 64; ++i) {
             uint8_t& high = block[kQh + i / 8];
             const int at = i % 8, number = to[block[kQs + i] | (high >> at & 1) << 8];

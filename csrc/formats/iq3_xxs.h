@@ -50,7 +50,7 @@ struct IQ3_XXS {
 #ifdef MOESAIC_HAS_BYTE_TABLES
     static constexpr int kQuadOrder[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     MOESAIC_INLINE void mixed_group(const uint8_t* tile, const Scales& s, int g, vb (&quads)[8]) {
-        const vb signs = signs_of<0>(bits_from<0, 7, 14, 21>(load_b(s.words + 64 * g)));
+        const vb signs = signs_of_sevens(bits_from<0, 7, 14, 21>(load_b(s.words + 64 * g)));
         vb halves[2];
         lookup_halves(kIq3XxsGrid.halves, entry_numbers(load_b(tile + kTileQs + 128 * g)), halves);
         signed_quads(kIq3XxsGrid, halves, bits_from<-2, 2, 6, 10>(signs), quads);

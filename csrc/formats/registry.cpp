@@ -68,17 +68,17 @@ void move_block(const Field (&fields)[kNumFields], std::uint8_t* block, std::uin
     }
 }
 
-// move_block() for a format whose tiles have numbers of their own for entries of a codebook.
+// move_block() for a format whose fields have other bits in tiles than in blocks.
 template <class F, Direction direction>
-void move_renumbered_block(std::uint8_t* block, std::uint8_t* tile, int row) {
+void move_converted_block(std::uint8_t* block, std::uint8_t* tile, int row) {
     if constexpr (direction == Direction::kPack) {
         std::uint8_t copy[F::kBlockBytes];
         memcpy(copy, block, sizeof(copy));
-        F::renumber(copy, F::kNumbers.numbers);
+        F::to_tile(copy);
         move_block<direction>(F::kFields, copy, tile, row);
     } else {
         move_block<direction>(F::kFields, block, tile, row);
-        F::renumber(block, F::kNumbers.places);
+        F::from_tile(block);
     }
 }
 
@@ -93,8 +93,8 @@ void move_row(std::uint8_t* blocks, std::uint8_t* panel, int row, std::int64_t c
     }
     for (; k < cols; k += F::kBlock) {
         const std::int64_t at = k / F::kBlock * F::kBlockBytes;
-        if constexpr (requires { F::kNumbers; }) {
-            move_renumbered_block<F, direction>(blocks + at, panel + at * kTileRows, row);
+        if constexpr (requires { F::to_tile(blocks); }) {
+            move_converted_block<F, direction>(blocks + at, panel + at * kTileRows, row);
         } else {
             move_block<direction>(F::kFields, blocks + at, panel + at * kTileRows, row);
         }

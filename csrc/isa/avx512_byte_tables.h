@@ -6,7 +6,7 @@
 //   are lookup_halves()  a byte for either half of 64 entries: the numbers of the levels of its weights signed_quads()
 //   four quads from a half of 8 weights or from both of 4 weights, byte t of a lane from entry t, whose
 //                    signs are in bits 2 to 5 of byte t
-//   signs_of<b>()    8 signs from 7 bits, from bit b of each byte on: the number of minus signs is even
+//   signs_of_sevens() 8 signs from the low 7 bits of each byte: the number of minus signs is even
 //   bits_from()      bytes of 8 bits from anywhere in a lane
 //   select_b()       bits of the first vector where a lane of the mask has ones, of the second elsewhere
 //
@@ -37,12 +37,9 @@ MOESAIC_INLINE vb bits_from(vb x) {
     return {_mm512_multishift_epi64_epi8(offsets, x.v)};
 }
 
-template <int first>
-MOESAIC_INLINE vb signs_of(vb codes) {
-    constexpr uint64_t kParity = 127 << first;
-    uint64_t rows = kParity;  // of a matrix of bits, the last in the lowest byte
-    for (int i = 0; i < 7; ++i) rows |= uint64_t{1} << (first + i) << (8 * (7 - i));
-    return {_mm512_gf2p8affine_epi64_epi8(codes.v, _mm512_set1_epi64(static_cast<long long>(rows)), 0)};
+MOESAIC_INLINE vb signs_of_sevens(vb codes) {
+    // A matrix of bits: row i makes bit i, the last in the lowest byte, of which the last makes the parity.
+    return {_mm512_gf2p8affine_epi64_epi8(codes.v, _mm512_set1_epi64(0x010204081020407f), 0)};
 }
 
 // Numbers of 64 entries: bits 0 to 7, and masks of those whose bit 6, 7, 8, 9 is one.
@@ -52,6 +49,11 @@ struct EntryNumbers {
 };
 MOESAIC_INLINE EntryNumbers entry_numbers(vb low) {
     return {low, _mm512_movepi8_mask(shl_16(low, 1).v), _mm512_movepi8_mask(low.v), 0, 0};
+}
+MOESAIC_INLINE EntryNumbers entry_numbers(vb low, vb high) {
+    EntryNumbers numbers = entry_numbers(low);
+    numbers.bit_8 = _mm512_movepi8_mask(high.v);
+    return numbers;
 }
 MOESAIC_INLINE EntryNumbers entry_numbers(vb low, vb high, uint32_t ninth, uint32_t tenth = 0) {
     EntryNumbers numbers = entry_numbers(low);

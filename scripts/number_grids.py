@@ -31,7 +31,7 @@ def neighbours(entries: set[Entry], side: int) -> dict[int, set[int]]:
 
 
 def one_product(entries: set[Entry], size: int, rng: random.Random) -> Product | None:
-    """size first halves and size second halves, all combinations of which are entries."""
+    """As many first and second halves as `size` says, all combinations of which are entries."""
     seconds, firsts = neighbours(entries, 0), neighbours(entries, 1)
     for first in sorted(seconds, key=lambda half: (len(seconds[half]), rng.random())):
         common, chosen = seconds[first], [first]

@@ -13,6 +13,7 @@ struct IQ2_S {
     static constexpr bool kQuantized = true;
     static constexpr int kD = 0, kQs = 2, kSigns = 34, kQh = 66, kScales = 74;
     static constexpr Field kFields[] = {{kQs, 32, 4}, {kSigns, 32, 4}, {kQh, 8, 1}, {kScales, 8, 1}, {kD, 2, 2}};
+    static constexpr const auto& kNumbers = kIq2SNumbers;
 
     static void dequantize(const uint8_t* block, float* y) {
         const float d = load_half(block + kD);
@@ -20,13 +21,13 @@ struct IQ2_S {
             const int scale = block[kScales + t / 4] >> (t / 2 % 2 * 4) & 15;
             const float step = d * (0.5f + static_cast<float>(scale)) * 0.25f;
             const int index = block[kQs + t] | (block[kQh + t / 4] >> (t % 4 * 2) & 3) << 8;
-            signed_weights(step, kIq2SGrid.bytes[kIq2SNumbers.numbers[index]], 8, block[kSigns + t], y + 8 * t);
+            signed_weights(step, kIq2SGrid.bytes[kNumbers.numbers[index]], 8, block[kSigns + t], y + 8 * t);
         }
     }
 
     // Tiles have numbers of our own for entries.
-    static void to_tile(uint8_t* block) { renumber(block, kIq2SNumbers.numbers); }
-    static void from_tile(uint8_t* block) { renumber(block, kIq2SNumbers.places); }
+    static void to_tile(uint8_t* block) { renumber(block, kNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
     template <int N>
     static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
         for (int t = 0; t < 32; ++t) {

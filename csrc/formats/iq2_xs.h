@@ -13,6 +13,7 @@ struct IQ2_XS {
     static constexpr bool kQuantized = true;
     static constexpr int kD = 0, kQs = 2, kScales = 66;
     static constexpr Field kFields[] = {{kQs, 64, 4}, {kScales, 8, 1}, {kD, 2, 2}};
+    static constexpr const auto& kNumbers = kIq2XsNumbers;
 
     static void dequantize(const uint8_t* block, float* y) {
         const float d = load_half(block + kD);
@@ -20,7 +21,7 @@ struct IQ2_XS {
             const int scale = block[kScales + t / 4] >> (t / 2 % 2 * 4) & 15;
             const float step = d * (0.5f + static_cast<float>(scale)) * 0.25f;
             const uint32_t packed = load_u16(block + kQs + 2 * t);
-            signed_weights(step, kIq2XsGrid.bytes[kIq2XsNumbers.numbers[packed & 511u]], 8, signs_of_code(packed >> 9),
+            signed_weights(step, kIq2XsGrid.bytes[kNumbers.numbers[packed & 511u]], 8, signs_of_code(packed >> 9),
                            y + 8 * t);
         }
     }
@@ -30,7 +31,7 @@ struct IQ2_XS {
     static void to_tile(uint8_t* block) {
         uint8_t bytes[64];
         for (int t = 0; t < 32; ++t) {
-            const int packed = load_u16(block + kQs + 2 * t), number = kIq2XsNumbers.numbers[packed & 511];
+            const int packed = load_u16(block + kQs + 2 * t), number = kNumbers.numbers[packed & 511];
             bytes[t] = static_cast<uint8_t>(number);
             bytes[32 + t] = static_cast<uint8_t>(packed >> 9 | number >> 8 << 7);
         }
@@ -40,7 +41,7 @@ struct IQ2_XS {
         uint8_t bytes[64];
         memcpy(bytes, block + kQs, 64);
         for (int t = 0; t < 32; ++t) {
-            const int high = bytes[32 + t], place = kIq2XsNumbers.places[bytes[t] | high >> 7 << 8];
+            const int high = bytes[32 + t], place = kNumbers.places[bytes[t] | high >> 7 << 8];
             block[kQs + 2 * t] = static_cast<uint8_t>(place);
             block[kQs + 2 * t + 1] = static_cast<uint8_t>((high & 127) << 1 | place >> 8);
         }

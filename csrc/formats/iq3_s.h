@@ -13,6 +13,7 @@ struct IQ3_S {
     static constexpr bool kQuantized = true;
     static constexpr int kD = 0, kQs = 2, kQh = 66, kSigns = 74, kScales = 106;
     static constexpr Field kFields[] = {{kQs, 64, 4}, {kSigns, 32, 4}, {kQh, 8, 1}, {kScales, 4, 1}, {kD, 2, 2}};
+    static constexpr const auto& kNumbers = kIq3SNumbers;
 
     static void dequantize(const uint8_t* block, float* y) {
         const float d = load_half(block + kD);
@@ -20,13 +21,13 @@ struct IQ3_S {
             const float step = d * static_cast<float>(1 + 2 * (block[kScales + i / 16] >> (i / 8 % 2 * 4) & 15));
             const int index = block[kQs + i] | (block[kQh + i / 8] >> i % 8 & 1) << 8;
             const int signs = block[kSigns + i / 2] >> (i % 2 * 4);
-            signed_weights(step, kIq3SGrid.bytes[kIq3SNumbers.numbers[index]], 4, signs, y + 4 * i);
+            signed_weights(step, kIq3SGrid.bytes[kNumbers.numbers[index]], 4, signs, y + 4 * i);
         }
     }
 
     // Tiles have numbers of our own for entries.
-    static void to_tile(uint8_t* block) { renumber(block, kIq3SNumbers.numbers); }
-    static void from_tile(uint8_t* block) { renumber(block, kIq3SNumbers.places); }
+    static void to_tile(uint8_t* block) { renumber(block, kNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
     template <int N>
     static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
         for (int i = 0; i < 64; ++i) {

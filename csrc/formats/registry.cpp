@@ -138,9 +138,19 @@ constexpr int field_bytes() {
 MOESAIC_FOR_EACH_FORMAT(X)
 #undef X
 
-#define X(F)                                                                        \
-    {k##F##Index,   F::kName,      F::kGgmlType,  F::kBlock,        F::kBlockBytes, \
-     F::kQuantized, pack_panel<F>, unpack_row<F>, dequantize_row<F>},
+template <class F>
+constexpr FormatInfo info_of(int index) {
+    FormatInfo info{
+        index,         F::kName,          F::kGgmlType, F::kBlock, F::kBlockBytes, F::kQuantized, pack_panel<F>,
+        unpack_row<F>, dequantize_row<F>, nullptr,      0};
+    if constexpr (requires { F::kNumbers; }) {
+        info.grid_places = F::kNumbers.places;
+        info.num_grid_places = static_cast<int>(std::size(F::kNumbers.places));
+    }
+    return info;
+}
+
+#define X(F) info_of<F>(k##F##Index),
 constexpr FormatInfo kFormats[] = {MOESAIC_FOR_EACH_FORMAT(X)};
 #undef X
 

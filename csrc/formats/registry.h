@@ -21,6 +21,11 @@ struct FormatInfo {
     // One row of blocks to floats.
     void (*dequantize_row)(const std::uint8_t* src, std::int64_t cols, float* dst);
 
+    // By number in packed rows: the place of an entry of the codebook in the published grid. Null if that is the
+    // number.
+    const std::uint16_t* grid_places;
+    int num_grid_places;
+
     std::int64_t row_bytes(std::int64_t cols) const { return cols / block * block_bytes; }
     std::int64_t panel_bytes(std::int64_t cols) const { return 16 * row_bytes(cols); }
     // Bytes of a packed matrix: rows are padded to a multiple of 16.

@@ -116,6 +116,15 @@ void bind_packing(nb::module_& m) {
         "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "dst_ptr"_a, Release(),
         "Contiguous rows of blocks (not packed) to float32 [rows, cols].");
     m.def(
+        "grid_places",
+        [](int format) {
+            const FormatInfo& info = format_info(format);
+            return std::vector<int>(info.grid_places, info.grid_places + info.num_grid_places);
+        },
+        "format"_a,
+        "By number in packed matrices, the place of an entry of the codebook in the published grid; empty if the "
+        "same.");
+    m.def(
         "gather_rows",
         [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t packed_ptr, std::uintptr_t ids_ptr,
            std::int64_t num_ids, std::uintptr_t dst_ptr) {

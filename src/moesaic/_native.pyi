@@ -71,6 +71,11 @@ def unpack(format: int, rows: int, cols: int, src_ptr: int, dst_ptr: int) -> Non
 def dequantize(format: int, rows: int, cols: int, src_ptr: int, dst_ptr: int) -> None:
     """Contiguous rows of blocks (not packed) to float32 [rows, cols]."""
 
+def grid_places(format: int) -> list[int]:
+    """
+    By number in packed matrices, the place of an entry of the codebook in the published grid; empty if the same.
+    """
+
 def gather_rows(format: int, rows: int, cols: int, packed_ptr: int, ids_ptr: int, num_ids: int, dst_ptr: int) -> None:
     """
     Rows of a packed matrix as float32 [num_ids, cols]; IndexError for an id outside it.

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tests.kernels.oracle import packed, random_raw, weights_of
 
+from moesaic import _native
 from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels import PackedTensor, gather_rows
 from moesaic.quant import FORMATS
@@ -64,6 +65,45 @@ def test_packed_bytes_of_4_bits_are_operands_of_a_dot_product():
     quads = tile[:256].reshape(4, 16, 4)  # [vector, row, k]
     assert np.array_equal(quads.transpose(1, 0, 2).reshape(16, 16), raw[:, 2:])
     assert np.array_equal(tile[256:288].reshape(16, 2), raw[:, :2])
+
+
+def _index_fields(name: str, raw: np.ndarray) -> np.ndarray:
+    """Indices [rows, entries] of blocks, one a row, as ggml lays them out."""
+    if name == "IQ2_XS":
+        return raw[:, 2:66].copy().view(np.uint16) & 511
+    low, bits = (raw[:, 2:34], 2) if name == "IQ2_S" else (raw[:, 2:66], 1)
+    high = raw[:, 66:74].repeat(8 // bits, axis=1) >> np.tile(np.arange(0, 8, bits), 8) & (1 << bits) - 1
+    return low.astype(np.uint16) | high.astype(np.uint16) << 8
+
+
+def _numbers_in_tile(name: str, tile: np.ndarray) -> np.ndarray:
+    """Numbers [16, entries] of entries in a tile of 16 blocks."""
+
+    def field(start: int, num_bytes: int, unit: int) -> np.ndarray:
+        part = tile[16 * start : 16 * (start + num_bytes)].reshape(-1, 16, unit)
+        return part.transpose(1, 0, 2).reshape(16, num_bytes)
+
+    if name == "IQ2_XS":
+        return field(0, 32, 4) | (field(32, 32, 4) >> 7).astype(np.uint16) << 8
+    width, bits, at = (32, 2, 64) if name == "IQ2_S" else (64, 1, 96)
+    high = field(at, 8, 1).repeat(8 // bits, axis=1) >> np.tile(np.arange(0, 8, bits), 8) & (1 << bits) - 1
+    return field(0, width, 4) | high.astype(np.uint16) << 8
+
+
+@pytest.mark.parametrize(("name", "size"), [("IQ2_XS", 512), ("IQ2_S", 1024), ("IQ3_S", 512)])
+def test_tiles_name_entries_of_grids_by_numbers_of_their_own(name, size):
+    fmt = FORMATS[name]
+    places = np.array(_native.grid_places(fmt.ggml_type))
+    assert sorted(places) == list(range(size))
+    raw = random_raw(fmt, 16, 256)
+    tensor = PackedTensor.empty(fmt, 16, 256)
+    tensor.pack_(0, raw)
+    numbers = _numbers_in_tile(name, tensor.data.numpy())
+    assert np.array_equal(places[numbers], _index_fields(name, raw))
+
+
+def test_other_formats_keep_the_indices_of_blocks():
+    assert [name for name, fmt in FORMATS.items() if _native.grid_places(fmt.ggml_type)] == ["IQ2_XS", "IQ2_S", "IQ3_S"]
 
 
 def test_gather_refuses_ids_outside_the_matrix():

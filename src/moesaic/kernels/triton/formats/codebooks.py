@@ -118,8 +118,10 @@ def _iq2_xxs_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
 
 @triton.jit
 def _iq2_xs(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    packed = tl.load(words + 16 * item) >> (16 * step)
-    return _eight(grid, magic, packed & 511, _with_parity(packed >> 9 & 127))
+    nth = item % 2 * 2 + step
+    low = tl.load(words + 16 * (item // 2)) >> (8 * nth) & 255
+    high = tl.load(words + 4 * 32 + 16 * (item // 2)) >> (8 * nth)
+    return _eight(grid, magic, low | (high & 128) << 1, _with_parity(high & 127))
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Codebooks of IQ1, IQ2 and IQ3 as tables for a GPU, read off the values of blocks that have every index once.
 
-So the published grids are written down in one place, `csrc/formats/grids.cpp`.
+So the published grids are written down in one place, `csrc/formats/grids.cpp`. Tables are by the numbers that packed
+matrices have for entries.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from moesaic import _native
 from moesaic.quant import FORMATS, dequantize
 
 __all__ = ["grid_maker"]
@@ -65,6 +67,9 @@ def _make(name: str) -> torch.Tensor:
         words = (codes << (2 * np.arange(8))).sum(-1)
     else:
         words = (np.rint(values).astype(np.int64).reshape(-1, 4) << (8 * np.arange(4))).sum(-1)
+    places = _native.grid_places(FORMATS[name].ggml_type)
+    if places:
+        words = words.reshape(len(places), -1)[places].reshape(-1)
     return torch.from_numpy(words.astype(np.int32))
 
 

@@ -30,11 +30,16 @@ struct IQ2_S {
     static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
     template <int N>
     static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
-        for (int t = 0; t < 32; ++t) {
-            uint8_t& high = block[kQh + t / 4];
-            const int at = t % 4 * 2, number = to[block[kQs + t] | (high >> at & 3) << 8];
-            block[kQs + t] = static_cast<uint8_t>(number);
-            high = static_cast<uint8_t>((high & ~(3 << at)) | number >> 8 << at);
+        for (int g = 0; g < 8; ++g) {
+            const int before = block[kQh + g];
+            int after = 0;
+            for (int t = 0; t < 4; ++t) {
+                uint8_t& low = block[kQs + 4 * g + t];
+                const int number = to[low | (before >> (2 * t) & 3) << 8];
+                low = static_cast<uint8_t>(number);
+                after |= number >> 8 << (2 * t);
+            }
+            block[kQh + g] = static_cast<uint8_t>(after);
         }
     }
 

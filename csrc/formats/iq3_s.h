@@ -30,11 +30,16 @@ struct IQ3_S {
     static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
     template <int N>
     static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
-        for (int i = 0; i < 64; ++i) {
-            uint8_t& high = block[kQh + i / 8];
-            const int at = i % 8, number = to[block[kQs + i] | (high >> at & 1) << 8];
-            block[kQs + i] = static_cast<uint8_t>(number);
-            high = static_cast<uint8_t>((high & ~(1 << at)) | number >> 8 << at);
+        for (int g = 0; g < 8; ++g) {
+            const int before = block[kQh + g];
+            int after = 0;
+            for (int i = 0; i < 8; ++i) {
+                uint8_t& low = block[kQs + 8 * g + i];
+                const int number = to[low | (before >> i & 1) << 8];
+                low = static_cast<uint8_t>(number);
+                after |= number >> 8 << i;
+            }
+            block[kQh + g] = static_cast<uint8_t>(after);
         }
     }
 

@@ -1,7 +1,6 @@
 """Runs one GGUF in Moesaic and prints tokens per second as JSON; the counterpart of run_llama_cpp.py.
 
-The model is called as `generate()` calls it, with the project's own cache; like there, token ids are random and no
-sampler runs.
+Tokens are computed as `moesaic run` computes them; like there, token ids are random and no sampler runs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,8 @@ import time
 import torch
 
 from moesaic import AutoModelForCausalLM
-from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
+from moesaic.engine.serving.token_stream import token_stream_of
+from moesaic.engine.torch_threads import one_torch_thread
 
 
 def main() -> None:
@@ -30,16 +30,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(args.file, plan="cpu", threads=args.threads, progress=False)
+    stream = token_stream_of(model)
+    if stream is None:
+        raise SystemExit(f"{args.file}: this model does not run on a paged cache, which is what is measured here.")
     prefill, decode = [], []
     for run in range(args.repeat + 1):  # the first warms up
-        cache = GrowingCache(model.config)
-        ids = torch.randint(args.vocab, (1, args.prompt + args.tokens))
-        with torch.inference_mode():
+        ids = torch.randint(args.vocab, (args.prompt + args.tokens,)).tolist()
+        stream.forget()
+        with one_torch_thread():
             started = time.perf_counter()
-            model(ids[:, : args.prompt], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            stream.begin(ids[: args.prompt])
+            stream.fill(ids[: args.prompt])
             filled = time.perf_counter()
-            for step in range(args.prompt, args.prompt + args.tokens):
-                model(ids[:, step : step + 1], use_cache=True, logits_to_keep=1, **{CACHE_ARGUMENT: cache})
+            for token in ids[args.prompt :]:
+                stream.step(token)
             ended = time.perf_counter()
         if run:
             prefill.append(args.prompt / (filled - started))

@@ -9,4 +9,16 @@ bool independent_rows();
 // From the next call on; returns what it was.
 bool set_independent_rows(bool on);
 
+// While it lives, products of this thread are `on` or not.
+class IndependentRows {
+  public:
+    explicit IndependentRows(bool on) : before_(set_independent_rows(on)) {}
+    ~IndependentRows() { set_independent_rows(before_); }
+    IndependentRows(const IndependentRows&) = delete;
+    IndependentRows& operator=(const IndependentRows&) = delete;
+
+  private:
+    bool before_;
+};
+
 }  // namespace moesaic

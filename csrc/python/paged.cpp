@@ -8,7 +8,9 @@
 #include <vector>
 
 #include "decoder_stack.h"
+#include "kernels/independent_rows.h"
 #include "ops/attention.h"
+#include "paged_model.h"
 #include "python/bindings.h"
 
 namespace nb = nanobind;
@@ -139,12 +141,65 @@ void bind_paged_stack(nb::module_& m) {
             "tables or slots do not go together, or lead out of the pool.");
 }
 
+// (format, weights_ptr, rows, cols, bias_ptr)
+using MatrixTuple = std::tuple<int, Address, std::int64_t, std::int64_t, Address>;
+
+PackedMatrix matrix_of(const MatrixTuple& t) {
+    const auto& [format, weights, rows, cols, bias] = t;
+    check_matrix(format_info(format), rows, cols);
+    return {&format_info(format), as_pointer<const std::uint8_t>(weights), rows, cols, as_pointer<const float>(bias)};
+}
+
+void bind_paged_model(nb::module_& m) {
+    nb::class_<PagedModel>(m, "PagedModel", "Decode steps of a whole model on a cache in pages.")
+        .def(
+            "__init__",
+            [](PagedModel* self, const PagedStack& stack, const MatrixTuple& embedding, float embedding_scale,
+               const std::tuple<Address, float>& norm, const MatrixTuple& head, float logit_scale, Address cos_ptr,
+               Address sin_ptr, std::int64_t num_positions, std::int64_t num_pairs) {
+                new (self) PagedModel{&stack,
+                                      matrix_of(embedding),
+                                      embedding_scale,
+                                      {as_pointer<const float>(std::get<0>(norm)), std::get<1>(norm)},
+                                      matrix_of(head),
+                                      logit_scale,
+                                      as_pointer<const float>(cos_ptr),
+                                      as_pointer<const float>(sin_ptr),
+                                      num_positions,
+                                      num_pairs};
+            },
+            "stack"_a, "embedding"_a, "embedding_scale"_a, "norm"_a, "head"_a, "logit_scale"_a, "cos_ptr"_a,
+            "sin_ptr"_a, "num_positions"_a, "num_pairs"_a, nb::keep_alive<1, 2>(),
+            "norm: (weight_ptr, eps); cos and sin: [num_positions, num_pairs].")
+        .def(
+            "decode",
+            [](const PagedModel& self, Address ids_ptr, Address positions_ptr, Address slots_ptr, Address tables_ptr,
+               std::int64_t table_width, Address lengths_ptr, std::int64_t count, Address logits_ptr,
+               bool independent) {
+                const DecodeTokens tokens{as_pointer<const std::int64_t>(ids_ptr),
+                                          as_pointer<const std::int64_t>(positions_ptr),
+                                          as_pointer<const std::int64_t>(slots_ptr),
+                                          as_pointer<const std::int32_t>(tables_ptr),
+                                          table_width,
+                                          as_pointer<const std::int32_t>(lengths_ptr),
+                                          count};
+                ReleaseGil release;
+                const IndependentRows guard(independent);
+                self.decode(tokens, as_pointer<float>(logits_ptr));
+            },
+            "ids_ptr"_a, "positions_ptr"_a, "slots_ptr"_a, "tables_ptr"_a, "table_width"_a, "lengths_ptr"_a, "count"_a,
+            "logits_ptr"_a, "independent"_a,
+            "logits [count, vocabulary] of one new token of each sequence. ValueError if tokens and tables do not go "
+            "together or lead out of the pool, IndexError for an id outside the embedding.");
+}
+
 }  // namespace
 
 void bind_paged(nb::module_& m) {
     m.attr("ATTENTION_KEY_BLOCK") = kAttentionKeyBlock;
     bind_paged_attention(m);
     bind_paged_stack(m);
+    bind_paged_model(m);
 }
 
 }  // namespace moesaic

@@ -649,6 +649,40 @@ class PagedStack:
         Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, tables or slots do not go together, or lead out of the pool.
         """
 
+class PagedModel:
+    """Decode steps of a whole model on a cache in pages."""
+
+    def __init__(
+        self,
+        stack: PagedStack,
+        embedding: tuple[int, int, int, int, int],
+        embedding_scale: float,
+        norm: tuple[int, float],
+        head: tuple[int, int, int, int, int],
+        logit_scale: float,
+        cos_ptr: int,
+        sin_ptr: int,
+        num_positions: int,
+        num_pairs: int,
+    ) -> None:
+        """norm: (weight_ptr, eps); cos and sin: [num_positions, num_pairs]."""
+
+    def decode(
+        self,
+        ids_ptr: int,
+        positions_ptr: int,
+        slots_ptr: int,
+        tables_ptr: int,
+        table_width: int,
+        lengths_ptr: int,
+        count: int,
+        logits_ptr: int,
+        independent: bool,
+    ) -> None:
+        """
+        logits [count, vocabulary] of one new token of each sequence. ValueError if tokens and tables do not go together or lead out of the pool, IndexError for an id outside the embedding.
+        """
+
 MAX_DELTA_KEY_DIM: int = 256
 
 MAX_DELTA_TAPS: int = 16

@@ -81,7 +81,7 @@ def test_a_long_prompt_in_pieces_changes_nothing(family: str, monkeypatch: pytes
     session = Session(models(family), make_tiny_tokenizer())
     ids = session.encode_raw("A prompt that is longer than one piece of it, by a few tokens.")
     whole = session.answer(ids, GREEDY).text
-    monkeypatch.setattr("moesaic.engine.session._PREFILL_CHUNK", 25)
+    monkeypatch.setattr("moesaic.engine.generated_answers._PREFILL_CHUNK", 25)
     session.forget()
     assert session.answer(ids, GREEDY).text == whole
     longer = [*ids, *session.encode_raw(whole), *session.encode_raw("And a second turn of the same length or so.")]

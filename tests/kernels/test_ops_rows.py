@@ -197,6 +197,20 @@ def test_argmax(width):
     assert ops.argmax(x)[4] == width // 3
 
 
+def test_argmax_of_few_wide_rows_by_all_threads():
+    before = _native.num_threads()
+    _native.set_num_threads(3)
+    try:
+        x = torch.randn(2, 100_003)
+        assert torch.equal(ops.argmax(x), x.argmax(-1))
+        for place in (0, 33_334, 70_000, 100_002):
+            x[0, place:] = x[0].max() + 1.0
+            x[1, place] = torch.nan
+            assert ops.argmax(x).tolist() == [place, 0 if place else place]
+    finally:
+        _native.set_num_threads(before)
+
+
 def test_wrong_arguments_are_refused():
     x, q = torch.randn(2, 8), heads(1, 2, 3, 8)
     cos, sin = (a[..., :4] for a in angles(1, 3, 4))

@@ -36,7 +36,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"max_tokens": (1, math.inf), "temperature": (0, math.inf), "top_p": (0, 1), "top_k": (0, math.inf)}
+        ranges = {"max_tokens": (1, math.inf), "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, math.inf)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):

@@ -1,6 +1,7 @@
 """Measures decode and prefill of a model, real or with random weights of real dimensions, against the limit of DRAM.
 
-A synthetic model goes through the same loader as any other, and every run through the same `generate()` as a user's.
+A synthetic model goes through the same loader as any other, and every run through the same steps as those of
+`moesaic run`, but for text.
 What is measured is kept apart from what is calculated: bytes per token are the plan's, and a rate for more layers than
 were run is marked as extrapolated.
 """

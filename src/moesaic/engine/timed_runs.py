@@ -1,7 +1,12 @@
-"""Times `generate()` on a loaded model, token by token, and says where the time goes. It knows no file and no plan."""
+"""Times a loaded model as `moesaic run` runs it, token by token, and says where the time goes.
+
+That is by the steps of the serving engine, where the model has them, and by `generate()` otherwise. It knows no file
+and no plan.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +17,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from moesaic.engine.serving.params import SamplingParams
+from moesaic.engine.serving.sampler import RequestSampler
+from moesaic.engine.serving.token_stream import TokenStream, token_stream_of
+from moesaic.engine.torch_threads import one_torch_thread
 from moesaic.kernels import native_seconds
 
 __all__ = ["TimedRuns", "What"]
@@ -34,6 +43,7 @@ class TimedRuns:
         self._model, self.what = model, what
         self.prompt_tokens, self.new_tokens = prompt_tokens, new_tokens
         self._random = torch.Generator().manual_seed(_SEED)
+        self._stream = token_stream_of(model)
 
     def run(self) -> float:
         """One run; tokens per second."""
@@ -51,21 +61,58 @@ class TimedRuns:
         times = (clock.started, *clock.times)
         elapsed = times[last] - times[first]
         native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
-        return 1.0 - native / elapsed, in_layers / elapsed
+        if self._stream is not None:  # whose step is one call
+            in_layers = self._seconds_in_layers(self._stream)
+        return 1.0 - native / elapsed, min(1.0, in_layers / elapsed)
 
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
         prompt = torch.randint(vocab_size, (1, self.prompt_tokens), generator=self._random)
+        clock = _Clock(mark)
+        if self._stream is not None:
+            _answer(self._stream, prompt[0].tolist(), self.new_tokens, clock)
+            return clock
         # No token has this number, so no run ends early.
         config = GenerationConfig(
             max_new_tokens=self.new_tokens, do_sample=False, pad_token_id=0, eos_token_id=vocab_size
         )
-        clock = _Clock(mark)
         with torch.no_grad():
             self._model.generate(
                 prompt, attention_mask=torch.ones_like(prompt), generation_config=config, streamer=clock
             )
         return clock
+
+    def _seconds_in_layers(self, stream: TokenStream) -> float:
+        """In the layers, of what `run` measures, in steps that are called by their parts."""
+        runner, token = stream.runner, torch.zeros(1, dtype=torch.int64)
+        stream.forget()
+        sequence, times = runner.new_sequence(), []
+        parts = [torch.zeros(self.prompt_tokens, dtype=torch.int64)]
+        if self.what == "decode":
+            parts += [token] * (self.new_tokens - 1)
+        with one_torch_thread():
+            for part in (piece for ids in parts for piece in ids.split(runner.max_chunk)):
+                work = runner.start_prefill([(sequence, part)])
+                started = time.perf_counter()
+                work.advance(runner.num_layers)
+                times.append(time.perf_counter() - started)
+        runner.forget(sequence)
+        if self.what == "prefill":
+            return sum(times)
+        return statistics.mean(times[1 - self.new_tokens :]) * (self.new_tokens - 1)
+
+
+def _answer(stream: TokenStream, prompt: list[int], num_tokens: int, clock: _Clock) -> None:
+    """What `Session` does but for text: a prompt from the beginning, then the likeliest tokens."""
+    sampler = RequestSampler(SamplingParams(temperature=0), {}, stream.runner.vocab_size, prompt)
+    stream.forget()
+    with one_torch_thread():
+        clock.begin()
+        stream.begin(prompt)
+        tokens = stream.generate(prompt, sampler)
+        for _ in range(num_tokens):
+            next(tokens)
+            clock.take()
 
 
 class _Clock(BaseStreamer):  # type: ignore[misc]
@@ -77,12 +124,22 @@ class _Clock(BaseStreamer):  # type: ignore[misc]
         self.marks: list[tuple[float, float]] = []
         self.started = time.perf_counter()
 
-    def put(self, value: torch.Tensor) -> None:
+    def begin(self) -> None:
+        """The run starts."""
         self.marks.append(self._mark())
-        if len(self.marks) == 1:  # generate() hands over the prompt first
-            self.started = time.perf_counter()
+        self.started = time.perf_counter()
+
+    def take(self) -> None:
+        """A token has been chosen."""
+        self.marks.append(self._mark())
+        self.times.append(time.perf_counter())
+
+    def put(self, value: torch.Tensor) -> None:
+        """As `generate()` calls it, with the prompt first."""
+        if self.marks:
+            self.take()
         else:
-            self.times.append(time.perf_counter())
+            self.begin()
 
     def end(self) -> None:
         """Nothing is left to take."""

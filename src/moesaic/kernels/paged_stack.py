@@ -55,7 +55,7 @@ class PagedStack:
             kind, pair = _pool_of(attention, keys, values, (blocks, block_size), dtype)
             strides = [(part.data_ptr(), pool_strides(part)) for part in pair]
             native.append((*strides[0], *strides[1], window or 0))
-        self._stack: Any = _native.PagedStack(stack.native, native, kind, block_size, blocks)
+        self.native: Any = _native.PagedStack(stack.native, native, kind, block_size, blocks)
 
     def __call__(
         self,
@@ -94,7 +94,7 @@ class PagedStack:
         for name, part in (("cos", cos), ("sin", sin)):
             check_shape(name, part, (tokens, self.num_pairs))
         try:
-            self._stack(
+            self.native(
                 vector_address("x", x, x.numel()),
                 tokens,
                 first,

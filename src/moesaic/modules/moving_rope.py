@@ -42,6 +42,15 @@ class FixedAngles:
     def __init__(self, rotary_embedding: Any, max_positions: int) -> None:
         self._cos, self._sin = position_angles(rotary_embedding, max_positions)
 
+    @property
+    def tables(self) -> Angles:
+        """Angles by position, float32 `[max_positions, num_pairs]` each."""
+        return self._cos, self._sin
+
+    def in_tables(self, position: int, prompt_length: int) -> bool:
+        """Whether the angles of a token are those of its position in the tables."""
+        return True
+
     def __call__(self, positions: torch.Tensor, query_start: torch.Tensor, prompt_lengths: Sequence[int]) -> Angles:
         """Of the tokens of a step.
 
@@ -76,6 +85,15 @@ class MovingAngles:
         positions = torch.arange(max_positions)
         self._cos, self._sin = self._frequencies.angles(positions, positions + 1)
         self._check(rotary_embedding, max_positions)
+
+    @property
+    def tables(self) -> Angles:
+        """As `FixedAngles`; of tokens behind a prompt."""
+        return self._cos, self._sin
+
+    def in_tables(self, position: int, prompt_length: int) -> bool:
+        """As `FixedAngles`."""
+        return position >= prompt_length or prompt_length <= self._frequencies.unchanged
 
     def __call__(self, positions: torch.Tensor, query_start: torch.Tensor, prompt_lengths: Sequence[int]) -> Angles:
         """As `FixedAngles`."""

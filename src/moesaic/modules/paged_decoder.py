@@ -10,7 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from moesaic.errors import UnsupportedModelError
+from moesaic.kernels.block_parts import Linear, Norm
 from moesaic.kernels.blocks import FeedForwardBlock
+from moesaic.kernels.paged_model import DecodeStep, PagedModel
 from moesaic.kernels.paged_stack import PagedStack
 from moesaic.kvcache.paged import KvShape, PoolLayer
 from moesaic.kvcache.states import StateLayer, StateShape
@@ -64,6 +66,30 @@ class PagedDecoder:
             return LayersInParts(self._layers, caches)
         pools = [(cache.keys, cache.values) for cache in caches if isinstance(cache, PoolLayer)]
         return FusedLayers(PagedStack(self._layers.native, pools, self._windows))
+
+    def decode_step(self, layers: PagedLayers, max_batch: int) -> DecodeStep | None:
+        """What computes decode steps of up to `max_batch` sequences as one native call each.
+
+        Args:
+            layers: from `with_caches`.
+            max_batch: most sequences of a step.
+
+        Returns:
+            None where layers are called part by part.
+        """
+        if not isinstance(layers, FusedLayers):
+            return None
+        ends = self.ends
+        model = PagedModel(
+            layers.stack,
+            Linear(ends.embedding.packed),
+            Norm(ends.norm.weight, ends.norm.eps),
+            Linear(ends.head.packed, ends.head.bias),
+            *self.angles.tables,
+            embedding_scale=ends.embedding_scale,
+            logit_scale=ends.logit_scale,
+        )
+        return DecodeStep(model, max_batch)
 
 
 def paged_cache_shapes(model: Any) -> list[KvShape | StateShape]:

@@ -47,17 +47,24 @@ class PagedLayers(Protocol):
 
 
 class FusedLayers:
-    """All layers in one native call."""
+    """All layers in one native call.
+
+    Args:
+        stack: computes them.
+
+    Attributes:
+        stack: as given.
+    """
 
     def __init__(self, stack: PagedStack) -> None:
-        self._stack = stack
+        self.stack = stack
 
     def __call__(
         self, hidden: torch.Tensor, angles: Angles, where: StepInput, first: int = 0, count: int | None = None
     ) -> None:
         """As `PagedLayers`."""
         tables = where.slot_mapping, where.block_tables, where.seq_lens, where.query_start
-        self._stack(hidden, *angles, *tables, first, count)
+        self.stack(hidden, *angles, *tables, first, count)
 
 
 class PagedGqa:

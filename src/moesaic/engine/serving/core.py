@@ -27,6 +27,7 @@ from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.sampler import sample
 from moesaic.engine.serving.scheduler import Filling, Scheduler, Step, Task
+from moesaic.engine.torch_threads import one_torch_thread
 from moesaic.errors import MoesaicError
 from moesaic.kvcache.prefix_cache import PrefixCache
 
@@ -103,13 +104,8 @@ class Engine:
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Around calls of `step`, in the same thread."""
-        before = torch.get_num_threads()
-        if self._one_torch_thread:  # between two steps they have only sampling to do, and then spin
-            torch.set_num_threads(1)
-        try:
+        with one_torch_thread() if self._one_torch_thread else contextlib.nullcontext():
             yield
-        finally:
-            torch.set_num_threads(before)
 
     @property
     def has_work(self) -> bool:

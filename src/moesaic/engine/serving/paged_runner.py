@@ -14,6 +14,7 @@ import torch
 from moesaic.engine.serving.cache_room import BLOCK_SIZE
 from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
 from moesaic.kernels import independent_rows
+from moesaic.kernels.paged_model import DecodeStep
 from moesaic.kvcache.paged import BlockPool, PagedSequence, PoolLayer
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
@@ -73,6 +74,7 @@ class PagedRunner:
                 for shape in decoder.cache_shapes
             ]
         )
+        self._step: DecodeStep | None = decoder.decode_step(self._layers, max_batch)
 
     @property
     def max_positions(self) -> int:
@@ -83,11 +85,25 @@ class PagedRunner:
         """An empty one."""
         return PagedSequence(self.pool, self.states)
 
-    @torch.no_grad()
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each sequence; see `StepRunner`."""
         if not 1 <= len(sequences) <= self.max_batch or len(token_ids) != len(sequences):
             raise KernelError(f"{len(sequences)} sequences, {len(token_ids)} tokens: expected 1 to {self.max_batch}.")
+        step, angles = self._step, self.decoder.angles
+        if step is None or not all(angles.in_tables(each.length, each.prompt_length) for each in sequences):
+            return self._decode_in_parts(sequences, token_ids)
+        self._check_room(sequences, 1)
+        before = [sequence.length for sequence in sequences]
+        try:
+            _fill(step, sequences, token_ids)
+            return step.run(len(sequences), independent=self._independent != "none")
+        except BaseException:
+            for sequence, length in zip(sequences, before, strict=True):
+                sequence.truncate(min(length, sequence.length))
+            raise
+
+    @torch.no_grad()
+    def _decode_in_parts(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         parts = [(sequence, 1) for sequence in sequences]
         work = self._start(parts, torch.tensor(token_ids, dtype=torch.int64), self._independent != "none")
         try:
@@ -112,13 +128,17 @@ class PagedRunner:
         if self._layers is None:
             raise KernelError("the runner is closed.")
         for sequence, count in parts:
+            self._check_room([sequence], count)
+        hidden = self.decoder.ends.embed(token_ids)
+        return PagedPrefill(self.decoder, self._layers, parts, hidden, independent)
+
+    def _check_room(self, sequences: Sequence[PagedSequence], count: int) -> None:
+        for sequence in sequences:
             if sequence.length + count > self.max_positions:
                 raise GenerationError(
                     f"a sequence of {sequence.length} tokens cannot get {count} more: the model and its cache have "
                     f"room for {self.max_positions} positions. Use a shorter prompt, or fewer new tokens."
                 )
-        hidden = self.decoder.ends.embed(token_ids)
-        return PagedPrefill(self.decoder, self._layers, parts, hidden, independent)
 
     def expert_uses(self) -> tuple[int, int]:
         """There is no cache of experts."""
@@ -130,7 +150,25 @@ class PagedRunner:
 
     def close(self) -> None:
         """Give the cache's memory back; no further call is allowed."""
-        self._layers = None
+        self._layers = self._step = None
+
+
+def _fill(step: DecodeStep, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> None:
+    """Append a token to each sequence, and say where they are.
+
+    Raises:
+        GenerationError: the pool is full; some sequences have their token.
+    """
+    ids, positions, slots, lengths = step.ids, step.positions, step.slots, step.lengths
+    for index, (sequence, token) in enumerate(zip(sequences, token_ids, strict=True)):
+        position = sequence.length
+        slots[index] = sequence.append_one()
+        ids[index], positions[index], lengths[index] = token, position, position + 1
+        sequence.prompt_length = sequence.prompt_length or position  # without a word on its prompt: what comes first
+    tables = step.tables(max([len(sequence.table_array) for sequence in sequences]))
+    for index, sequence in enumerate(sequences):
+        table = sequence.table_array
+        tables[index, : len(table)] = table
 
 
 class PagedPrefill:

@@ -8,6 +8,7 @@ module knows neither models nor schedulers.
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from moesaic.engine.serving.outputs import TokenLogprob
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.penalties import Penalties
 from moesaic.errors import GenerationError, LogitsError, RequestError
+from moesaic.kernels.ops import argmax
 
 __all__ = ["Matcher", "RequestSampler", "sample"]
 
@@ -158,16 +160,16 @@ def sample(logits: torch.Tensor, samplers: Sequence[RequestSampler]) -> tuple[li
         )
     tokens: list[int] = []
     logprobs: list[TokenLogprob | None] = []
+    likeliest = argmax(logits).tolist()
     for index, (row, sampler) in enumerate(zip(logits.detach().numpy(), samplers, strict=True)):
-        token = _sample_row(row, sampler, index)
+        token = _sample_row(row, sampler, index, likeliest[index])
         tokens.append(token)
         logprobs.append(None if sampler.params.logprobs is None else _logprob(row, token, sampler))
     return tokens, logprobs
 
 
-def _sample_row(row: NDArray[np.float32], sampler: RequestSampler, index: int) -> int:
-    likeliest = int(row.argmax())  # the first NaN, if there is one
-    if not np.isfinite(row[likeliest]):
+def _sample_row(row: NDArray[np.float32], sampler: RequestSampler, index: int, likeliest: int) -> int:
+    if not math.isfinite(row[likeliest]):  # the first NaN, if there is one
         raise LogitsError(
             f"the model's logits are no numbers: {row[likeliest]} for token {likeliest}. Its weights may be damaged.",
             index,

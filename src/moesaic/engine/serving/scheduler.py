@@ -189,6 +189,8 @@ class Scheduler:
         """Go on with prompts that have begun, and begin new ones while there is room beside the reserved blocks."""
         self._admit(reserved, step)
         unfilled = [task for task in self.running if not task.decodes]
+        if not unfilled:
+            return None
         if self._runner.states is not None:
             unfilled = _mixable(unfilled)
         parts: list[tuple[Task, int]] = []
@@ -201,7 +203,7 @@ class Scheduler:
                 parts.append((task, count))
         if parts:
             return Filling(parts)
-        if not unfilled or step.decode:  # those who decode will end some time
+        if step.decode:  # those who decode will end some time
             return None
         self._preempt(self.running[-1])
         return self._next_chunk(0, step)

@@ -17,17 +17,17 @@ from moesaic.engine.auto import AutoTokenizer, parse_vram
 from moesaic.engine.expert_profile import check_profile_use
 from moesaic.engine.loader import Prepared, load, prepare
 from moesaic.engine.packing import Progress
-from moesaic.engine.serving.cache_room import BLOCK_SIZE, room_for_cache
+from moesaic.engine.serving.cache_room import BLOCK_SIZE, default_cache_bytes, room_for_cache
 from moesaic.engine.serving.core import Engine, EngineOptions
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.facts import ModelFacts
 from moesaic.engine.serving.paged_runner import PagedRunner, paged_runner_for
 from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.solo_runner import SoloRunner
-from moesaic.errors import ConfigError, PlanDoesNotFitError
+from moesaic.errors import ConfigError
 from moesaic.kernels import set_num_threads
 from moesaic.modules.rotary import longest_context
-from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules, detect_hardware
+from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules
 
 __all__ = ["ServingOptions", "engine_of", "make_engine"]
 
@@ -191,17 +191,14 @@ def _cache_bytes(model: PreTrainedModel, plan: Plan, options: ServingOptions) ->
     """
     if options.kv_cache is not None:
         return options.kv_cache
-    free = detect_hardware().dram_available
-    position, state = max(1, plan.kv_bytes_per_position), plan.state_bytes_on("cpu")
-    least = (-(-(options.context or DEFAULT_CONTEXT) // BLOCK_SIZE) + 1) * BLOCK_SIZE * position + state
-    if least > free:
-        raise PlanDoesNotFitError(
-            f"a cache for {options.context or DEFAULT_CONTEXT} tokens takes {least / 2**30:.2f} GiB, but "
-            f"{free / 2**30:.2f} GiB of DRAM are free beside the weights: use a smaller --context."
-        )
-    longest = _longest(model)
-    most = free if longest is None else ((longest + BLOCK_SIZE) * position + state) * options.max_batch
-    return max(least, min(free // _CACHE_SHARE, most))
+    return default_cache_bytes(
+        model,
+        max(1, plan.kv_bytes_per_position),
+        plan.state_bytes_on("cpu"),
+        share=_CACHE_SHARE,
+        context=options.context,
+        max_batch=options.max_batch,
+    )
 
 
 def _longest(model: PreTrainedModel) -> int | None:

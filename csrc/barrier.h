@@ -22,16 +22,16 @@ class Barrier {
         words_ = std::make_unique<Word[]>(static_cast<std::size_t>(num_threads) * stride());
     }
 
-    // Wait for all threads; `abort()` is asked while waiting and may throw.
-    template <class Abort>
-    void wait(int thread, int patience, Abort&& abort) {
+    // Wait for all threads; `poll()` is called while waiting and may throw.
+    template <class Poll>
+    void wait(int thread, int patience, Poll&& poll) {
         const std::uint32_t turn = ++own(thread).turn;
         for (int round = 0; round < num_rounds_; ++round) {
             const int told = static_cast<int>((thread + (std::int64_t{1} << round)) % num_threads_);
             flag(told, round).store(turn, std::memory_order_release);
             // The teller may be one barrier ahead, never more.
             spin_until(patience, [&, &heard = flag(thread, round)] {
-                abort();
+                poll();
                 return static_cast<std::int32_t>(heard.load(std::memory_order_acquire) - turn) >= 0;
             });
         }

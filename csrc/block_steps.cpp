@@ -89,6 +89,12 @@ void append(const AttentionBlockCall& c, const float* from, std::int64_t row_str
     });
 }
 
+void append_head(const AttentionBlockCall& c, const float* from, std::int64_t head, std::int64_t dim, void* to,
+                 const Strides3& s) {
+    const std::int64_t offset = append_offset(c, 0, s);
+    if (offset >= 0) convert(from, dim, c.cache.type, to, offset + head * s.head);
+}
+
 RotaryArgs rotary_of(const AttentionBlockCall& c, RopeLayout layout, std::int64_t num_pairs) {
     RotaryArgs a{};
     a.batch = c.batch;
@@ -119,6 +125,31 @@ AttentionArgs attention_of(const AttentionBlockCall& c, float scale) {
         a.batch = c.paged->num_sequences;
         a.sliding_window = c.cache.window;
     }
+    return a;
+}
+
+RotaryArgs heads_of(const AttentionBlock& b, const AttentionBlockCall& c, SomeHeads q, SomeHeads k) {
+    RotaryArgs a = rotary_of(c, b.rope_layout, b.num_pairs);
+    a.q = {q.data, projected(c, q.count, b.head_dim), q.count, b.head_dim, b.q_norm.weight};
+    a.k = {k.data, projected(c, k.count, b.head_dim), k.count, b.head_dim, b.k_norm.weight};
+    a.norm = b.head_norm;
+    a.eps = b.q_norm.eps;
+    return a;
+}
+
+AttentionArgs attention_of(const AttentionBlock& b, const AttentionBlockCall& c, const float* q, float* out) {
+    AttentionArgs a = attention_of(c, b.scale);
+    const Strides3 rows = projected(c, b.num_heads, b.head_dim);
+    a.parts[0] = {q, rows, c.cache.keys, c.cache.key_stride, b.head_dim};
+    a.num_parts = 1;
+    a.v = c.cache.values;
+    a.v_stride = c.cache.value_stride;
+    a.value_dim = b.head_dim;
+    a.out = out;
+    a.out_stride = rows;
+    a.num_kv_heads = b.num_kv_heads;
+    a.group = b.num_heads / b.num_kv_heads;
+    a.sinks = b.sinks;
     return a;
 }
 

@@ -47,8 +47,21 @@ Strides3 projected(const AttentionBlockCall& c, std::int64_t heads, std::int64_t
 void append(const AttentionBlockCall& c, const float* from, std::int64_t row_stride, std::int64_t heads,
             std::int64_t dim, void* to, const Strides3& s);
 
+// The same for one head of the call's first token.
+void append_head(const AttentionBlockCall& c, const float* from, std::int64_t head, std::int64_t dim, void* to,
+                 const Strides3& s);
+
 // What the call says about rotary angles, mask and causality.
 RotaryArgs rotary_of(const AttentionBlockCall& c, RopeLayout layout, std::int64_t num_pairs);
 AttentionArgs attention_of(const AttentionBlockCall& c, float scale);
+
+// Heads of a grouped-query block that lie side by side.
+struct SomeHeads {
+    float* data;
+    std::int64_t count;
+};
+// Their norms and rotation, and the attention of all heads.
+RotaryArgs heads_of(const AttentionBlock& b, const AttentionBlockCall& c, SomeHeads q, SomeHeads k);
+AttentionArgs attention_of(const AttentionBlock& b, const AttentionBlockCall& c, const float* q, float* out);
 
 }  // namespace moesaic

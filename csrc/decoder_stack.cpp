@@ -2,6 +2,9 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "team_step.h"
 
 namespace moesaic {
 
@@ -22,29 +25,48 @@ void check_tables(const KeyPages& pages, std::int64_t sequence, std::int64_t num
 
 }  // namespace
 
-void DecoderStack::run_layer(std::size_t layer, const AttentionBlockCall& call) const {
+void DecoderStack::run_attention(std::size_t layer, const AttentionBlockCall& call) const {
     if (layers[layer].attention != nullptr) {
         attention_block(*layers[layer].attention, call);
     } else {
         latent_attention_block(*layers[layer].latent_attention, call);
     }
-    feed_forward_block(*layers[layer].feed_forward, call.out, call.batch * call.num_tokens);
 }
 
 void DecoderStack::run(AttentionBlockCall call, const std::vector<KeyValueCache>& caches, float* (&outputs)[2]) const {
     for (std::size_t i = 0; i < layers.size(); ++i) {
         call.out = outputs[i % 2];
         call.cache = caches[i];
-        run_layer(i, call);
+        run_attention(i, call);
+        feed_forward_block(*layers[i].feed_forward, call.out, call.batch * call.num_tokens);
         call.x = call.out;
     }
 }
 
 void PagedStack::run(AttentionBlockCall call, std::int64_t first, std::int64_t count) const {
+    const bool one = call.batch * call.num_tokens == 1;
+    std::vector<LayerHalf> together;
+    auto run_together = [&] {
+        if (!together.empty()) run_in_team(together, call);
+        together.clear();
+    };
     for (std::int64_t i = first; i < first + count; ++i) {
+        const DecoderStack::Layer& layer = stack->layers[static_cast<std::size_t>(i)];
         call.cache = caches[static_cast<std::size_t>(i)];
-        stack->run_layer(static_cast<std::size_t>(i), call);
+        if (one && layer.attention != nullptr && runs_in_team(*layer.attention, call)) {
+            together.push_back({layer.attention, call.cache, nullptr});
+        } else {
+            run_together();
+            stack->run_attention(static_cast<std::size_t>(i), call);
+        }
+        if (one && runs_in_team(*layer.feed_forward)) {
+            together.push_back({nullptr, {}, layer.feed_forward});
+        } else {
+            run_together();
+            feed_forward_block(*layer.feed_forward, call.out, call.batch * call.num_tokens);
+        }
     }
+    run_together();
 }
 
 void check_paged_step(const PagedStep& step, std::int64_t num_tokens, std::int64_t table_width,

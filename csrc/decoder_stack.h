@@ -18,7 +18,7 @@ struct DecoderStack {
 
     // All layers; x stays as it is. Layers with even numbers write to outputs[0], those with odd ones to outputs[1].
     void run(AttentionBlockCall call, const std::vector<KeyValueCache>& caches, float* (&outputs)[2]) const;
-    void run_layer(std::size_t layer, const AttentionBlockCall& call) const;
+    void run_attention(std::size_t layer, const AttentionBlockCall& call) const;
 };
 
 // The same on a cache in pages, for any number of sequences and tokens at once.

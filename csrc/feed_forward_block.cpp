@@ -1,5 +1,6 @@
 #include "block_steps.h"
 #include "ops/elementwise.h"
+#include "team_step.h"
 
 namespace moesaic {
 
@@ -62,6 +63,12 @@ void add_shared(const FeedForwardBlock& b, const float* normed, std::int64_t num
 }  // namespace
 
 void feed_forward_block(const FeedForwardBlock& b, float* x, std::int64_t num_tokens) {
+    if (num_tokens == 1 && runs_in_team(b)) {
+        AttentionBlockCall call{};
+        call.out = x;
+        const LayerHalf half{nullptr, {}, &b};
+        return run_in_team({&half, 1}, call);
+    }
     const std::int64_t width = b.experts->hidden;
     const std::int64_t top_k = b.router.format == nullptr ? 1 : b.routing.top_k;
     Buffers buffers(num_tokens * (2 * width + top_k + b.router.rows) + 4 * 16);

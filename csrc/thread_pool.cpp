@@ -206,10 +206,11 @@ void ThreadPool::run_erased(void (*task)(void*, Team&), void* context) {
     if (s.failed.load(std::memory_order_relaxed)) s.rethrow_error();
 }
 
-void Team::barrier() {
+void Team::barrier(void (*idle)(void*), void* context) {
     if (pool_ == nullptr) return;
     ThreadPool::State& s = *pool_->state_;
     s.barrier.wait(thread_, s.patience, [&] {
+        idle(context);
         if (s.failed.load(std::memory_order_acquire)) throw TeamAborted{};
     });
 }

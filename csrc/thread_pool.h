@@ -30,10 +30,18 @@ class Team {
     int thread() const { return thread_; }
     int num_threads() const { return num_threads_; }
     // Wait until every thread of the team is here.
-    void barrier();
+    void barrier() {
+        barrier([](void*) {}, nullptr);
+    }
+    // The same; idle() is called again and again meanwhile and should take no longer than a fraction of a microsecond.
+    template <class Idle>
+    void barrier(Idle& idle) {
+        barrier([](void* context) { (*static_cast<Idle*>(context))(); }, &idle);
+    }
 
   private:
     friend class ThreadPool;
+    void barrier(void (*idle)(void*), void* context);
     Team(ThreadPool* pool, int thread, int num_threads) : pool_(pool), thread_(thread), num_threads_(num_threads) {}
     ThreadPool* pool_;  // null: a team of one
     int thread_;

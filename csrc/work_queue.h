@@ -26,6 +26,13 @@ class WorkQueue {
     WorkQueue(std::int64_t num_items, int num_threads);
     explicit WorkQueue(std::span<const WorkGroup> groups);
 
+    // Items [begin, end) as the thread's own share, for a team that meets between two uses of a queue: nobody may be
+    // taking items of the last use. Others take of it as soon as it is there.
+    void give(int thread, std::int64_t begin, std::int64_t end) {
+        shares_[thread].range.store(static_cast<std::uint64_t>(begin) << 32 | static_cast<std::uint64_t>(end),
+                                    std::memory_order_relaxed);
+    }
+
     // The next item for a thread, or -1 when all are taken.
     std::int64_t next(int thread) {
         Range range;

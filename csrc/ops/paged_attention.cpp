@@ -5,13 +5,15 @@
 // one thread goes through all segments of a row or each is a task of its own, and that may depend on what keeps the
 // threads busy: sequences of very different lengths in decode steps, or the rows of a long prompt. Rows that go by
 // tiles have longer segments, which makes them fewer results to fold; among themselves the same holds for them.
+#include "ops/paged_attention.h"
+
 #include <algorithm>
 #include <atomic>
 #include <bit>
 #include <memory>
 #include <vector>
 
-#include "ops/attention.h"
+#include "kernels/scratch.h"
 #include "ops/scratch.h"
 #include "thread_pool.h"
 
@@ -159,85 +161,95 @@ struct Work {
     }
 };
 
-class Runner {
-  public:
-    explicit Runner(const AttentionArgs& a, const Work& work)
-        : a_(a),
-          work_(work),
-          kernels_(attention_kernels()),
-          scratch_floats_(scratch_floats(a, work)),
-          result_floats_(partial_floats(a, std::max(work.largest_task, work.largest_tile_task))),
-          results_(caller_scratch(work.num_results)),
-          finished_(std::make_unique<std::atomic<int64_t>[]>(work.rows.size())) {}
+}  // namespace
 
-    // Takes items until none are left.
-    void work(Counter& counter) {
-        float* scratch = thread_scratch(scratch_floats_ + 2 * result_floats_);
-        for (int64_t index, end; counter.next(index, end);) {
-            const Item& item = work_.items[index];
-            if (item.segment < 0) {
-                whole(work_.rows[item.row_task], scratch);
-            } else {
-                segment(item, scratch);
-            }
-        }
-    }
-
-  private:
-    static int64_t scratch_floats(const AttentionArgs& a, const Work& work) {
+struct PagedTasks::State {
+    State(const AttentionArgs& a, int64_t num_threads)
+        : work(a, num_threads),
+          result_floats(partial_floats(a, std::max(work.largest_task, work.largest_tile_task))),
+          results(static_cast<std::size_t>(work.num_results)),
+          finished(std::make_unique<std::atomic<int64_t>[]>(work.rows.size())) {
         const AttentionKernels& kernels = attention_kernels();
         const int64_t of_tiles =
             work.largest_tile_task > 0 ? kernels.tile_scratch_floats(a, work.largest_tile_task) : 0;
-        return std::max(of_tiles, work.largest_task > 0 ? kernels.scratch_floats(a, work.largest_task) : 0);
+        scratch_floats = std::max(of_tiles, work.largest_task > 0 ? kernels.scratch_floats(a, work.largest_task) : 0);
     }
 
-    void partial(const RowTask& rows, const AttentionTask& task, float* scratch, const AttentionPartial& result) const {
-        (rows.by_tiles ? kernels_.tile_partial : kernels_.partial)(a_, task, scratch, result);
+    static void partial(const AttentionArgs& a, const RowTask& rows, const AttentionTask& task, float* scratch,
+                        const AttentionPartial& result) {
+        const AttentionKernels& kernels = attention_kernels();
+        (rows.by_tiles ? kernels.tile_partial : kernels.partial)(a, task, scratch, result);
     }
 
-    void whole(const RowTask& rows, float* scratch) const {
+    void whole(const AttentionArgs& a, const RowTask& rows, float* scratch) const {
+        const AttentionKernels& kernels = attention_kernels();
         const int64_t num_rows = rows.task.num_rows;
-        float* memory = scratch + scratch_floats_;
+        float* memory = scratch + scratch_floats;
         const AttentionPartial total = partial_at(memory, num_rows);
-        const AttentionPartial part = partial_at(memory + result_floats_, num_rows);
-        partial(rows, rows.num_segments > 0 ? segment_task(rows, 0) : rows.task, scratch, total);
+        const AttentionPartial part = partial_at(memory + result_floats, num_rows);
+        partial(a, rows, rows.num_segments > 0 ? segment_task(rows, 0) : rows.task, scratch, total);
         for (int64_t i = 1; i < rows.num_segments; ++i) {
-            partial(rows, segment_task(rows, i), scratch, part);
-            kernels_.fold(a_, num_rows, total, part);
+            partial(a, rows, segment_task(rows, i), scratch, part);
+            kernels.fold(a, num_rows, total, part);
         }
-        kernels_.finish(a_, rows.task, &total, 1);
+        kernels.finish(a, rows.task, &total, 1);
     }
 
     // The thread that is the last with a segment of some rows folds all of them.
-    void segment(const Item& item, float* scratch) {
-        const RowTask& rows = work_.rows[item.row_task];
+    void segment(const AttentionArgs& a, const Item& item, float* scratch) {
+        const AttentionKernels& kernels = attention_kernels();
+        const RowTask& rows = work.rows[item.row_task];
         const int64_t num_rows = rows.task.num_rows;
         auto result = [&](int64_t i) {
-            return partial_at(results_ + rows.results + i * partial_floats(a_, num_rows), num_rows);
+            return partial_at(results.data() + rows.results + i * partial_floats(a, num_rows), num_rows);
         };
-        partial(rows, segment_task(rows, item.segment), scratch, result(item.segment));
-        if (finished_[item.row_task].fetch_add(1, std::memory_order_acq_rel) + 1 < rows.num_segments) return;
+        partial(a, rows, segment_task(rows, item.segment), scratch, result(item.segment));
+        std::atomic<int64_t>& count = finished[item.row_task];
+        if (count.fetch_add(1, std::memory_order_acq_rel) + 1 < rows.num_segments) return;
+        count.store(0, std::memory_order_relaxed);  // for the next time
         const AttentionPartial total = result(0);
-        for (int64_t i = 1; i < rows.num_segments; ++i) kernels_.fold(a_, num_rows, total, result(i));
-        kernels_.finish(a_, rows.task, &total, 1);
+        for (int64_t i = 1; i < rows.num_segments; ++i) kernels.fold(a, num_rows, total, result(i));
+        kernels.finish(a, rows.task, &total, 1);
     }
 
-    const AttentionArgs& a_;
-    const Work& work_;
-    const AttentionKernels& kernels_;
-    const int64_t scratch_floats_, result_floats_;
-    float* results_;
-    std::unique_ptr<std::atomic<int64_t>[]> finished_;
+    Work work;
+    int64_t result_floats, scratch_floats = 0;
+    AlignedArray<float> results;
+    std::unique_ptr<std::atomic<int64_t>[]> finished;
 };
 
-}  // namespace
+PagedTasks::PagedTasks(const AttentionArgs& a, int64_t num_threads) : state_(std::make_unique<State>(a, num_threads)) {}
+PagedTasks::~PagedTasks() = default;
+PagedTasks::PagedTasks(PagedTasks&&) noexcept = default;
+
+int64_t PagedTasks::size() const { return static_cast<int64_t>(state_->work.items.size()); }
+
+int64_t PagedTasks::kv_head(int64_t index) const {
+    return state_->work.rows[state_->work.items[index].row_task].task.kv_head;
+}
+
+bool PagedTasks::sees_last_key(int64_t index) const {
+    const Item& item = state_->work.items[index];
+    return item.segment < 0 || item.segment + 1 == state_->work.rows[item.row_task].num_segments;
+}
+
+void PagedTasks::run(const AttentionArgs& a, int64_t index) {
+    const Item& item = state_->work.items[index];
+    float* scratch = thread_scratch(state_->scratch_floats + 2 * state_->result_floats);
+    if (item.segment < 0) {
+        state_->whole(a, state_->work.rows[item.row_task], scratch);
+    } else {
+        state_->segment(a, item, scratch);
+    }
+}
 
 void paged_attention(const AttentionArgs& a) {
-    const Work work(a, num_threads());
-    if (work.items.empty()) return;
-    Runner runner(a, work);
-    Counter counter(static_cast<int64_t>(work.items.size()));
-    auto task = [&](Team&) { runner.work(counter); };
+    PagedTasks tasks(a, num_threads());
+    if (tasks.size() == 0) return;
+    Counter counter(tasks.size());
+    auto task = [&](Team&) {
+        for (int64_t index, end; counter.next(index, end);) tasks.run(a, index);
+    };
     thread_pool().run(task);
 }
 

@@ -147,7 +147,7 @@ void contract_experts(const FeedForwardBlock& b, const Team& team, WorkQueue& qu
     const std::span<const ChosenExpert> chosen = own.chosen;
     const WorkQueue::Range share = own_part(team, num_panels_of(hidden));
     queue.give(team.thread(), share.begin, share.end);
-    for (WorkQueue::Range panels; queue.next(team.thread(), kMaxPanels, panels);) {
+    for (WorkQueue::Range panels; next_panels(queue, team.thread(), panels);) {
         const std::int64_t first = panels.begin * kPanelRows;
         const std::int64_t rows = std::min(panels.end * kPanelRows, hidden) - first;
         float* sums = own.sums.data();

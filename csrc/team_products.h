@@ -53,6 +53,10 @@ class Ahead {
         ranges_[count_++] = {begin, begin + bytes};
         left_ -= bytes;
     }
+    // All that is left: for what others have no part in.
+    void rest() {
+        while (at_ < count_) (*this)();
+    }
     // A few lines more; as idle() of Team::barrier().
     void operator()() {
         for (int i = 0; i < kLinesAtOnce && at_ < count_; ++i) {
@@ -102,6 +106,13 @@ inline PanelRows rows_of(const ExpertMatrices& m, std::int64_t expert, std::int6
             m.bias == nullptr ? nullptr : m.bias + expert * m.bias_stride};
 }
 
+// The next panels for a thread: two at a time, but its own last ones singly, so that all are done at about the same
+// time.
+inline bool next_panels(WorkQueue& queue, int thread, WorkQueue::Range& panels) {
+    const WorkQueue::Range own = queue.share(thread);
+    return queue.next(thread, own.end - own.begin > kMaxPanels ? kMaxPanels : 1, panels);
+}
+
 // Panels of several matrices with the same input, one after the other, shared out to a team. write(matrix, first row,
 // number of rows, products) is called for up to two panels at a time.
 template <class Write>
@@ -111,7 +122,7 @@ void multiply_all(const Team& team, WorkQueue& queue, std::span<const PanelRows>
     for (const PanelRows& m : matrices) total += num_panels_of(m.rows);
     const WorkQueue::Range own = own_part(team, total);
     queue.give(team.thread(), own.begin, own.end);
-    for (WorkQueue::Range items; queue.next(team.thread(), kMaxPanels, items);) {
+    for (WorkQueue::Range items; next_panels(queue, team.thread(), items);) {
         std::int64_t before = 0;
         for (std::size_t i = 0; i < matrices.size(); ++i) {
             const PanelRows& m = matrices[i];

@@ -15,6 +15,8 @@ namespace {
 
 constexpr std::int64_t kMostGroup = 64;  // rows of a sequence and KV head that are never cut into several tasks
 
+constexpr std::int64_t kKeysAhead = 128;  // of a task, which are fetched before it may begin
+
 // Attention of all halves that are alike in what their tasks depend on: the tasks, dealt to the threads.
 struct Plan {
     std::int64_t num_heads, num_kv_heads, head_dim, window;
@@ -142,6 +144,8 @@ class TeamStep {
         const AttentionBlock& b = *half.attention;
         const PanelRows inputs[] = {rows_of(b.q), rows_of(b.k), rows_of(b.v)}, output[] = {rows_of(b.o)};
         float* const outs[] = {q_, k_, v_};
+        const WorkQueue::Range share = own_part(team, plan.tasks.size());
+        if (share.begin < share.end) fetch_keys(half, plan, share.begin);
         normalize_x(b.norm, b.q.cols, inputs[0].quantized() || inputs[1].quantized() || inputs[2].quantized(), own);
         multiply_all(team, queue_, inputs, own.token, own.products.data(),
                      [&](std::size_t i, std::int64_t first, std::int64_t rows, const float* products) {
@@ -152,21 +156,43 @@ class TeamStep {
         add_first(own.ahead, team, next);
         team.barrier(own.ahead);
 
-        const WorkQueue::Range share = own_part(team, plan.tasks.size());
         queue_.give(team.thread(), share.begin, share.end);
         for (std::int64_t i; (i = queue_.next(team.thread())) >= 0;) {
             attend(half, plan.tasks, plan.order[static_cast<std::size_t>(i)], own);
         }
         team.barrier(own.ahead);
 
+        own.ahead.clear();
+        if (next != nullptr && next->attention == nullptr) {
+            // Few threads have rows of a router; the others take over rows of theirs here.
+            add_first(own.ahead, team, next);
+            own.ahead.rest();
+        }
         own.token.set(attended_, b.o.cols, output[0].quantized());
         multiply_all(team, queue_, output, own.token, own.products.data(),
                      [&](std::size_t, std::int64_t first, std::int64_t rows, const float* products) {
                          add_scaled(x_ + first, products, b.residual_scale, 1, rows, x_ + first);
                      });
-        own.ahead.clear();
-        add_first(own.ahead, team, next);
-        team.barrier(own.ahead);
+        team.barrier();
+    }
+
+    // Begins to fetch what a thread's first task looks at, while it multiplies: rows of one head lie far apart, and one
+    // after the other would take longer than the task.
+    void fetch_keys(const LayerHalf& half, const Plan& plan, std::int64_t index) const {
+        const std::int64_t task = plan.order[static_cast<std::size_t>(index)], head = plan.tasks.kv_head(task);
+        AttentionBlockCall c = call_;
+        c.cache = half.cache;
+        const AttentionArgs a = attention_of(*half.attention, c, nullptr, nullptr);
+        const std::int64_t element = a.cache_type == CacheType::kF32 ? 4 : 2;
+        const KeyRange keys = plan.tasks.keys(task);
+        const auto fetch = [&](const void* data, const Strides3& s, std::int64_t key) {
+            const char* row = static_cast<const char*>(data) + (key_offset(a, s, 0, key) + head * s.head) * element;
+            for (std::int64_t i = 0; i < half.attention->head_dim * element; i += 64) __builtin_prefetch(row + i, 0, 2);
+        };
+        for (std::int64_t key = keys.begin; key < std::min(keys.end, keys.begin + kKeysAhead); ++key) {
+            fetch(a.parts[0].k, a.parts[0].k_stride, key);
+            fetch(a.v, a.v_stride, key);
+        }
     }
 
     // A task of the attention; queries are normalised and rotated for it, and so is the new key, which whoever looks at

@@ -58,7 +58,7 @@ class WorkQueue {
         return false;
     }
 
-    // What a thread has before anybody took anything.
+    // What is left of a thread's share: before anybody took anything, all of it.
     Range share(int thread) const {
         const std::uint64_t range = shares_[thread].range.load(std::memory_order_relaxed);
         return {static_cast<std::int64_t>(range >> 32), static_cast<std::int64_t>(range & 0xffffffffu)};

@@ -106,9 +106,38 @@ void transpose_keys(const typename Load::Element* from, int64_t stride, int64_t 
     }
 }
 
+// Keys (or values) that the block after this one reads: each row is fetched while one of this block is worked on, since
+// rows of one head lie too far apart for the processor to see what comes.
+template <class Element>
+struct NextRows {
+    const Element* data;
+    int64_t stride, count, bytes;  // of a row
+
+    void fetch(int64_t begin, int64_t end) const {
+        for (int64_t k = begin; k < end && k < count; ++k) {
+            const char* row = reinterpret_cast<const char*>(data + k * stride);
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
+        }
+    }
+};
+
+// Those behind `num_keys` keys from `key` on that are the task's.
+template <class Element>
+NextRows<Element> rows_after(const AttentionArgs& a, const AttentionTask& task, const void* data, const Strides3& s,
+                             int64_t dim, int64_t key, int64_t num_keys) {
+    const int64_t next = key + num_keys, left = task.key_end - next, step = key_step(a);
+    if (left <= 0) return {nullptr, 0, 0, 0};
+    return {static_cast<const Element*>(data) + key_offset(a, s, task.batch, next) + task.kv_head * s.head, s.token,
+            left < step ? left : step, dim * static_cast<int64_t>(sizeof(Element))};
+}
+
 template <class Load>
 void pack_keys(const AttentionArgs& a, const AttentionTask& task, int64_t key, int64_t num_keys, const Workspace& w) {
+    using Element = typename Load::Element;
+    const ScorePart& leading = a.parts[0];
+    const auto next = rows_after<Element>(a, task, leading.k, leading.k_stride, leading.dim, key, num_keys);
     for (int64_t first = 0; first < num_keys; first += 16) {
+        next.fetch(first, first + 16);
         float* to = w.keys + first * w.depth;
         for (int i = 0; i < a.num_parts; ++i) {
             const ScorePart& part = a.parts[i];
@@ -135,7 +164,9 @@ Values load_values(const AttentionArgs& a, const AttentionTask& task, int64_t ke
     if (a.cache_type == CacheType::kF32 && a.value_dim % 16 == 0)
         return {static_cast<const float*>(a.v) + offset, s.token};
     const auto* from = static_cast<const typename Load::Element*>(a.v) + offset;
+    const auto next = rows_after<typename Load::Element>(a, task, a.v, s, a.value_dim, key, num_keys);
     for (int64_t k = 0; k < num_keys; ++k) {
+        next.fetch(k, k + 1);
         for (int64_t i = 0; i < a.value_dim; i += 16) {
             const int width = static_cast<int>(a.value_dim - i);
             const auto* p = from + k * s.token + i;

@@ -233,6 +233,13 @@ bool PagedTasks::sees_last_key(int64_t index) const {
     return item.segment < 0 || item.segment + 1 == state_->work.rows[item.row_task].num_segments;
 }
 
+KeyRange PagedTasks::keys(int64_t index) const {
+    const Item& item = state_->work.items[index];
+    const RowTask& rows = state_->work.rows[item.row_task];
+    const AttentionTask task = item.segment < 0 ? rows.task : segment_task(rows, item.segment);
+    return {task.key_begin, task.key_end};
+}
+
 void PagedTasks::run(const AttentionArgs& a, int64_t index) {
     const Item& item = state_->work.items[index];
     float* scratch = thread_scratch(state_->scratch_floats + 2 * state_->result_floats);

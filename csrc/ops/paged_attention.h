@@ -20,6 +20,8 @@ class PagedTasks {
     int64_t kv_head(int64_t index) const;
     // Whether a task looks at the last key of its sequence: all rows of a KV head have one that does.
     bool sees_last_key(int64_t index) const;
+    // The keys that a task looks at.
+    KeyRange keys(int64_t index) const;
     // One of them; `a` as it was given but for where tensors lie. When all have been run, they can be again.
     void run(const AttentionArgs& a, int64_t index);
 

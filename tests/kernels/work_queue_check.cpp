@@ -119,6 +119,32 @@ void every_item_once_under_contention(int num_threads, std::int64_t num_items, i
     }
 }
 
+// One queue for stretch after stretch of a team that meets in between, each with another number of items.
+void a_team_gives_itself_shares(int num_threads, std::int64_t most_items) {
+    moesaic::ThreadPool pool(num_threads);
+    std::vector<std::atomic<int>> counts(static_cast<std::size_t>(most_items));
+    const WorkGroup groups[] = {{0, num_threads}};
+    WorkQueue queue(groups);
+    constexpr int kStretches = 300;
+    pool.run([&](moesaic::Team& team) {
+        for (int stretch = 0; stretch < kStretches; ++stretch) {
+            const std::int64_t n = most_items - stretch % 7, t = team.thread();
+            queue.give(team.thread(), n * t / num_threads, n * (t + 1) / num_threads);
+            for (WorkQueue::Range range; queue.next(team.thread(), 1 + stretch % 2, range);) {
+                for (auto i = range.begin; i < range.end; ++i) counts[static_cast<std::size_t>(i)]++;
+            }
+            int polls = 0;
+            auto idle = [&] { ++polls; };
+            team.barrier(idle);
+        }
+    });
+    for (std::int64_t i = 0; i < most_items; ++i) {
+        int expected = 0;
+        for (int stretch = 0; stretch < kStretches; ++stretch) expected += i < most_items - stretch % 7;
+        require(counts[static_cast<std::size_t>(i)] == expected, "every item once in every stretch");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -128,5 +154,7 @@ int main() {
     ranges_are_short_at_the_end_of_a_share();
     every_item_once_under_contention(4, 1000, 1);
     every_item_once_under_contention(5, 1001, 2);
+    a_team_gives_itself_shares(4, 50);
+    a_team_gives_itself_shares(1, 9);
     return 0;
 }

@@ -13,6 +13,9 @@ __all__ = ["MOVING_ROPES", "Angles", "RotaryAngles", "longest_context", "positio
 MOVING_ROPES = frozenset({"dynamic", "longrope"})
 """What rescales frequencies when a sequence gets longer, so that no table of angles serves all lengths."""
 
+_PIECE = 8192
+"""Positions whose angles are made at a time."""
+
 Angles = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, float32 `[batch or 1, num_tokens, num_pairs]`, any strides."""
 
@@ -60,10 +63,14 @@ def position_angles(rotary_embedding: Any, max_positions: int) -> Angles:
             f"rotary embeddings of type '{kind}' change with the length of a sequence, which does not run on a GPU "
             "yet: use the plan 'cpu' for this model."
         )
-    positions = torch.arange(max_positions).unsqueeze(0)
-    angles = RotaryAngles(rotary_embedding.inv_freq.shape[0])
-    cos, sin = angles(rotary_embedding(torch.zeros(1, 1), positions))
-    return cos[0].float().contiguous(), sin[0].float().contiguous()
+    num_pairs = int(rotary_embedding.inv_freq.shape[0])
+    cos, sin = torch.empty(max_positions, num_pairs), torch.empty(max_positions, num_pairs)
+    angles = RotaryAngles(num_pairs)
+    for first in range(0, max_positions, _PIECE):  # what the module makes in between is several times as large
+        rows = torch.arange(first, min(first + _PIECE, max_positions))
+        parts = angles(rotary_embedding(torch.zeros(1, 1), rows.unsqueeze(0)))
+        cos[rows[0] : rows[-1] + 1], sin[rows[0] : rows[-1] + 1] = parts[0][0], parts[1][0]
+    return cos, sin
 
 
 def rope_type_of(rotary_embedding: Any) -> str:

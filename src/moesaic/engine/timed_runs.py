@@ -6,7 +6,6 @@ and no plan.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,8 +61,8 @@ class TimedRuns:
         elapsed = times[last] - times[first]
         native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
         if self._stream is not None:  # whose step is one call
-            in_layers = self._seconds_in_layers(self._stream)
-        return 1.0 - native / elapsed, min(1.0, in_layers / elapsed)
+            in_layers = native * self._share_of_layers(self._stream)
+        return 1.0 - native / elapsed, in_layers / elapsed
 
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
@@ -82,24 +81,29 @@ class TimedRuns:
             )
         return clock
 
-    def _seconds_in_layers(self, stream: TokenStream) -> float:
-        """In the layers, of what `run` measures, in steps that are called by their parts."""
+    def _share_of_layers(self, stream: TokenStream) -> float:
+        """Of native calls in what `run` measures, the layers' share of the time, in steps that are called by parts."""
         runner, token = stream.runner, torch.zeros(1, dtype=torch.int64)
         stream.forget()
-        sequence, times = runner.new_sequence(), []
-        parts = [torch.zeros(self.prompt_tokens, dtype=torch.int64)]
+        sequence, layers, others = runner.new_sequence(), 0.0, 0.0
+        parts = list(torch.zeros(self.prompt_tokens, dtype=torch.int64).split(runner.max_chunk))
+        num_prompt = len(parts)
         if self.what == "decode":
             parts += [token] * (self.new_tokens - 1)
         with one_torch_thread():
-            for part in (piece for ids in parts for piece in ids.split(runner.max_chunk)):
+            for index, part in enumerate(parts):
+                marks = [native_seconds()]
                 work = runner.start_prefill([(sequence, part)])
-                started = time.perf_counter()
+                marks.append(native_seconds())
                 work.advance(runner.num_layers)
-                times.append(time.perf_counter() - started)
+                marks.append(native_seconds())
+                work.logits()
+                marks.append(native_seconds())
+                if self.what == "prefill" or index >= num_prompt:
+                    layers += marks[2] - marks[1]
+                    others += marks[1] - marks[0] + marks[3] - marks[2]
         runner.forget(sequence)
-        if self.what == "prefill":
-            return sum(times)
-        return statistics.mean(times[1 - self.new_tokens :]) * (self.new_tokens - 1)
+        return layers / (layers + others)
 
 
 def _answer(stream: TokenStream, prompt: list[int], num_tokens: int, clock: _Clock) -> None:

@@ -180,7 +180,7 @@ def main() -> None:
     model, nbytes = load_model(arguments, layers, max(lengths) + 64)
     runner = model.runner
     print(
-        f"begins with {runner.shares.costs}; staging {runner._staging.num_groups} x {runner._staging.group} experts",
+        f"begins with {runner.shares.costs}; staging {runner.staging.num_groups} x {runner.staging.group} experts",
         flush=True,
     )
     if not arguments.cache:

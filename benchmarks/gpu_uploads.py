@@ -85,8 +85,8 @@ class Subject:
         self.runner: ModelRunner = self.model.runner
         runner, decoder = self.runner, self.runner.decoder
         self.chosen_at_start = runner.no_uploads or "on"
-        staging = runner._staging
-        runner.steps.slots, runner._staging = ExpertSlots(), None  # the VRAM is not what this is about
+        staging = runner.staging
+        runner.steps.slots, runner.staging = ExpertSlots(), None  # the VRAM is not what this is about
         # No memory moves meanwhile: that would be timed, and staging keeps its own.
         self.lending, runner.steps.lending, runner.steps.uploads = runner.lending, None, None
         torch.cuda.empty_cache()

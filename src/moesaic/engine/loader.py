@@ -208,7 +208,7 @@ def load(
         budget = replace(budget, lots=None, fixed="that was not wanted")
     from moesaic.engine.gpu.start import start_on_gpu  # needs Triton, which a computer without a GPU may lack
 
-    model = start_on_gpu(model, prepared.plan, budget, profile)
+    model = start_on_gpu(model, prepared.plan, budget, profile, progress)
     if defer_experts:
         model._moesaic_defer(defer_experts, deferral_note(prepared.plan, defer_experts))
     return model

@@ -104,6 +104,17 @@ class DecodeSteps:
             self.buckets[size] = self._make_bucket(size)
         return self.buckets[size]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Of steps, ascending: one of fewer sequences is padded."""
+        return sorted({self._size(1 << power) for power in range(self._options.max_batch.bit_length() + 1)})
+
+    def rehearse(self, size: int) -> None:
+        """Launch what steps of `size` sequences do. Nobody answers the GPU, so launches must be noted, not done."""
+        bucket = self._new_bucket(size)
+        for brings in self._ways(size):
+            self._compute(bucket, self._graph_path(brings), brings)
+
     def warm_up(self, bucket: Bucket, size: int, brings: bool) -> None:
         """Compile and load every kernel of a step, in which all is padding, whose experts do not count as used."""
         server = self._hand_off.server
@@ -159,19 +170,27 @@ class DecodeSteps:
     def _size(self, count: int) -> int:
         return min(1 << (count - 1).bit_length(), self._options.max_batch)
 
-    def _make_bucket(self, size: int) -> Bucket:
+    def _graph_path(self, brings: bool) -> ExpertPath:
+        return self._hand_off.graph_path(self.slots, self.uploads if brings else None)
+
+    def _ways(self, size: int) -> tuple[bool, ...]:
+        """How steps of a bucket run: without uploads, and with."""
+        return (False, True)[: 1 if self._uploads_of(size) is None else 2]
+
+    def _new_bucket(self, size: int) -> Bucket:
         decoder = self._decoder
-        device = decoder.device
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
-        bucket = Bucket(
-            StepBuffers(size, self._max_blocks, decoder.hidden_size, device), torch.zeros(size, width, device=device)
-        )
-        if self._options.graphs and device.type == "cuda":
+        buffers = StepBuffers(size, self._max_blocks, decoder.hidden_size, decoder.device)
+        return Bucket(buffers, torch.zeros(size, width, device=decoder.device))
+
+    def _make_bucket(self, size: int) -> Bucket:
+        bucket = self._new_bucket(size)
+        if self._options.graphs and self._decoder.device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()  # only one of the graphs runs at a time
-            for brings in (False, True)[: 1 if self._uploads_of(size) is None else 2]:
+            for brings in self._ways(size):
                 self.warm_up(bucket, size, brings)
                 torch.cuda.synchronize()
-                path = self._hand_off.graph_path(self.slots, self.uploads if brings else None)
+                path = self._graph_path(brings)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
                     self._compute(bucket, path, brings)

@@ -53,6 +53,7 @@ class ModelRunner:
         hand_off: by which decode steps ask the CPU for experts.
         server: the CPU's side of it; None if it has no experts.
         steps: decode steps.
+        staging: as given.
         shares: as given.
         no_uploads: why there are none.
     """
@@ -67,7 +68,7 @@ class ModelRunner:
         uploads: MissUploads | str = "nobody asked for it",
         lending: VramLending | None = None,
     ) -> None:
-        self.decoder, self.options, self._staging, self.shares = decoder, options, staging, shares
+        self.decoder, self.options, self.staging, self.shares = decoder, options, staging, shares
         self.no_uploads = uploads if isinstance(uploads, str) else ""
         self._chunk_buffers, slots = ChunkBuffers(decoder.device), slots or ExpertSlots()
         device = decoder.device
@@ -192,14 +193,14 @@ class ModelRunner:
     def _chunk_path(self, num_tokens: int) -> tuple[ChunkPath, Callable[[], None] | None]:
         """Who computes experts of a chunk, and what to call when it is through."""
         common = (self.hand_off.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
-        if self._staging is None or self.shares is None:
+        if self.staging is None or self.shares is None:
             return ChunkPath(*common), None
         streams = self.lending is not None and num_tokens > MAX_DECODE_TOKENS
         if self.lending is not None and streams:
             self.lending.begin_streaming(num_tokens)
         on_end = self.lending.end_streaming if self.lending is not None and streams else None
         try:
-            return StreamingPath(*common, self._staging, self.shares, num_tokens), on_end
+            return StreamingPath(*common, self.staging, self.shares, num_tokens), on_end
         except BaseException:
             if on_end is not None:
                 on_end()

@@ -18,24 +18,33 @@ from moesaic.engine.gpu.cuda_memory import CudaMemory
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.lending import VramLending
 from moesaic.engine.gpu.measured_costs import measure_costs
+from moesaic.engine.gpu.rehearsal import compile_kernels
 from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.uploads import MissUploads, start_uploads
+from moesaic.engine.packing import Progress
 from moesaic.errors import KernelError, PlanDoesNotFitError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts, page_lock
-from moesaic.placement import Plan
+from moesaic.placement import Plan, detect_hardware
 from moesaic.placement.lots import VramLots
 from moesaic.placement.vram import KV_BLOCK, MAX_BATCH, MAX_STATES, VramBudget
 
 __all__ = ["start_on_gpu"]
 
+_COMPILER_BYTES = 512 * 1024**2
+"""What a thread takes that compiles a large kernel."""
+
 
 def start_on_gpu(
-    model: PreTrainedModel, plan: Plan, budget: VramBudget, profile: ExpertProfile | None = None
+    model: PreTrainedModel,
+    plan: Plan,
+    budget: VramBudget,
+    profile: ExpertProfile | None = None,
+    progress: Progress = True,
 ) -> PreTrainedModel:
     """Put a model on the GPU as its plan says.
 
@@ -44,6 +53,7 @@ def start_on_gpu(
         plan: says which layers and experts lie on the GPU.
         budget: of the VRAM.
         profile: of the model's experts, with whose busiest the cache begins.
+        progress: whether to show how far kernels are compiled.
 
     Returns:
         The model; `generate()` runs on the GPU.
@@ -55,7 +65,9 @@ def start_on_gpu(
     device = torch.device("cuda", torch.cuda.current_device())
     limit = AllocatorLimit(budget.total, device)
     try:
-        return _start(model, plan, budget, limit, device, profile)
+        started = _start(model, plan, budget, limit, device, profile)
+        compile_kernels(started.runner, _compilers(), progress)
+        return started
     except torch.cuda.OutOfMemoryError as error:
         raise PlanDoesNotFitError(
             f"plan '{plan.name}': {budget.total / 2**30:.2f} GiB of VRAM do not suffice: {error}. Use a smaller "
@@ -119,6 +131,12 @@ def _start(
     runner = ModelRunner(decoder, options, ExpertSlots(resident, cache), staging, shares, uploads, lending)
     note = f"VRAM is divided once, and nothing of it can be lent: {budget.fixed}." if budget.fixed else ""
     return attach_runner(model, runner, shape_of(str(model.config.model_type), plan), note)
+
+
+def _compilers() -> int:
+    """Threads that compile kernels: each takes a core, and memory."""
+    hardware = detect_hardware()
+    return max(1, min(hardware.num_cores, hardware.dram_available // 2 // _COMPILER_BYTES))
 
 
 def _lending(lots: VramLots, limit: AllocatorLimit, device: torch.device) -> VramLending:

@@ -48,7 +48,7 @@ def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
         tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8, groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _operands_kernel(x, out, num_tokens, cols, x_stride, F: tl.constexpr, TOKENS: tl.constexpr) -> None:
     """A program has 16 items of TOKENS tokens, reads them as they lie and changes the order of what it has."""
     planes: tl.constexpr = F.planes // F.chunk_planes

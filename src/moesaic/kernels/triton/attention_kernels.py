@@ -24,7 +24,7 @@ def _blocks(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(table + index // BLOCK_SIZE, mask=index < end, other=0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "lse_split", "num_splits"])
 def attend_kernel(
     q,
     q_rope,
@@ -54,6 +54,7 @@ def attend_kernel(
     out_token,
     out_head,
     lse_split,
+    num_splits,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -65,7 +66,7 @@ def attend_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     WINDOWED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -92,8 +93,8 @@ def attend_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(num_past + row_block * BLOCK_M // GROUP + 1 - window, 0) // BLOCK_N * BLOCK_N
-    if NUM_SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    if IS_SPLIT:
+        share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
         begin = begin + split * share
         end = tl.minimum(end, begin + share)
 
@@ -160,14 +161,14 @@ def attend_kernel(
         sums = dot(shares.to(operand), value, sums * fade[:, None])
         blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)  # a turn ahead: keys must not wait for them
 
-    if SINKS and NUM_SPLITS == 1:
+    if SINKS and not IS_SPLIT:
         sink = tl.load(sinks + head) * _LOG2_E
         base = tl.maximum(highest, sink)
         total = total * tl.exp2(highest - base) + tl.exp2(sink - base)
         sums *= tl.exp2(highest - base)[:, None]
     seen = total > 0.0
     written = alive
-    if NUM_SPLITS > 1:
+    if IS_SPLIT:
         own_lse = tl.where(seen, highest + tl.log2(total), float("-inf"))
         tl.store(lse + split.to(tl.int64) * lse_split + token * (KV_HEADS * GROUP) + head, own_lse, mask=alive)
         written = alive & seen  # what has no weight is not read
@@ -183,7 +184,7 @@ def attend_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def merge_kernel(
     parts,
     lse,
@@ -192,10 +193,10 @@ def merge_kernel(
     out_token,
     out_head,
     num_rows,
+    num_splits,
     NUM_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
     SPLITS_PAD: tl.constexpr,
     CHUNK: tl.constexpr,
     SINKS: tl.constexpr,
@@ -204,7 +205,7 @@ def merge_kernel(
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = token * NUM_HEADS + head
     splits = tl.arange(0, SPLITS_PAD)
-    logs = tl.load(lse + splits.to(tl.int64) * num_rows + row, mask=splits < NUM_SPLITS, other=float("-inf"))
+    logs = tl.load(lse + splits.to(tl.int64) * num_rows + row, mask=splits < num_splits, other=float("-inf"))
     base = tl.max(logs, 0)
     if SINKS:
         sink = tl.load(sinks + head) * _LOG2_E
@@ -215,9 +216,9 @@ def merge_kernel(
         total += tl.exp2(sink - base)
     dims = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
     sums = tl.zeros([VALUE_BLOCK], tl.float32)
-    for first in tl.static_range(0, NUM_SPLITS, CHUNK):  # unrolled, so that all loads are under way at once
+    for first in tl.static_range(0, SPLITS_PAD, CHUNK):  # unrolled, so that all loads are under way at once
         split = first + tl.arange(0, CHUNK)
-        log = tl.load(lse + split.to(tl.int64) * num_rows + row, mask=split < NUM_SPLITS, other=float("-inf"))
+        log = tl.load(lse + split.to(tl.int64) * num_rows + row, mask=split < num_splits, other=float("-inf"))
         part = tl.load(
             parts + (split.to(tl.int64) * num_rows + row)[:, None] * VALUE_DIM + dims[None, :],
             mask=(log > float("-inf"))[:, None] & (dims < VALUE_DIM)[None, :],

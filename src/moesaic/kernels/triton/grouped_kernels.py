@@ -40,7 +40,7 @@ def _block_of(starts, first_blocks, num_experts, PAIRS: tl.constexpr) -> Any:
     return expert, place, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "num_experts"])
 def grouped_up_kernel(
     gate_x,
     up_x,
@@ -116,7 +116,7 @@ def grouped_up_kernel(
         tl.store(at, result.to(inner.dtype.element_ty), mask=has & (r < rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_items"])
 def grouped_down_kernel(
     inner,
     order,
@@ -164,7 +164,7 @@ def grouped_down_kernel(
         tl.store(out + pair.to(tl.int64)[:, None] * rows + r, total, mask=has & (r < rows))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_experts"])
 def grouped_sum_kernel(
     pairs, experts, table, out, out_stride, rows, num_experts, TOP_K: tl.constexpr, ADD: tl.constexpr
 ) -> None:
@@ -182,7 +182,7 @@ def grouped_sum_kernel(
     tl.store(out + token * out_stride + r, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def bring_kernel(source, out, count, BLOCK: tl.constexpr) -> None:
     """A copy of memory of the CPU that the GPU sees; it does not wait for copy engines, which may be busy for long."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -20,7 +20,7 @@ __all__ = ["Exchange"]
 _SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position", "num_choices"])
 def _hand_off(
     hidden_ptr, chosen_ptr, experts_ptr, weights_ptr,
     box_hidden_ptr, box_chosen_ptr, box_experts_ptr, box_weights_ptr,
@@ -49,7 +49,7 @@ def _hand_off(
     tl.atomic_xchg(requested_ptr, number, sem="release", scope="sys")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["position", "max_polls"])
 def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
     """One warp polls; a kernel that comes after it reads the answer like any memory."""
     number = tl.load(base_ptr) + position + 1
@@ -63,7 +63,7 @@ def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
         tl.store(failed_ptr, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _advance(base_ptr, count):
     tl.store(base_ptr, tl.load(base_ptr) + count)
 

@@ -68,7 +68,7 @@ def _panels_kernel(
         tl.store(at, result, mask=(r < rows) & (token + r * 0 < num_tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_stride"])
 def _sum_kernel(parts, bias, out, out_stride, rows, split_stride, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr) -> None:
     """Adds up the parts of a product, always in the same order."""
     r = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -81,7 +81,7 @@ def _sum_kernel(parts, bias, out, out_stride, rows, split_stride, SPLITS: tl.con
     tl.store(out + token * out_stride + r, total, mask=r < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _tiles_kernel(
     x,
     words,

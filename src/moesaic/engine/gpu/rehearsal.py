@@ -1,0 +1,184 @@
+"""A runner's steps without their results, so that all their kernels are compiled before the first request.
+
+Decode steps of every size and prompts of every length that kernels tell apart go through the layers while launches are
+only noted (`kernels.triton.ahead`). It knows which steps there are, and no kernel.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.engine.packing import Progress
+from moesaic.kernels.triton.ahead import KernelsAhead
+from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.loading import kernel_folder
+from moesaic.kvcache.step_input import StepInput
+from moesaic.modules.gpu.step import GpuStep, Routed
+
+__all__ = ["compile_kernels", "rehearse_decode", "rehearse_prefill"]
+
+_LOG = logging.getLogger("moesaic.gpu")
+_QUIET_SECONDS = 1.0
+"""Reading kernels that were compiled before takes less, and nobody need be told."""
+_SHORT_PROMPTS = (16, 32, 64, 100)
+"""Tokens, one for each size of tiles below the lengths from which matrices are expanded."""
+_FIRST_EXPANDED = 128
+
+
+def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = True) -> None:
+    """Compile what a runner's steps need and wait for most of it: all but decode steps of some sizes in between.
+
+    Those take longest, their threads go on for a while, and a step that needs them waits. The graph of one sequence is
+    captured. If a rehearsal fails, somebody is told, and what it would have needed is compiled when it is launched.
+
+    Args:
+        runner: of a loaded model, that nobody uses yet.
+        num_threads: that compile.
+        progress: True draws a bar on stderr if it takes longer than a moment; otherwise whoever listens to the log is
+            told.
+    """
+    ahead = KernelsAhead(num_threads)
+    try:
+        with torch.no_grad(), ahead.note():
+            soon, later = _in_turn(runner)
+            for rehearse in soon:
+                rehearse()
+            count = ahead.num_noted
+            for rehearse in later:
+                rehearse()
+        if runner.decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with _Report(progress is True) as report:
+            ahead.wait(count, report)
+    except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+        _LOG.warning("kernels are compiled when they are first needed: a rehearsal failed (%s)", error, exc_info=True)
+    finally:
+        ahead.close()
+    runner.prepare(1)
+
+
+def _in_turn(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
+    """Rehearsals that everybody waits for, and the others."""
+    sizes = list(runner.sizes)
+    few = [size for size in sizes if 2 < size <= MAX_DECODE_TOKENS]
+    first = [size for size in sizes if size not in few]
+    soon: list[Callable[[], None]] = [lambda size=size: rehearse_decode(runner, size) for size in first]  # type: ignore[misc]
+    for tokens, blocks in _prompts(runner):
+        soon.append(lambda tokens=tokens, blocks=blocks: rehearse_prefill(runner, tokens, blocks))  # type: ignore[misc]
+    return soon, [lambda size=size: rehearse_decode(runner, size) for size in few]  # type: ignore[misc]
+
+
+def _prompts(runner: ModelRunner) -> Iterator[tuple[int, int]]:
+    """Tokens of prompts, with blocks of their sequences: as many as they need, and as many as there can be."""
+    most, blocks = runner.options.max_chunk, runner.pool.blocks_for(runner.max_positions)
+    lengths = [1, *_SHORT_PROMPTS]
+    length = _FIRST_EXPANDED
+    while length < most:
+        lengths.append(length)
+        length *= 2
+    for length in sorted({min(length, most) for length in [*lengths, most]}):
+        for wide in sorted({min(blocks, runner.pool.blocks_for(length)), blocks}):
+            yield length, wide
+
+
+def rehearse_decode(runner: ModelRunner, size: int) -> None:
+    """The launches of decode steps of `size` sequences."""
+    for brings in runner.ways(size):
+        runner.launch_decode(runner.new_bucket(size), brings)
+
+
+def rehearse_prefill(runner: ModelRunner, num_tokens: int, num_blocks: int) -> None:
+    """The launches of a prompt.
+
+    Args:
+        runner: whose.
+        num_tokens: of the prompt.
+        num_blocks: of its sequence, what came before included.
+    """
+    device, decoder = runner.decoder.device, runner.decoder
+    step_input = StepInput.empty(num_tokens, 1, num_blocks).to(device)
+    hidden = torch.zeros(num_tokens, decoder.hidden_size, device=device)
+    path = _Rehearsed(runner)
+    decoder.run(hidden, GpuStep(step_input, runner.caches, decoder.angles, num_tokens, path))
+    if decoder.tail is None:
+        decoder.logits(hidden[-1:].contiguous())
+
+
+class _Rehearsed:
+    """An `ExpertPath` of prompts that launches what any of them may launch, and asks the CPU for nothing."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._exchange, self._slots, self._staging = runner.exchange, runner.slots, runner.staging
+
+    def table(self, layer: int) -> torch.Tensor | None:
+        """As `ExpertPath`."""
+        return self._slots.table(layer)
+
+    def start(self, routed: Routed) -> None:
+        """As `ExpertPath`."""
+
+    def finish(
+        self,
+        routed: Routed,
+        residual: torch.Tensor,
+        shared: torch.Tensor | None,
+        shared_gate: torch.Tensor | None,
+        scale: float,
+    ) -> None:
+        """As `ExpertPath`."""
+        total = self._slots.compute(routed)
+        if total is None or not self._slots.is_complete(routed.layer):
+            self._stream(routed)
+            total = torch.zeros_like(residual)
+        self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
+
+    def _stream(self, routed: Routed) -> None:
+        """As `StreamingPath`, with one group."""
+        staging = self._staging
+        if staging is None or len(routed.hidden) <= MAX_DECODE_TOKENS:
+            return
+        layout = staging.layouts[routed.layer]
+        pairs = layout.pairs(routed.hidden, routed.chosen, routed.weights)
+        self._slots.multiply(routed.layer, pairs)
+        tables = np.zeros((1, pairs.num_experts), np.int32)
+        (table, *_), _ = staging.tables.upload(tables, np.zeros((1, pairs.num_experts + 1), np.int32))
+        pairs.multiply(staging.arenas[0], layout.kernel, staging.group, pairs.blocks(table))
+        pairs.sum(table)
+
+
+class _Report:
+    """Tells how far the compiler is, if that takes longer than a moment.
+
+    Args:
+        draws: a bar; otherwise only the log is told.
+    """
+
+    def __init__(self, draws: bool) -> None:
+        self._draws, self._bar = draws, None
+        self._began, self._told = time.perf_counter(), False
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._told and (done == total or time.perf_counter() - self._began < _QUIET_SECONDS):
+            return
+        if not self._told:
+            self._told = True
+            where = kernel_folder()
+            _LOG.info("compiling %d kernels for this GPU, once on this computer; they are kept in %s", total, where)
+            if self._draws:
+                self._bar = tqdm(total=total, desc="Compiling GPU kernels", unit="kernel", dynamic_ncols=True)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Report:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
-from triton.runtime import _async_compile
+from triton.runtime import _async_compile, driver
 from triton.runtime.jit import JITFunction
 
 from moesaic.kernels.triton.loading import expected
@@ -42,18 +42,27 @@ class _Ahead:
         """In a thread of the pool."""
         try:
             with expected():
-                self.future.set_result(self.compile())
+                kernel = self.compile()
+                _build_launcher(kernel)
+            self.future.set_result(kernel)
         except BaseException as error:
             self.future.set_exception(error)
 
-    def kernel(self) -> Any:
+    def result(self) -> Any:
         """The compiled kernel; where a thread failed, who launches it tries again and gets the error."""
-        if self.future.done() and self.future.exception() is not None:
-            return self.compile()
-        return self.future.result()
+        return self.compile() if self.future.exception() is not None else self.future.result()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.kernel(), name)
+        return getattr(self.result(), name)
+
+
+def _build_launcher(kernel: Any) -> None:
+    """Let Triton compile what passes arguments to a kernel: some versions do that in C, and keep it in their folder.
+
+    What goes wrong here goes wrong where the kernel is launched, and is told there.
+    """
+    with contextlib.suppress(Exception):
+        driver.active.launcher_cls(kernel.src, kernel.metadata)
 
 
 class KernelsAhead:

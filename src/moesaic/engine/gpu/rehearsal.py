@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -33,46 +33,36 @@ _FIRST_EXPANDED = 128
 
 
 def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = True) -> None:
-    """Compile what a runner's steps need and wait for most of it: all but decode steps of some sizes in between.
+    """Compile what a runner's steps need, wait for it, and capture the graph of one sequence.
 
-    Those take longest, their threads go on for a while, and a step that needs them waits. The graph of one sequence is
-    captured. If a rehearsal fails, somebody is told, and what it would have needed is compiled when it is launched.
+    If the rehearsal fails, somebody is told, and what it would have needed is compiled when it is launched first.
 
     Args:
         runner: of a loaded model, that nobody uses yet.
         num_threads: that compile.
-        progress: True draws a bar on stderr if it takes longer than a moment; otherwise whoever listens to the log is
-            told.
+        progress: True draws a bar on stderr if it takes longer than a moment; otherwise only the log is told.
     """
     ahead = KernelsAhead(num_threads)
     try:
         with torch.no_grad(), ahead.note():
-            soon, later = _in_turn(runner)
-            for rehearse in soon:
-                rehearse()
-            count = ahead.num_noted
-            for rehearse in later:
-                rehearse()
+            _rehearse(runner)
         if runner.decoder.device.type == "cuda":
             torch.cuda.empty_cache()
         with _Report(progress is True) as report:
-            ahead.wait(count, report)
+            ahead.wait(report)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
-        _LOG.warning("kernels are compiled when they are first needed: a rehearsal failed (%s)", error, exc_info=True)
+        _LOG.warning("kernels are compiled when they are needed first: the rehearsal failed (%s)", error, exc_info=True)
     finally:
         ahead.close()
     runner.prepare(1)
 
 
-def _in_turn(runner: ModelRunner) -> tuple[list[Callable[[], None]], list[Callable[[], None]]]:
-    """Rehearsals that everybody waits for, and the others."""
-    sizes = list(runner.sizes)
-    few = [size for size in sizes if 2 < size <= MAX_DECODE_TOKENS]
-    first = [size for size in sizes if size not in few]
-    soon: list[Callable[[], None]] = [lambda size=size: rehearse_decode(runner, size) for size in first]  # type: ignore[misc]
-    for tokens, blocks in _prompts(runner):
-        soon.append(lambda tokens=tokens, blocks=blocks: rehearse_prefill(runner, tokens, blocks))  # type: ignore[misc]
-    return soon, [lambda size=size: rehearse_decode(runner, size) for size in few]  # type: ignore[misc]
+def _rehearse(runner: ModelRunner) -> None:
+    """All steps; those first whose kernels take longest."""
+    for length, blocks in reversed(list(_prompts(runner))):
+        rehearse_prefill(runner, length, blocks)
+    for size in reversed(runner.sizes):
+        rehearse_decode(runner, size)
 
 
 def _prompts(runner: ModelRunner) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from triton.runtime import _async_compile, driver
@@ -50,7 +50,10 @@ class _Ahead:
 
     def result(self) -> Any:
         """The compiled kernel; where a thread failed, who launches it tries again and gets the error."""
-        return self.compile() if self.future.exception() is not None else self.future.result()
+        try:
+            return self.future.result()
+        except Exception:
+            return self.compile()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.result(), name)
@@ -90,7 +93,8 @@ class KernelsAhead:
     @property
     def num_failed(self) -> int:
         """Kernels that could not be compiled; who launches one gets the error."""
-        return sum(1 for each in self._kernels.values() if each.future.done() and each.future.exception() is not None)
+        done = [each.future for each in self._kernels.values() if each.future.done()]
+        return sum(future.cancelled() or future.exception() is not None for future in done)
 
     @contextlib.contextmanager
     def note(self) -> Iterator[None]:
@@ -133,24 +137,26 @@ class KernelsAhead:
         self._noted.append((put, kernel))
         return kernel
 
-    def wait(self, count: int, report: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Wait for the first `count` kernels that were noted, failures included.
+    def wait(self, report: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Wait for all that was noted, failures included.
 
         Args:
-            count: how many.
             report: called with (kernels done, kernels in all) now and then.
         """
-        wanted = list(self._kernels.values())[:count]
-        while True:
-            done = sum(each.future.done() for each in wanted)
+        wanted = list(self._kernels.values())
+        while (done := sum(each.future.done() for each in wanted)) < len(wanted):
             report(done, len(wanted))
-            if done == len(wanted):
-                break
             time.sleep(_POLL_SECONDS)
+        report(done, len(wanted))
         self._put_in_place()
 
     def close(self) -> None:
-        """No more is noted; threads end when all is compiled, or after what they are at when the process ends."""
+        """Threads end after what they are at; what they have not begun is compiled when it is launched."""
+        with contextlib.suppress(Empty):
+            while True:
+                waiting = self._queue.get_nowait()
+                if waiting is not None:
+                    waiting.future.cancel()
         for _ in self._threads:
             self._queue.put(None)
 
@@ -160,7 +166,7 @@ class KernelsAhead:
         for put, each in self._noted:
             if not each.future.done():
                 waiting.append((put, each))
-            elif each.future.exception() is None:
+            elif not each.future.cancelled() and each.future.exception() is None:
                 put(each.future.result())
         self._noted = waiting
 

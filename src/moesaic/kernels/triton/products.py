@@ -15,6 +15,9 @@ import triton.language as tl
 
 __all__ = ["at_panel", "lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
 
+_LOADS: tl.constexpr = tl.constexpr(128)
+"""Of activations in the body of a loop, at most: a pass of the compiler takes time with the square of them."""
+
 
 @triton.jit
 def tile_of(words, halves, bytes, item, num_items, F: tl.constexpr) -> Any:
@@ -46,6 +49,33 @@ def zeros(COUNT: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr) -> Any:
 
 
 @triton.jit
+def _add_step(
+    parts, sums, x, x_stride, codes, step, SHAPE: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr,
+    SUMMED: tl.constexpr,
+) -> Any:  # fmt: skip
+    """Adds the products of a step to `parts`, and activations to `sums` where they are needed; see `lane_products`."""
+    width: tl.constexpr = F.width
+    groups: tl.constexpr = F.num_scales
+    apart: tl.constexpr = F.planes // F.num_scales
+    steps: tl.constexpr = F.steps
+    new_parts = ()
+    new_sums = ()
+    for t in tl.static_range(TOKENS):
+        for g in tl.static_range(groups):
+            part = parts[t * groups + g]
+            total = sums[t * groups + g]
+            for p in tl.static_range(g * apart, (g + 1) * apart):
+                for c in tl.static_range(width):
+                    value = tl.load(x + t * x_stride + ((p * steps + step) * width + c) * 8)
+                    part = tl.fma(codes[p * width + c], tl.broadcast_to(value, SHAPE), part)
+                    if F.has_offset and not SUMMED:
+                        total += value
+            new_parts = new_parts + (part,)
+            new_sums = new_sums + (total,)
+    return new_parts, new_sums
+
+
+@triton.jit
 def lane_products(
     totals,
     x,
@@ -72,31 +102,22 @@ def lane_products(
     steps: tl.constexpr = F.steps
     width: tl.constexpr = F.width
     groups: tl.constexpr = F.num_scales
-    apart: tl.constexpr = F.planes // F.num_scales
     shape: tl.constexpr = totals[0].shape
     if F.scales is None:
         parts = totals
     else:
         parts = zeros(TOKENS * groups, shape[0], shape[1])
     sums = zeros(TOKENS * groups, shape[0], 1)
-    for step in tl.static_range(steps):
-        codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
-        new_parts = ()
-        new_sums = ()
-        for t in tl.static_range(TOKENS):
-            for g in tl.static_range(groups):
-                part = parts[t * groups + g]
-                total = sums[t * groups + g]
-                for p in tl.static_range(g * apart, (g + 1) * apart):
-                    for c in tl.static_range(width):
-                        value = tl.load(x + t * x_stride + ((p * steps + step) * width + c) * 8)
-                        part = tl.fma(codes[p * width + c], tl.broadcast_to(value, shape), part)
-                        if F.has_offset and not SUMMED:
-                            total += value
-                new_parts = new_parts + (part,)
-                new_sums = new_sums + (total,)
-        parts = new_parts
-        sums = new_sums
+    together: tl.constexpr = max(1, min(steps, _LOADS // (TOKENS * F.planes * width)))
+    if together == steps:
+        for step in tl.static_range(steps):
+            codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
+            parts, sums = _add_step(parts, sums, x, x_stride, codes, step, shape, F, TOKENS, SUMMED)
+    else:
+        for first in range(0, steps, together):
+            for u in tl.static_range(together):
+                codes = F.codes(words, halves, bytes, grid, magic, item, cols, first + u)
+                parts, sums = _add_step(parts, sums, x, x_stride, codes, first + u, shape, F, TOKENS, SUMMED)
     if F.scales is None:
         out = parts
     else:

@@ -6,6 +6,7 @@ only noted (`kernels.triton.ahead`). It knows which steps there are, and no kern
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.loading import kernel_folder
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.step import GpuStep, Routed
+from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["compile_kernels", "rehearse_decode", "rehearse_prefill"]
 
@@ -46,8 +48,6 @@ def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = 
     try:
         with torch.no_grad(), ahead.note():
             _rehearse(runner)
-        if runner.decoder.device.type == "cuda":
-            torch.cuda.empty_cache()
         with _Report(progress is True) as report:
             ahead.wait(report)
     except (RuntimeError, TypeError, AttributeError, ValueError) as error:
@@ -60,21 +60,36 @@ def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = 
 def _rehearse(runner: ModelRunner) -> None:
     """All steps; those first whose kernels take longest."""
     for length, blocks in reversed(list(_prompts(runner))):
-        rehearse_prefill(runner, length, blocks)
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # it would want memory that is lent to it when it runs
+            rehearse_prefill(runner, length, blocks)
+        _give_back(runner)
     for size in reversed(runner.sizes):
         rehearse_decode(runner, size)
+    _give_back(runner)
+
+
+def _give_back(runner: ModelRunner) -> None:
+    """Memory that PyTorch keeps would be in the way of pieces of other sizes."""
+    if runner.decoder.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _prompts(runner: ModelRunner) -> Iterator[tuple[int, int]]:
-    """Tokens of prompts, with blocks of their sequences: as many as they need, and as many as there can be."""
-    most, blocks = runner.options.max_chunk, runner.pool.blocks_for(runner.max_positions)
+    """Tokens of prompts, with blocks of their sequences: as many as they need, as there can be, or, once, in between.
+
+    Kernels tell no prompts apart that are longer than PREFILL_CHUNK.
+    """
+    most = min(runner.options.max_chunk, PREFILL_CHUNK)
+    blocks = runner.pool.blocks_for(runner.max_positions)
     lengths = [1, *_SHORT_PROMPTS]
     length = _FIRST_EXPANDED
     while length < most:
         lengths.append(length)
         length *= 2
     for length in sorted({min(length, most) for length in [*lengths, most]}):
-        for wide in sorted({min(blocks, runner.pool.blocks_for(length)), blocks}):
+        least = min(blocks, runner.pool.blocks_for(length))
+        between = [1 << power for power in range(blocks.bit_length())] if length == _SHORT_PROMPTS[0] else []
+        for wide in sorted({least, *(wide for wide in between if wide > least), blocks}):
             yield length, wide
 
 

@@ -17,6 +17,8 @@ from moesaic.kernels.triton.products import tile_products
 
 __all__ = ["bring_kernel", "grouped_down_kernel", "grouped_sum_kernel", "grouped_up_kernel"]
 
+_TABLES = ["first_blocks", "table"]  # rows of larger tables, aligned or not
+
 
 @triton.jit
 def _block_of(starts, first_blocks, num_experts, PAIRS: tl.constexpr) -> Any:
@@ -40,7 +42,7 @@ def _block_of(starts, first_blocks, num_experts, PAIRS: tl.constexpr) -> Any:
     return expert, place, inside
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "num_experts"])
+@triton.jit(do_not_specialize=["num_tokens", "num_pairs", "num_experts"], do_not_specialize_on_alignment=_TABLES)
 def grouped_up_kernel(
     gate_x,
     up_x,
@@ -116,7 +118,7 @@ def grouped_up_kernel(
         tl.store(at, result.to(inner.dtype.element_ty), mask=has & (r < rows))
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_items"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_items"], do_not_specialize_on_alignment=_TABLES)
 def grouped_down_kernel(
     inner,
     order,
@@ -164,7 +166,7 @@ def grouped_down_kernel(
         tl.store(out + pair.to(tl.int64)[:, None] * rows + r, total, mask=has & (r < rows))
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["num_experts"], do_not_specialize_on_alignment=["table"])
 def grouped_sum_kernel(
     pairs, experts, table, out, out_stride, rows, num_experts, TOP_K: tl.constexpr, ADD: tl.constexpr
 ) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class FakeDriver:
     """What the compiler asks an active driver for."""
 
-    def get_current_target(self):  # noqa: ANN201 (Triton is imported where it is not interpreted)
+    def get_current_target(self):
         from triton.backends.compiler import GPUTarget
 
         return GPUTarget("cuda", 90, 32)
@@ -48,7 +48,7 @@ def in_process(script: str, cache: Path) -> str:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     code = f"from tests import fake_gpu\nfake_gpu.install()\n{script}"
-    done = subprocess.run(  # noqa: S603 (our own code)
+    done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr

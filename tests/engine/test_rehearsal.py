@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tests.engine.pairs import load_tiny
 from moesaic.engine.gpu import rehearsal
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
-from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
+from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.engine.gpu.runner_options import RunnerOptions
 from moesaic.engine.gpu.shares import Costs, ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
@@ -83,9 +85,7 @@ class Broken:
 
     def __init__(self) -> None:
         self.prepared: list[int] = []
-
-    def prepare(self, count: int) -> None:
-        self.prepared.append(count)
+        self.steps = SimpleNamespace(bucket=self.prepared.append)
 
 
 def test_a_rehearsal_that_fails_is_told_and_hinders_nobody(caplog: pytest.LogCaptureFixture) -> None:

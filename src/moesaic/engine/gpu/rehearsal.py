@@ -24,7 +24,7 @@ from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.step import GpuStep, Routed
 from moesaic.placement.vram import PREFILL_CHUNK
 
-__all__ = ["compile_kernels", "rehearse_decode", "rehearse_prefill"]
+__all__ = ["compile_kernels", "rehearse_prefill"]
 
 _LOG = logging.getLogger("moesaic.gpu")
 _QUIET_SECONDS = 1.0
@@ -54,7 +54,7 @@ def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = 
         _LOG.warning("kernels are compiled when they are needed first: the rehearsal failed (%s)", error, exc_info=True)
     finally:
         ahead.close()
-    runner.prepare(1)
+    runner.steps.bucket(1)
 
 
 def _rehearse(runner: ModelRunner) -> None:
@@ -63,8 +63,8 @@ def _rehearse(runner: ModelRunner) -> None:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # it would want memory that is lent to it when it runs
             rehearse_prefill(runner, length, blocks)
         _give_back(runner)
-    for size in reversed(runner.sizes):
-        rehearse_decode(runner, size)
+    for size in reversed(runner.steps.sizes):
+        runner.steps.rehearse(size)
     _give_back(runner)
 
 
@@ -93,12 +93,6 @@ def _prompts(runner: ModelRunner) -> Iterator[tuple[int, int]]:
             yield length, wide
 
 
-def rehearse_decode(runner: ModelRunner, size: int) -> None:
-    """The launches of decode steps of `size` sequences."""
-    for brings in runner.ways(size):
-        runner.launch_decode(runner.new_bucket(size), brings)
-
-
 def rehearse_prefill(runner: ModelRunner, num_tokens: int, num_blocks: int) -> None:
     """The launches of a prompt.
 
@@ -120,7 +114,7 @@ class _Rehearsed:
     """An `ExpertPath` of prompts that launches what any of them may launch, and asks the CPU for nothing."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._exchange, self._slots, self._staging = runner.exchange, runner.slots, runner.staging
+        self._exchange, self._slots, self._staging = runner.hand_off.exchange, runner.slots, runner.staging
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""

@@ -12,6 +12,7 @@
 #include "kernels/scratch.h"
 #include "moe_assignment.h"
 #include "moe_tokens.h"
+#include "read_ahead.h"
 #include "thread_pool.h"
 #include "work_queue.h"
 
@@ -89,6 +90,7 @@ class Forward {
     const std::uint8_t* outer_address(std::int64_t item) const {
         return down_address(static_cast<std::size_t>(item / num_panels_), a_.by_number[0], item % num_panels_);
     }
+    ReadAhead first_outer(std::int64_t item) const;
     float* partial(std::int64_t panel, std::size_t slice) {
         return partial_.data() +
                (panel * static_cast<std::int64_t>(slices_.size()) + static_cast<std::int64_t>(slice)) * num_tokens_ *
@@ -146,6 +148,18 @@ const std::uint8_t* Forward::down_address(std::size_t slice, std::int64_t active
     const ExpertSlice& s = slices_[slice].slice;
     return s.down.weights + a_.experts[active] * s.down.matrix_bytes +
            panel * s.down.format->panel_bytes(s.intermediate);
+}
+
+// What a thread reads for the items of the output from this one on.
+ReadAhead Forward::first_outer(std::int64_t item) const {
+    const std::int64_t panel = item % num_panels_, count = std::min<std::int64_t>(kMaxPanels, num_panels_ - panel);
+    const auto slice = static_cast<std::size_t>(item / num_panels_);
+    const ExpertSlice& s = slices_[slice].slice;
+    ReadAhead ahead;
+    for (std::int64_t active : a_.by_number) {
+        ahead.add(down_address(slice, active, panel), count * s.down.format->panel_bytes(s.intermediate));
+    }
+    return ahead;
 }
 
 // 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
@@ -244,12 +258,16 @@ void Forward::run() {
     WorkQueue inner_items = queue_of(inner, pool), outer_items = queue_of(outer, pool);
     pool.run([&](Team& team) {
         static thread_local Buffers buffers;
+        const std::int64_t inner_end = inner_items.share(team.thread()).end;
         const std::int64_t outer_first = std::min(outer_items.share(team.thread()).begin,
                                                   static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
         for (std::int64_t item; (item = inner_items.next(team.thread())) >= 0;) {
-            expand_item(item, item + 1 < num_items_ ? inner_address(item + 1) : outer_address(outer_first), buffers);
+            // Where its share ends, a thread hardly ever finds more to do before the barrier.
+            const bool more = item + 1 != inner_end && item + 1 < num_items_;
+            expand_item(item, more ? inner_address(item + 1) : outer_address(outer_first), buffers);
         }
-        team.barrier();
+        ReadAhead outer = first_outer(outer_first);
+        team.barrier(outer);
         for (WorkQueue::Range items; outer_items.next(team.thread(), kMaxPanels, items);) {
             const std::int64_t end_of_slice = (items.begin / num_panels_ + 1) * num_panels_;
             contract_items({items.begin, std::min(items.end, end_of_slice)}, buffers);

@@ -8,7 +8,10 @@
 // and, where an instruction set is included before (MOESAIC_ISA), how 16 rows look to the kernels. Quantised formats
 // give the weights of a tile as groups g of 32 k and quads i of 4 k, in the terms
 //   value(row, k) = scale(s, k / kScaleGroup) * (q - zero) + offset(s, k / kScaleGroup),  zero = 2^kZeroShift or 0 (-1)
-//   quad(tile, g, i)     16 rows x weights 4 i .. 4 i + 3 of group g as unsigned bytes q, at most kLargest in any block
+//   quad(tile, g, i)     16 rows x weights 4 i .. 4 i + 3 of group g as unsigned bytes q, at most kLargest in any
+//   block;
+//                        q may be 2^n times what the file has if scale() is as much smaller; scales of formats with
+//                        offsets have at most 22 significant bits
 //                        (kGroupPeriod: groups after which quad() repeats its instructions, if it does inside a block)
 //   or, where a group is best made at once, group(tile, scales, g, quads): its 8 quads
 // float formats give kStep columns of 16 weights: load_weights(tile, w); those in blocks, with float activations all

@@ -24,6 +24,27 @@ inline void six_bit_scales(const uint8_t* packed, uint8_t* scales, uint8_t* mini
 
 #ifdef MOESAIC_ISA
 
+// Bits of a byte as a kernel may take them: where they are, if bytes there are not too large for dot4() (times 2^n,
+// which scales make good), else moved down.
+template <int kBits>
+struct RaisedBits {
+    static constexpr int kMost = kFullRangeBias == 0 ? 255 : 15;
+    static constexpr int kMask = (1 << kBits) - 1;
+
+    // How far above bit 0 field k of a byte is left.
+    static constexpr int raise(int k) {
+        const int at = kBits * k;
+        return kMask << at <= kMost ? at : kMask << at % 4 <= kMost ? at % 4 : 0;
+    }
+    static constexpr int kLargest = kMask << raise(8 / kBits - 1);
+    static constexpr float unit(int k) { return 1.0f / static_cast<float>(1 << raise(k)); }
+    MOESAIC_INLINE vb of(vb x, int k) {
+        return and_b(shr_16(x, kBits * k - raise(k)), set1_b(static_cast<uint8_t>(kMask << raise(k))));
+    }
+};
+using TwoBits = RaisedBits<2>;
+using Nibbles = RaisedBits<4>;
+
 MOESAIC_INLINE vb low_nibbles(vb x) { return and_b(x, set1_b(15)); }
 MOESAIC_INLINE vb high_nibbles(vb x) { return and_b(shr_16(x, 4), set1_b(15)); }
 
@@ -39,13 +60,15 @@ MOESAIC_INLINE vb fifth_bit_quad(const uint8_t* qh, int i) {
 }
 
 // six_bit_scales of 16 rows, [8][16] bytes each.
-MOESAIC_INLINE void six_bit_scales_of_tile(const uint8_t* packed, uint8_t* scales, uint8_t* minima) {
+MOESAIC_INLINE void six_bit_scales_of_tile(const uint8_t* packed, uint8_t (&scales)[128], uint8_t (&minima)[128]) {
     const vb a = load_b(packed), b = load_b(packed + 64), c = load_b(packed + 128);
     const vb low6 = set1_b(63), top2 = set1_b(0x30);
     store_b(scales, and_b(a, low6));
     store_b(minima, and_b(b, low6));
     store_b(scales + 64, or_b(low_nibbles(c), and_b(shr_16(a, 2), top2)));
     store_b(minima + 64, or_b(high_nibbles(c), and_b(shr_16(b, 2), top2)));
+    leave_in_memory(scales);
+    leave_in_memory(minima);
 }
 
 #endif

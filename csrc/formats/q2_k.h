@@ -25,29 +25,30 @@ struct Q2_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 1024, kTileD = 1280, kTileDmin = 1312;
-    static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = 3;
+    static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = TwoBits::kLargest;
+    static constexpr int kGroupPeriod = 4;
     static constexpr bool kHasOffset = true;
     struct Scales {
-        vf d, negated_dmin;
-        alignas(64) uint8_t scales[256], minima[256];
+        Factor d[4], negated_dmin;  // d for groups g % 4; of minima in the upper nibbles of bytes
+        const uint8_t* packed;
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         Scales s;
-        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        s.negated_dmin = sub(set1(0.0f), load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin)));
-        for (int i = 0; i < 256; i += 64) {
-            const vb packed = load_b(tile + kTileScales + i);
-            store_b(s.scales + i, low_nibbles(packed));
-            store_b(s.minima + i, high_nibbles(packed));
-        }
+        const vf d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
+        const vf dmin = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin));
+        for (int i = 0; i < 4; ++i) s.d[i] = factor(mul(d, set1(TwoBits::unit(i))));
+        s.negated_dmin = factor(mul(dmin, set1(-0x1p-4f)));
+        s.packed = tile + kTileScales;
         return s;
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) { return mul(s.d, to_float(load_u8(s.scales + 16 * j))); }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) {
+        return times_bits(load_u8(s.packed + 16 * j), 0x0f, s.d[j / 2 % 4]);
+    }
     MOESAIC_INLINE vf offset(const Scales& s, int j) {
-        return mul(s.negated_dmin, to_float(load_u8(s.minima + 16 * j)));
+        return times_bits(load_u8(s.packed + 16 * j), 0xf0, s.negated_dmin);
     }
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
-        return and_b(shr_16(load_b(tile + kTileQs + 64 * (g / 4 * 8 + i)), g % 4 * 2), set1_b(3));
+        return TwoBits::of(load_b(tile + kTileQs + 64 * (g / 4 * 8 + i)), g % 4);
     }
 #endif
 };

@@ -34,23 +34,25 @@ struct Q3_K {
     static constexpr int kScaleGroup = 16, kZeroShift = 2, kLargest = 7;
     static constexpr bool kHasOffset = false;
     struct Scales {
-        vf d;
-        alignas(64) uint8_t scales[256];
+        vf quarter_d;
+        alignas(64) uint8_t by_4[256];  // signed bytes: four times (six bits less 32)
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         Scales s;
-        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        const vb high = load_b(tile + kTileScales + 128), top2 = set1_b(0x30);
+        s.quarter_d = mul(load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)), set1(0.25f));
+        const vb high = load_b(tile + kTileScales + 128);
+        const vb low4 = set1_b(0x3c), top2 = set1_b(0xc0), less_32 = set1_b(0x80);
         for (int i = 0; i < 2; ++i) {
             const vb low = load_b(tile + kTileScales + 64 * i);
-            store_b(s.scales + 64 * i, or_b(low_nibbles(low), and_b(shl_16(high, 4 - 2 * i), top2)));
-            store_b(s.scales + 64 * i + 128, or_b(high_nibbles(low), and_b(shr_16(high, 2 * i), top2)));
+            const vb first = or_b(and_b(shl_16(low, 2), low4), and_b(shl_16(high, 6 - 2 * i), top2));
+            const vb second = or_b(and_b(shr_16(low, 2), low4), and_b(shl_16(high, 2 - 2 * i), top2));
+            store_b(s.by_4 + 64 * i, xor_b(first, less_32));
+            store_b(s.by_4 + 64 * i + 128, xor_b(second, less_32));
         }
+        leave_in_memory(s.by_4);
         return s;
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) {
-        return mul(s.d, to_float(add(load_u8(s.scales + 16 * j), set1_i(-32))));
-    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return mul(s.quarter_d, to_float(load_i8(s.by_4 + 16 * j))); }
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
         const vb low = and_b(shr_16(load_b(tile + kTileQs + 64 * (g / 4 * 8 + i)), g % 4 * 2), set1_b(3));
         const vb mask = load_b(tile + kTileHmask + 64 * i);

@@ -27,27 +27,28 @@ struct Q4_K {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 2048, kTileD = 2240, kTileDmin = 2272;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 15;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = Nibbles::kLargest;
     static constexpr int kGroupPeriod = 2;
     static constexpr bool kHasOffset = true;
     struct Scales {
-        vf d, negated_dmin;
+        Factor d[2], negated_dmin;  // d for groups g % 2
         alignas(64) uint8_t scales[128], minima[128];
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         Scales s;
-        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        s.negated_dmin = sub(set1(0.0f), load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin)));
+        const vf d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
+        const vf dmin = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin));
+        for (int i = 0; i < 2; ++i) s.d[i] = factor(mul(d, set1(Nibbles::unit(i))));
+        s.negated_dmin = factor(mul(dmin, set1(-1.0f)));
         six_bit_scales_of_tile(tile + kTileScales, s.scales, s.minima);
         return s;
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) { return mul(s.d, to_float(load_u8(s.scales + 16 * j))); }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return times_bits(load_u8(s.scales + 16 * j), 0x3f, s.d[j % 2]); }
     MOESAIC_INLINE vf offset(const Scales& s, int j) {
-        return mul(s.negated_dmin, to_float(load_u8(s.minima + 16 * j)));
+        return times_bits(load_u8(s.minima + 16 * j), 0x3f, s.negated_dmin);
     }
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
-        const vb both = load_b(tile + kTileQs + 64 * (g / 2 * 8 + i));
-        return g % 2 == 0 ? low_nibbles(both) : high_nibbles(both);
+        return Nibbles::of(load_b(tile + kTileQs + 64 * (g / 2 * 8 + i)), g % 2);
     }
 #endif
 };

@@ -31,19 +31,19 @@ struct Q5_K {
     static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 31;
     static constexpr bool kHasOffset = true;
     struct Scales {
-        vf d, negated_dmin;
+        Factor d, negated_dmin;
         alignas(64) uint8_t scales[128], minima[128];
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         Scales s;
-        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        s.negated_dmin = sub(set1(0.0f), load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin)));
+        s.d = factor(load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)));
+        s.negated_dmin = factor(mul(load_f16(reinterpret_cast<const uint16_t*>(tile + kTileDmin)), set1(-1.0f)));
         six_bit_scales_of_tile(tile + kTileScales, s.scales, s.minima);
         return s;
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) { return mul(s.d, to_float(load_u8(s.scales + 16 * j))); }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return times_bits(load_u8(s.scales + 16 * j), 0x3f, s.d); }
     MOESAIC_INLINE vf offset(const Scales& s, int j) {
-        return mul(s.negated_dmin, to_float(load_u8(s.minima + 16 * j)));
+        return times_bits(load_u8(s.minima + 16 * j), 0x3f, s.negated_dmin);
     }
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
         const vb both = load_b(tile + kTileQs + 64 * (g / 2 * 8 + i));

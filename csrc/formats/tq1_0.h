@@ -8,6 +8,24 @@
 namespace moesaic {
 namespace {
 
+// The digits of each byte: four of them, two bits each from the lowest on, and the fifth.
+struct TernaryDigits {
+    uint8_t first[256], fifth[256];
+};
+constexpr TernaryDigits ternary_digits() {
+    TernaryDigits digits{};
+    for (int byte = 0; byte < 256; ++byte) {
+        int fraction = byte, first = 0;
+        for (int n = 0; n < 4; ++n) {
+            first |= fraction * 3 >> 8 << (2 * n);
+            fraction = fraction * 3 & 255;
+        }
+        digits.first[byte] = static_cast<uint8_t>(first);
+        digits.fifth[byte] = static_cast<uint8_t>(fraction * 3 >> 8);
+    }
+    return digits;
+}
+
 struct TQ1_0 {
     static constexpr const char* kName = "TQ1_0";
     static constexpr int kGgmlType = 34, kBlock = 256, kBlockBytes = 54;
@@ -39,14 +57,25 @@ struct TQ1_0 {
         return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD))};
     }
     MOESAIC_INLINE vf scale(const Scales& s, int) { return s.d; }
-    // Digit n of bytes in the upper halves of 16-bit units.
-    MOESAIC_INLINE vb digits(vb upper, int n) { return mul_high_16(mul_16(upper, kPowers[n]), 3); }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    static constexpr TernaryDigits kDigits = ternary_digits();
+    MOESAIC_INLINE vb digits(vb bytes, int n) {
+        return n == 4 ? lookup256(bytes, kDigits.fifth)
+                      : and_b(shr_16(lookup256(bytes, kDigits.first), 2 * n), set1_b(3));
+    }
+#else
+    MOESAIC_INLINE vb digits_of_upper(vb upper, int n) { return mul_high_16(mul_16(upper, kPowers[n]), 3); }
+    // Digit n of each byte.
+    MOESAIC_INLINE vb digits(vb bytes, int n) {
+        const vb upper = and_b(bytes, set1_lane(0xff00ff00));
+        return or_b(digits_of_upper(shl_16(bytes, 8), n), shl_16(digits_of_upper(upper, n), 8));
+    }
+#endif
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
         const int k = 32 * g + 4 * i;
         const int four = k < 160 ? i : k < 240 ? 8 + i % 4 : 12;
         const int n = k < 160 ? g : k < 240 ? (k - 160) / 16 : i - 4;
-        const vb bytes = load_b(tile + kTileQs + 64 * four);
-        return or_b(digits(shl_16(bytes, 8), n), shl_16(digits(and_b(bytes, set1_lane(0xff00ff00)), n), 8));
+        return digits(load_b(tile + kTileQs + 64 * four), n);
     }
 #endif
 };

@@ -156,6 +156,14 @@ MOESAIC_INLINE void store_as_i8(int8_t* p, vi x) {
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
+struct Factor {
+    vf times;
+};
+MOESAIC_INLINE Factor factor(vf x) { return {x}; }
+MOESAIC_INLINE vf times_bits(vi x, int32_t mask, const Factor& f) {
+    const __m256i bits = _mm256_set1_epi32(mask);
+    return mul(f.times, to_float(vi{_mm256_and_si256(x.a, bits), _mm256_and_si256(x.b, bits)}));
+}
 // byte `i` of each lane's four, zero-extended
 MOESAIC_INLINE vi byte_of_lane(vb x, int i) {
     const __m256i low = _mm256_set1_epi32(255);
@@ -338,6 +346,10 @@ MOESAIC_INLINE vi widen(vs x) {
 }
 #endif
 
+template <int N>
+MOESAIC_INLINE void leave_in_memory(uint8_t (&bytes)[N]) {
+    __asm__("" : "+m"(bytes));
+}
 template <class T>
 MOESAIC_INLINE const T* read_again(const T* p) {
     __asm__ volatile("" : "+r"(p));

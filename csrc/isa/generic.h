@@ -145,6 +145,12 @@ MOESAIC_INLINE int32_t reduce_add(vi a) {
 MOESAIC_INLINE void store_as_i8(int8_t* p, vi a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
+// a & mask times a factor, for masks below 2^23
+struct Factor {
+    vf times;
+};
+MOESAIC_INLINE Factor factor(vf x) { return {x}; }
+MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f) { return f.times * to_float(vi{a.v & mask}); }
 // byte `i` of each lane's four, zero-extended
 MOESAIC_INLINE vi byte_of_lane(vb a, int i) { return {(generic_i32)((a.v >> (8 * i)) & 255u)}; }
 
@@ -264,6 +270,10 @@ MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 //   add(vs, vs)         in order
 //   widen(vs) -> vi     the two of each lane added up
 // for as many products of small weights as 16 bits hold.
+
+// Bytes that were stored as vectors are from here on loaded from memory, not taken out of registers.
+template <int N>
+MOESAIC_INLINE void leave_in_memory(uint8_t (&)[N]) {}
 
 // The same address, but the compiler does not know it: what is there is not kept from an earlier reading.
 template <class T>

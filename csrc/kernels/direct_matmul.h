@@ -1,42 +1,54 @@
 // Few tokens times quantised weights, straight from the packed bytes; included by format_kernels.h inside an anonymous
 // namespace.
 
-// out[0..15] for one token and one panel, straight from the packed bytes.
-template <class F>
-void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks, const ActivationGroup* token,
-            float* out) {
-    constexpr int kGroups = F::kBlock / 32, kQuads = 8 / kSubs<F>, kGroupBytes = 16 * F::kBlockBytes / kGroups;
-    vf sum = set1(0.0f);
-    for (int64_t b = 0; b < num_blocks; ++b, panel += 16 * F::kBlockBytes) {
-        const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
-        const typename F::Scales scales = F::load_scales(panel);
-        MOESAIC_UNROLL
-        for (int g = 0; g < kGroups; ++g, ++token) {
-            prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
-            vb quads[8];
-            direct_quads<F>(panel, scales, g, quads);
-            int8_t in_order[32];
-            const int8_t* values = direct_values<F>(*token, in_order);
-            MOESAIC_UNROLL
-            for (int h = 0; h < kSubs<F>; ++h) {
-                vi dots = initial_sum<F>(*token, h);
-                MOESAIC_UNROLL
-                for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-                    dots = dot4<kFullRange<F>>(dots, quads[i], values + 4 * i);
-                }
-                const int sub = g * kSubs<F> + h;
-                sum = fma(mul(to_float(dots), F::scale(scales, sub)), set1(token->scale), sum);
-                if constexpr (F::kHasOffset) sum = fma(F::offset(scales, sub), scaled_sum<F>(*token, h), sum);
-            }
-        }
+// Sums that start from the bits of 1.5 x 2^23 need no conversion: as floats they are that much larger, for sums below
+// 2^22. The product with a scale of up to 22 bits, less that of the bias, is then what it would be without.
+template <class F, int T>
+constexpr bool kBiasedSums = kHas32Registers && T > 1 && F::kHasOffset && !kStartsFromZeroPoint<F>;
+constexpr float kSumBias = 0x1.8p23f;
+constexpr int32_t kSumBiasBits = 0x4b400000;
+static_assert(8 * 4 * 255 * 127 < 1 << 22);
+
+// dots[t] = half `h` of a group of weights (or all of it) times a group of T tokens, whose values come in the order of
+// the quads, plus the zero point.
+template <class F, int T>
+MOESAIC_INLINE void direct_dots(const vb (&quads)[8], int h, const ActivationGroup* const (&tokens)[T],
+                                const int8_t* const (&values)[T], vi (&dots)[T]) {
+    constexpr int kQuads = 8 / kSubs<F>;
+    MOESAIC_UNROLL
+    for (int t = 0; t < T; ++t) {
+        dots[t] = kBiasedSums<F, T> ? set1_i(kSumBiasBits) : initial_sum<F>(*tokens[t], h);
     }
-    store(out, sum);
+    MOESAIC_UNROLL
+    for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) dots[t] = dot4<kFullRange<F>>(dots[t], quads[i], values[t] + 4 * i);
+    }
+}
+
+// sums[t] += half `h` of group g of a tile times a group of T tokens, whose dots are there.
+template <class F, int T>
+MOESAIC_INLINE void add_scaled(const vi (&dots)[T], const typename F::Scales& scales, int g, int h,
+                               const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
+    const int sub = g * kSubs<F> + h;
+    const vf scale = F::scale(scales, sub), bias = mul(scale, set1(-kSumBias));
+    MOESAIC_UNROLL
+    for (int t = 0; t < T; ++t) {
+        const vf scaled = kBiasedSums<F, T> ? fma(as_float(dots[t]), scale, bias) : mul(to_float(dots[t]), scale);
+        sums[t] = fma(scaled, set1(tokens[t]->scale), sums[t]);
+    }
+    if constexpr (F::kHasOffset) {
+        const vf offset = F::offset(scales, sub);
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) sums[t] = fma(offset, scaled_sum<F>(*tokens[t], h), sums[t]);
+    }
 }
 
 #ifdef MOESAIC_HAS_NARROW_SUMS
-// dots[t] = half `h` of group g (or all of it) of a tile times T tokens, plus the zero point.
+// dots[t] = half `h` of group g (or all of it) of a tile times T tokens, plus the zero point, quad by quad: there are
+// too few registers for a whole group.
 template <class F, int T>
-MOESAIC_INLINE void direct_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
+MOESAIC_INLINE void narrow_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
                                 vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>;
     MOESAIC_UNROLL
@@ -51,10 +63,10 @@ MOESAIC_INLINE void direct_dots(const uint8_t* tile, int g, int h, const Activat
     }
 }
 
-// direct_dots() by narrow sums.
+// The same by narrow sums.
 template <class F, int T>
     requires(kNarrowQuads<F> > 1)
-MOESAIC_INLINE void direct_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
+MOESAIC_INLINE void narrow_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
                                 vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>, kChain = kNarrowQuads<F> < kQuads ? kNarrowQuads<F> : kQuads;
     MOESAIC_UNROLL
@@ -77,33 +89,47 @@ MOESAIC_INLINE void direct_dots(const uint8_t* tile, int g, int h, const Activat
     }
 }
 
-// sums[t] += group g of a tile times a group of T tokens.
 template <class F, int T>
-MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& scales, int g,
-                              const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
+MOESAIC_INLINE void add_narrow_group(const uint8_t* tile, const typename F::Scales& scales, int g,
+                                     const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
     tile = read_again(tile);  // else what two groups have in common stays in registers, of which there are too few
     MOESAIC_UNROLL
     for (int h = 0; h < kSubs<F>; ++h) {
         vi dots[T];
-        direct_dots<F, T>(tile, g, h, tokens, dots);
-        const int sub = g * kSubs<F> + h;
-        const vf scale = F::scale(scales, sub);
-        MOESAIC_UNROLL
-        for (int t = 0; t < T; ++t) {
-            sums[t] = fma(mul(to_float(dots[t]), scale), set1(tokens[t]->scale), sums[t]);
-        }
-        if constexpr (F::kHasOffset) {
-            const vf offset = F::offset(scales, sub);
-            MOESAIC_UNROLL
-            for (int t = 0; t < T; ++t) sums[t] = fma(offset, scaled_sum<F>(*tokens[t], h), sums[t]);
-        }
+        narrow_dots<F, T>(tile, g, h, tokens, dots);
+        add_scaled<F, T>(dots, scales, g, h, tokens, sums);
+    }
+}
+#endif
+
+// sums[t] += group g of a tile times a group of T tokens.
+template <class F, int T>
+MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& scales, int g,
+                              const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
+#ifdef MOESAIC_HAS_NARROW_SUMS
+    constexpr bool kHasQuads = requires { F::quad(tile, g, 0); };
+    if constexpr (kHasQuads && (T > 1 || kNarrowQuads<F> > 1)) {
+        return add_narrow_group<F, T>(tile, scales, g, tokens, sums);
+    }
+#endif
+    vb quads[8];
+    direct_quads<F>(tile, scales, g, quads);
+    int8_t in_order[T][32];
+    const int8_t* values[T];
+    MOESAIC_UNROLL
+    for (int t = 0; t < T; ++t) values[t] = direct_values<F>(*tokens[t], in_order[t]);
+    MOESAIC_UNROLL
+    for (int h = 0; h < kSubs<F>; ++h) {
+        vi dots[T];
+        direct_dots<F, T>(quads, h, tokens, values, dots);
+        add_scaled<F, T>(dots, scales, g, h, tokens, sums);
     }
 }
 
-// direct() for T tokens.
+// out[t][0..15] for T tokens and one panel.
 template <class F, int T>
-void direct_few(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks,
-                const ActivationGroup* const* first_groups, float* out) {
+void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks,
+            const ActivationGroup* const* first_groups, float* out) {
     constexpr int kGroups = F::kBlock / 32, kGroupBytes = 16 * F::kBlockBytes / kGroups, kPeriod = group_period<F>();
     const ActivationGroup* tokens[T];
     vf sums[T];
@@ -126,25 +152,21 @@ void direct_few(const uint8_t* panel, const WeightStream& stream, int64_t num_bl
     }
     for (int t = 0; t < T; ++t) store(out + t * kOutputStride, sums[t]);
 }
-#endif
 
 // Tokens up to which weights go straight from the tile.
 template <class F>
 #ifdef MOESAIC_HAS_NARROW_SUMS
 constexpr int kMostDirect = group_period<F>() <= 2 ? 3 : 1;
 #else
-constexpr int kMostDirect = 1;
+constexpr int kMostDirect = kHas32Registers ? 4 : 1;
 #endif
 
-// num_tokens <= kMostDirect<F> tokens, one panel.
-template <class F>
+// direct() for as many tokens as there are, at most T.
+template <class F, int T = kMostDirect<F>>
 void direct_up_to(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks,
-                  const ActivationGroup* const* tokens, [[maybe_unused]] int64_t num_tokens, float* out) {
-#ifdef MOESAIC_HAS_NARROW_SUMS
-    if constexpr (kMostDirect<F> == 3) {
-        if (num_tokens == 2) return direct_few<F, 2>(panel, stream, num_blocks, tokens, out);
-        if (num_tokens == 3) return direct_few<F, 3>(panel, stream, num_blocks, tokens, out);
+                  const ActivationGroup* const* tokens, int64_t num_tokens, float* out) {
+    if constexpr (T > 1) {
+        if (num_tokens < T) return direct_up_to<F, T - 1>(panel, stream, num_blocks, tokens, num_tokens, out);
     }
-#endif
-    direct<F>(panel, stream, num_blocks, tokens[0], out);
+    direct<F, T>(panel, stream, num_blocks, tokens, out);
 }

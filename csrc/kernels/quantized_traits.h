@@ -13,7 +13,7 @@ constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
 // What an int32 sum over half `h` of a group (or all of it) starts from.
 template <class F>
 MOESAIC_INLINE vi initial_sum(const ActivationGroup& x, int h) {
-    static_assert(!kFullRange<F> || F::kZeroShift == 7);
+    static_assert(!kFullRange<F> || F::kZeroShift == 7 || F::kZeroShift == -1);
     if constexpr (!kStartsFromZeroPoint<F>) return zero_i();
     return shl(set1_i(kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h]), F::kZeroShift);
 }

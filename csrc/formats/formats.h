@@ -24,7 +24,9 @@
 #include "formats/fp8.h"
 #include "formats/int4.h"
 #include "formats/iq1_m.h"
+#include "formats/iq1_m_ternary.h"
 #include "formats/iq1_s.h"
+#include "formats/iq1_s_ternary.h"
 #include "formats/iq2_s.h"
 #include "formats/iq2_xs.h"
 #include "formats/iq2_xxs.h"
@@ -72,7 +74,9 @@
     X(Q6_K)                                \
     X(IQ4_XS)                              \
     X(TQ1_0)                               \
-    X(TQ2_0)
+    X(TQ2_0)                               \
+    X(IQ1_S_TERNARY)                       \
+    X(IQ1_M_TERNARY)
 #define MOESAIC_FOR_EACH_CODEBOOK_FORMAT(X) \
     X(IQ1_S)                                \
     X(IQ1_M)                                \

@@ -15,16 +15,23 @@ struct IQ1_M {
     static constexpr int kQs = 0, kQh = 32, kScales = 48;
     static constexpr Field kFields[] = {{kQs, 32, 4}, {kQh, 16, 2}, {kScales, 8, 4}};
 
-    static void dequantize(const uint8_t* block, float* y) {
+    static float d_of(const uint8_t* scales) {
         int bits = 0;
-        for (int i = 0; i < 4; ++i) bits |= load_u16(block + kScales + 2 * i) >> 12 << (4 * i);
-        const float d = half_to_float(static_cast<uint16_t>(bits));
+        for (int i = 0; i < 4; ++i) bits |= load_u16(scales + 2 * i) >> 12 << (4 * i);
+        return half_to_float(static_cast<uint16_t>(bits));
+    }
+    // 2 scale + 1 of 16 weights.
+    static int odd_scale_of(const uint8_t* scales, int j) {
+        return (load_u16(scales + j / 4 * 2) >> (j % 4 * 3) & 7) * 2 + 1;
+    }
+
+    static void dequantize(const uint8_t* block, float* y) {
+        const float d = d_of(block + kScales);
         for (int t = 0; t < 32; ++t) {
-            const int scale = load_u16(block + kScales + t / 8 * 2) >> (t / 2 % 4 * 3) & 7;
             const int high = block[kQh + t / 2] >> (t % 2 * 4) & 15;
             const uint64_t entry = kIq1Grid.bytes[block[kQs + t] | (high & 7) << 8];
-            ternary_weights(d * static_cast<float>(2 * scale + 1), entry, (high & 8) == 0 ? 0.125f : -0.125f,
-                            y + 8 * t);
+            ternary_weights(d * static_cast<float>(odd_scale_of(block + kScales, t / 2)), entry,
+                            (high & 8) == 0 ? 0.125f : -0.125f, y + 8 * t);
         }
     }
 
@@ -36,15 +43,16 @@ struct IQ1_M {
         vf quarter_d;
         const uint8_t* scales;
     };
-    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
-        const vb a = load_b(tile + kTileScales), b = load_b(tile + kTileScales + 64);
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) { return scales_of_tile(tile + kTileScales); }
+    MOESAIC_INLINE Scales scales_of_tile(const uint8_t* scales) {
+        const vb a = load_b(scales), b = load_b(scales + 64);
         const vb low = or_b(and_b(shr_32(a, 12), set1_lane(0x000f)), and_b(shr_32(a, 24), set1_lane(0x00f0)));
         const vb high = or_b(and_b(shr_32(b, 4), set1_lane(0x0f00)), and_b(shr_32(b, 16), set1_lane(0xf000)));
         alignas(64) uint32_t words[16];
         alignas(32) uint16_t halves[16];
         store_b(words, or_b(low, high));
         for (int row = 0; row < 16; ++row) halves[row] = static_cast<uint16_t>(words[row]);
-        return {mul(load_f16(halves), set1(0.25f)), tile + kTileScales};
+        return {mul(load_f16(halves), set1(0.25f)), scales};
     }
     MOESAIC_INLINE vf scale(const Scales& s, int j) {
         const vb scales = shr_32(load_b(s.scales + j / 8 * 64), j / 4 % 2 * 16 + j % 4 * 3);

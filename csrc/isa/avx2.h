@@ -186,6 +186,8 @@ MOESAIC_INLINE vb set1_b(uint8_t x) {
 MOESAIC_INLINE vb and_b(vb x, vb y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 MOESAIC_INLINE vb or_b(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 MOESAIC_INLINE vb xor_b(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
+MOESAIC_INLINE vb add_b(vb x, vb y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+MOESAIC_INLINE vb avg_b(vb x, vb y) { return {_mm256_avg_epu8(x.a, y.a), _mm256_avg_epu8(x.b, y.b)}; }
 MOESAIC_INLINE vb shr_16(vb x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 MOESAIC_INLINE vb shl_16(vb x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
 MOESAIC_INLINE vb set1_lane(uint32_t x) {

@@ -123,6 +123,8 @@ MOESAIC_INLINE vb set1_b(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>
 MOESAIC_INLINE vb and_b(vb a, vb b) { return {_mm512_and_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb or_b(vb a, vb b) { return {_mm512_or_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {_mm512_xor_si512(a.v, b.v)}; }
+MOESAIC_INLINE vb add_b(vb a, vb b) { return {_mm512_add_epi8(a.v, b.v)}; }
+MOESAIC_INLINE vb avg_b(vb a, vb b) { return {_mm512_avg_epu8(a.v, b.v)}; }
 MOESAIC_INLINE vb shr_16(vb a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
 MOESAIC_INLINE vb shl_16(vb a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
 MOESAIC_INLINE vb set1_lane(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }

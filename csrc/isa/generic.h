@@ -23,6 +23,7 @@ typedef float vf __attribute__((vector_size(64)));
 typedef int32_t generic_i32 __attribute__((vector_size(64)));
 typedef uint32_t generic_u32 __attribute__((vector_size(64)));
 typedef uint16_t generic_u16 __attribute__((vector_size(64)));
+typedef uint8_t generic_u8 __attribute__((vector_size(64)));
 struct vi {
     generic_i32 v;
 };
@@ -165,6 +166,9 @@ MOESAIC_INLINE vb set1_b(uint8_t x) { return {x * 0x01010101u + generic_u32{}}; 
 MOESAIC_INLINE vb and_b(vb a, vb b) { return {a.v & b.v}; }
 MOESAIC_INLINE vb or_b(vb a, vb b) { return {a.v | b.v}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {a.v ^ b.v}; }
+// byte by byte: the sum modulo 256; the mean, rounded up
+MOESAIC_INLINE vb add_b(vb a, vb b) { return {(generic_u32)((generic_u8)a.v + (generic_u8)b.v)}; }
+MOESAIC_INLINE vb avg_b(vb a, vb b) { return {(a.v | b.v) - ((a.v ^ b.v) >> 1 & 0x7f7f7f7fu)}; }
 MOESAIC_INLINE vb set1_lane(uint32_t x) { return {x + generic_u32{}}; }
 MOESAIC_INLINE vi as_int(vb a) { return {(generic_i32)a.v}; }
 // byte i of each lane, four times

@@ -1,0 +1,59 @@
+// IQ1_M held as digits to the base 3: blocks of 256 weights, 64 bytes: qs[52] (ternary.h), deltas[4] (a bit for 8
+// weights: delta is positive), scales[8] as in IQ1_M; value = d (2 scale + 1) (weight (+-) 1 / 8).
+#pragma once
+
+#include "formats/iq1_m.h"
+#include "formats/ternary.h"
+
+namespace moesaic {
+namespace {
+
+struct IQ1_M_TERNARY {
+    using Source = IQ1_M;
+    static constexpr const char* kName = "IQ1_M_TERNARY";
+    static constexpr int kGgmlType = 1021, kBlock = 256, kBlockBytes = 64;
+    static constexpr bool kQuantized = true;
+    static constexpr int kQs = 0, kDeltas = 52, kScales = 56;
+    static constexpr Field kFields[] = {{kQs, 52, 4}, {kDeltas, 4, 1}, {kScales, 8, 4}};
+
+    static void recode(const uint8_t* source, uint8_t* block) {
+        int indices[32];
+        memset(block + kDeltas, 0, 4);
+        for (int t = 0; t < 32; ++t) {
+            const int high = source[IQ1_M::kQh + t / 2] >> (t % 2 * 4) & 15;
+            indices[t] = source[IQ1_M::kQs + t] | (high & 7) << 8;
+            block[kDeltas + t / 8] = static_cast<uint8_t>(block[kDeltas + t / 8] | (high >> 3 ^ 1) << (t % 8));
+        }
+        ternary_bytes(indices, block + kQs);
+        memcpy(block + kScales, source + IQ1_M::kScales, 8);
+    }
+
+    static void dequantize(const uint8_t* block, float* y) {
+        const float d = IQ1_M::d_of(block + kScales);
+        for (int t = 0; t < 32; ++t) {
+            const float step = d * static_cast<float>(IQ1_M::odd_scale_of(block + kScales, t / 2));
+            const bool positive = (block[kDeltas + t / 8] >> (t % 8) & 1) != 0;
+            ternary_weights(step, block + kQs, 8 * t, positive ? 0.125f : -0.125f, y + 8 * t);
+        }
+    }
+
+#ifdef MOESAIC_ISA
+    static constexpr int kTileQs = 0, kTileDeltas = 832, kTileScales = 896;
+    static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = 13;
+    static constexpr bool kHasOffset = true;
+    using Scales = IQ1_M::Scales;  // of a quarter of d
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) { return IQ1_M::scales_of_tile(tile + kTileScales); }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s, j); }
+    // Bytes are 8 + 4 weights, and one more where delta is positive: the offset is scale (-8 - 1 / 2).
+    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-8.5f)); }
+    MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
+        ternary_group<2>(tile + kTileQs, g, quads);
+        const vb positive = spread_u8(tile + kTileDeltas + g / 2 * 16), one = set1_b(1);
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) quads[i] = or_b(quads[i], and_b(shr_16(positive, g % 2 * 4 + i / 2), one));
+    }
+#endif
+};
+
+}  // namespace
+}  // namespace moesaic

@@ -1,0 +1,73 @@
+// IQ1_S held as digits to the base 3: blocks of 256 weights, 58 bytes: qs[52] (ternary.h), scales[4] (a nibble for 32
+// weights: the sign of delta, a scale of 3), d; value = d (2 scale + 1) (weight (+-) 1 / 8).
+#pragma once
+
+#include "formats/iq1_s.h"
+#include "formats/ternary.h"
+
+namespace moesaic {
+namespace {
+
+struct IQ1_S_TERNARY {
+    using Source = IQ1_S;
+    static constexpr const char* kName = "IQ1_S_TERNARY";
+    static constexpr int kGgmlType = 1020, kBlock = 256, kBlockBytes = 58;
+    static constexpr bool kQuantized = true;
+    static constexpr int kQs = 0, kScales = 52, kD = 56;
+    static constexpr Field kFields[] = {{kQs, 52, 4}, {kScales, 4, 4}, {kD, 2, 2}};
+
+    static void recode(const uint8_t* source, uint8_t* block) {
+        int indices[32];
+        for (int t = 0; t < 32; ++t) {
+            const int high = load_u16(source + IQ1_S::kQh + t / 4 * 2);
+            indices[t] = source[IQ1_S::kQs + t] | (high >> (t % 4 * 3) & 7) << 8;
+        }
+        ternary_bytes(indices, block + kQs);
+        for (int g = 0; g < 8; g += 2) {
+            const int first = load_u16(source + IQ1_S::kQh + 2 * g) >> 12;
+            const int second = load_u16(source + IQ1_S::kQh + 2 * g + 2) >> 12;
+            // In the file the sign is above the scale.
+            const int nibbles[2] = {(first << 1 & 14) | first >> 3, (second << 1 & 14) | second >> 3};
+            block[kScales + g / 2] = static_cast<uint8_t>(nibbles[0] | nibbles[1] << 4);
+        }
+        memcpy(block + kD, source + IQ1_S::kD, 2);
+    }
+
+    static void dequantize(const uint8_t* block, float* y) {
+        const float d = load_half(block + kD);
+        for (int t = 0; t < 32; ++t) {
+            const int nibble = block[kScales + t / 8] >> (t / 4 % 2 * 4) & 15;
+            const float step = d * static_cast<float>(nibble | 1), delta = (nibble & 1) == 0 ? 0.125f : -0.125f;
+            ternary_weights(step, block + kQs, 8 * t, delta, y + 8 * t);
+        }
+    }
+
+#ifdef MOESAIC_ISA
+    static constexpr int kTileQs = 0, kTileScales = 832, kTileD = 896;
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 3;
+    static constexpr bool kHasOffset = true;
+    struct Scales {
+        vf d;
+        vb nibbles;
+    };
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)), load_b(tile + kTileScales)};
+    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) {
+        const vb odd = or_b(and_b(shr_32(s.nibbles, 4 * j), set1_lane(14)), set1_lane(1));
+        return mul(s.d, to_float(as_int(odd)));
+    }
+    // Bytes are 2 + weight: the offset is scale (-2 (+-) 1 / 8).
+    MOESAIC_INLINE vf offset(const Scales& s, int j) {
+        const vb sign = j == 0 ? shl_32(s.nibbles, 1) : shr_32(s.nibbles, 4 * j - 1);
+        const vi eighths = add(as_int(and_b(sign, set1_lane(2))), set1_i(15));
+        return mul(mul(scale(s, j), set1(-0.125f)), to_float(eighths));
+    }
+    MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
+        ternary_group<0>(tile + kTileQs, g, quads);
+    }
+#endif
+};
+
+}  // namespace
+}  // namespace moesaic

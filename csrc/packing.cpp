@@ -21,13 +21,24 @@ std::int64_t items_per_turn(std::int64_t bytes_per_item) {
 }  // namespace
 
 void pack_matrix(const FormatInfo& format, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,
-                 std::int64_t src_stride, std::uint8_t* dst) {
+                 std::int64_t src_stride, std::uint8_t* dst, const FormatInfo& source) {
     check_matrix(format, rows, cols);
+    const bool recodes = source.index != format.index;
+    if (recodes && format.recodes != source.ggml_type) {
+        throw std::invalid_argument(std::string(format.name) + " is no other form of " + source.name);
+    }
+    const std::int64_t row_bytes = format.row_bytes(cols);
     const std::int64_t bytes = format.panel_bytes(cols), num_panels = (rows + 15) / 16;
     thread_pool().parallel_for(num_panels, items_per_turn(bytes), [&](std::int64_t begin, std::int64_t end) {
+        std::vector<std::uint8_t> recoded(recodes ? static_cast<std::size_t>(bytes) : 0);
         for (std::int64_t p = begin; p < end; ++p) {
             const int here = static_cast<int>(std::min<std::int64_t>(16, rows - 16 * p));
-            format.pack_panel(src + 16 * p * src_stride, src_stride, here, cols, dst + p * bytes);
+            const std::uint8_t* panel = src + 16 * p * src_stride;
+            for (int row = 0; recodes && row < here; ++row) {
+                format.recode_row(panel + row * src_stride, cols, recoded.data() + row * row_bytes);
+            }
+            format.pack_panel(recodes ? recoded.data() : panel, recodes ? row_bytes : src_stride, here, cols,
+                              dst + p * bytes);
         }
     });
 }

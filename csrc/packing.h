@@ -9,9 +9,15 @@
 
 namespace moesaic {
 
-// src: rows of blocks, src_stride bytes apart. dst: format.packed_bytes(rows, cols).
+// src: rows of blocks of `source`, src_stride bytes apart. dst: format.packed_bytes(rows, cols). Throws
+// std::invalid_argument where source is neither the format nor what it recodes.
 void pack_matrix(const FormatInfo& format, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,
-                 std::int64_t src_stride, std::uint8_t* dst);
+                 std::int64_t src_stride, std::uint8_t* dst, const FormatInfo& source);
+
+inline void pack_matrix(const FormatInfo& format, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,
+                        std::int64_t src_stride, std::uint8_t* dst) {
+    pack_matrix(format, rows, cols, src, src_stride, dst, format);
+}
 
 // The inverse; dst rows are contiguous.
 void unpack_matrix(const FormatInfo& format, std::int64_t rows, std::int64_t cols, const std::uint8_t* src,

@@ -1,5 +1,5 @@
 // IQ1_M held as digits to the base 3: blocks of 256 weights, 64 bytes: qs[52] (ternary.h), deltas[4] (a bit for 8
-// weights: delta is positive), scales[8] as in IQ1_M; value = d (2 scale + 1) (weight (+-) 1 / 8).
+// weights: delta is negative), scales[8] as in IQ1_M; value = d (2 scale + 1) (weight (+-) 1 / 8).
 #pragma once
 
 #include "formats/iq1_m.h"
@@ -22,7 +22,7 @@ struct IQ1_M_TERNARY {
         for (int t = 0; t < 32; ++t) {
             const int high = source[IQ1_M::kQh + t / 2] >> (t % 2 * 4) & 15;
             indices[t] = source[IQ1_M::kQs + t] | (high & 7) << 8;
-            block[kDeltas + t / 8] = static_cast<uint8_t>(block[kDeltas + t / 8] | (high >> 3 ^ 1) << (t % 8));
+            block[kDeltas + t / 8] = static_cast<uint8_t>(block[kDeltas + t / 8] | high >> 3 << (t % 8));
         }
         ternary_bytes(indices, block + kQs);
         memcpy(block + kScales, source + IQ1_M::kScales, 8);
@@ -32,8 +32,8 @@ struct IQ1_M_TERNARY {
         const float d = IQ1_M::d_of(block + kScales);
         for (int t = 0; t < 32; ++t) {
             const float step = d * static_cast<float>(IQ1_M::odd_scale_of(block + kScales, t / 2));
-            const bool positive = (block[kDeltas + t / 8] >> (t % 8) & 1) != 0;
-            ternary_weights(step, block + kQs, 8 * t, positive ? 0.125f : -0.125f, y + 8 * t);
+            const bool negative = (block[kDeltas + t / 8] >> (t % 8) & 1) != 0;
+            ternary_weights(step, block + kQs, 8 * t, negative ? -0.125f : 0.125f, y + 8 * t);
         }
     }
 
@@ -46,11 +46,35 @@ struct IQ1_M_TERNARY {
     MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s, j); }
     // Bytes are 8 + 4 weights, and one more where delta is positive: the offset is scale (-8 - 1 / 2).
     MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-8.5f)); }
+    // A byte for 64 weights, in every byte of a row.
+    MOESAIC_INLINE vb deltas(const uint8_t* tile, int g) { return spread_u8(tile + kTileDeltas + g / 2 * 16); }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         ternary_group<2>(tile + kTileQs, g, quads);
-        const vb positive = spread_u8(tile + kTileDeltas + g / 2 * 16), one = set1_b(1);
+        const vb positive = xor_b(deltas(tile, g), set1_b(0xff)), one = set1_b(1);
         MOESAIC_UNROLL
         for (int i = 0; i < 8; ++i) quads[i] = or_b(quads[i], and_b(shr_16(positive, g % 2 * 4 + i / 2), one));
+    }
+    template <class Group>
+        requires(kHasByteDots)
+    MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
+        TernaryWalk walk = walk_group(tile + kTileQs, g);
+        const vb negative = deltas(tile, g), bit = set1_b(64);
+        MOESAIC_UNROLL
+        for (int h = 0; h < 2; ++h) {
+            TernarySums sums{zero_i(), zero_i()};
+            MOESAIC_UNROLL
+            for (int i = 4 * h; i < 4 * h + 4; ++i) {
+                const int t = g % 2 * 4 + i / 2;
+                const vb quarters = and_b(t < 6 ? shl_16(negative, 6 - t) : shr_16(negative, t - 6), bit);
+                sums.rests = dot4<true>(sums.rests, quarters, x.values + 4 * i);  // a quarter less where it is negative
+                add_quad(sums, walk, x.values + 4 * i);
+            }
+            // In units of a quarter: 4 digits, and one less where delta is negative; then 4 (digit - 1) + 1 / 2.
+            const vf unit = mul(mul(s.quarter_d, set1(0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
+            sum = fma(mul(digits_times_256(sums), unit), set1(x.scale), sum);
+            sum = fma(mul(unit, set1(-3.5f * 64)), set1(x.scaled_half_sums[h]), sum);
+        }
+        return sum;
     }
 #endif
 };

@@ -8,6 +8,24 @@
 namespace moesaic {
 namespace {
 
+#ifdef MOESAIC_ISA
+// What a nibble of scales means: times d, the scale and the offset of bytes that are 2 + weight.
+struct TernaryNibbles {
+    float scale[16], scale_over_256[16], offset[16];
+};
+constexpr TernaryNibbles ternary_nibbles() {
+    TernaryNibbles table{};
+    for (int nibble = 0; nibble < 16; ++nibble) {
+        const float scale = static_cast<float>(nibble | 1);
+        table.scale[nibble] = scale;
+        table.scale_over_256[nibble] = scale / 256;
+        table.offset[nibble] = scale * (nibble % 2 == 0 ? -1.875f : -2.125f);
+    }
+    return table;
+}
+constexpr TernaryNibbles kTernaryNibbles = ternary_nibbles();
+#endif
+
 struct IQ1_S_TERNARY {
     using Source = IQ1_S;
     static constexpr const char* kName = "IQ1_S_TERNARY";
@@ -53,18 +71,26 @@ struct IQ1_S_TERNARY {
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)), load_b(tile + kTileScales)};
     }
+    MOESAIC_INLINE vb nibble(const Scales& s, int j) { return shr_32(s.nibbles, 4 * j); }
     MOESAIC_INLINE vf scale(const Scales& s, int j) {
-        const vb odd = or_b(and_b(shr_32(s.nibbles, 4 * j), set1_lane(14)), set1_lane(1));
-        return mul(s.d, to_float(as_int(odd)));
+        return mul(s.d, lookup_floats(nibble(s, j), kTernaryNibbles.scale));
     }
-    // Bytes are 2 + weight: the offset is scale (-2 (+-) 1 / 8).
     MOESAIC_INLINE vf offset(const Scales& s, int j) {
-        const vb sign = j == 0 ? shl_32(s.nibbles, 1) : shr_32(s.nibbles, 4 * j - 1);
-        const vi eighths = add(as_int(and_b(sign, set1_lane(2))), set1_i(15));
-        return mul(mul(scale(s, j), set1(-0.125f)), to_float(eighths));
+        return mul(s.d, lookup_floats(nibble(s, j), kTernaryNibbles.offset));
     }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         ternary_group<0>(tile + kTileQs, g, quads);
+    }
+    template <class Group>
+        requires(kHasByteDots)
+    MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
+        TernaryWalk walk = walk_group(tile + kTileQs, g);
+        TernarySums sums{zero_i(), shl(set1_i(x.negated_sum), 8)};  // digits and one more, as in group()
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) add_quad(sums, walk, x.values + 4 * i);
+        const vf scale_over_256 = mul(s.d, lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
+        sum = fma(mul(digits_times_256(sums), scale_over_256), set1(x.scale), sum);
+        return fma(offset(s, g), set1(x.scaled_sum), sum);
     }
 #endif
 };

@@ -117,6 +117,25 @@ void unpack_row(const std::uint8_t* panel, int row, std::int64_t cols, std::uint
 }
 
 template <class F>
+constexpr int recodes() {
+    if constexpr (requires { typename F::Source; }) return F::Source::kGgmlType;
+    return -1;
+}
+
+template <class F>
+constexpr auto recode_row() -> decltype(FormatInfo::recode_row) {
+    if constexpr (requires { typename F::Source; }) {
+        static_assert(F::Source::kBlock == F::kBlock);
+        return [](const std::uint8_t* src, std::int64_t cols, std::uint8_t* dst) {
+            for (std::int64_t k = 0; k < cols; k += F::kBlock, src += F::Source::kBlockBytes, dst += F::kBlockBytes) {
+                F::recode(src, dst);
+            }
+        };
+    }
+    return nullptr;
+}
+
+template <class F>
 void dequantize_row(const std::uint8_t* src, std::int64_t cols, float* dst) {
     for (std::int64_t k = 0; k < cols; k += F::kBlock, src += F::kBlockBytes) F::dequantize(src, dst + k);
 }
@@ -140,9 +159,19 @@ MOESAIC_FOR_EACH_FORMAT(X)
 
 template <class F>
 constexpr FormatInfo info_of(int index) {
-    FormatInfo info{
-        index,         F::kName,          F::kGgmlType, F::kBlock, F::kBlockBytes, F::kQuantized, pack_panel<F>,
-        unpack_row<F>, dequantize_row<F>, nullptr,      0};
+    FormatInfo info{index,
+                    F::kName,
+                    F::kGgmlType,
+                    F::kBlock,
+                    F::kBlockBytes,
+                    F::kQuantized,
+                    recodes<F>(),
+                    pack_panel<F>,
+                    unpack_row<F>,
+                    recode_row<F>(),
+                    dequantize_row<F>,
+                    nullptr,
+                    0};
     if constexpr (requires { F::kNumbers; }) {
         info.grid_places = F::kNumbers.places;
         info.num_grid_places = static_cast<int>(std::size(F::kNumbers.places));

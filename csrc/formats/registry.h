@@ -12,12 +12,15 @@ struct FormatInfo {
     int block;        // weights per block along a row
     int block_bytes;  // bytes per block
     bool quantized;   // its products take activations rounded to int8, not floats
+    int recodes;      // number of the format of files whose blocks it holds in another form, or -1
 
     // One panel: rows [0, num_rows) of `src` (row stride in bytes) become 16 packed rows; missing ones are zero blocks.
     void (*pack_panel)(const std::uint8_t* src, std::int64_t stride, int num_rows, std::int64_t cols,
                        std::uint8_t* dst);
     // The inverse, for one of the 16 rows.
     void (*unpack_row)(const std::uint8_t* panel, int row, std::int64_t cols, std::uint8_t* dst);
+    // One row of blocks of the format that it recodes; null without one.
+    void (*recode_row)(const std::uint8_t* src, std::int64_t cols, std::uint8_t* dst);
     // One row of blocks to floats.
     void (*dequantize_row)(const std::uint8_t* src, std::int64_t cols, float* dst);
 

@@ -1,6 +1,6 @@
 // Weights of -1, 0, 1 as digits to the base 3, five in a byte: how IQ1_S and IQ1_M can be held in memory, so that they
-// are decoded by arithmetic and not by a grid of 2048 entries. Files never have blocks like these; recoding keeps scales
-// and the sign of delta, so that values stay what they are, to the bit.
+// are decoded by arithmetic and not by a grid of 2048 entries. Files never have blocks like these; recoding keeps
+// scales and the sign of delta, so that values stay what they are, to the bit.
 //
 // Byte 4 v + b of 52 has the digits of weights 20 v + b + 4 n, n = 0 to 4: a vector of the tile is five quads, one
 // after the other. The byte is a fraction of 256, as in TQ1_0: digit n is the integer part of three times it, after n
@@ -46,28 +46,55 @@ MOESAIC_INLINE vb three_times(vb fractions) { return add_b(add_b(fractions, frac
 // 64 (digit + 1) and up to 63 more: three quarters of the fraction and 64, the rounding made good by the constant.
 MOESAIC_INLINE vb digit_on_top(vb fractions) { return avg_b(fractions, avg_b(fractions, set1_b(253))); }
 
+// The fractions of which quad i of group g is the next digit, for i = 0 to 7 in turn.
+struct TernaryWalk {
+    const uint8_t* at;
+    int digit;
+    vb fractions;
+};
+MOESAIC_INLINE TernaryWalk walk_group(const uint8_t* tile_qs, int g) {
+    TernaryWalk walk{tile_qs + 8 * g / 5 * 64, 8 * g % 5, load_b(tile_qs + 8 * g / 5 * 64)};
+    MOESAIC_UNROLL
+    for (int n = 0; n < 4; ++n) {
+        if (n < walk.digit) walk.fractions = three_times(walk.fractions);
+    }
+    return walk;
+}
+// `rest`: three times the fractions.
+MOESAIC_INLINE void walk_on(TernaryWalk& walk, vb rest) {
+    if (++walk.digit < 5) {
+        walk.fractions = rest;
+    } else {
+        walk.at += 64;
+        walk.digit = 0;
+        walk.fractions = load_b(walk.at);
+    }
+}
+
 // The 8 quads of group g: 2^bits (digit + 1), digit + 1 = weight + 2.
 template <int bits>
 MOESAIC_INLINE void ternary_group(const uint8_t* tile_qs, int g, vb (&quads)[8]) {
-    const uint8_t* at = tile_qs + 8 * g / 5 * 64;
-    int digit = 8 * g % 5;
-    vb fractions = load_b(at);
-    MOESAIC_UNROLL
-    for (int n = 0; n < 4; ++n) {
-        if (n < digit) fractions = three_times(fractions);
-    }
+    TernaryWalk walk = walk_group(tile_qs, g);
     MOESAIC_UNROLL
     for (int i = 0; i < 8; ++i) {
-        quads[i] = and_b(shr_16(digit_on_top(fractions), 6 - bits), set1_b(3 << bits));
-        if (i == 7) return;
-        if (++digit == 5) {
-            digit = 0;
-            at += 64;
-            fractions = load_b(at);
-        } else {
-            fractions = three_times(fractions);
-        }
+        quads[i] = and_b(shr_16(digit_on_top(walk.fractions), 6 - bits), set1_b(3 << bits));
+        if (i < 7) walk_on(walk, three_times(walk.fractions));
     }
+}
+
+// Where dot4<true>() is one instruction (kHasByteDots), digits are not needed. A digit is (3 f - f') / 256, f' being
+// what the three times f leave, so sums of f and of f' times the activations do. They are exact as floats, too.
+struct TernarySums {
+    vi fractions, rests;
+};
+MOESAIC_INLINE void add_quad(TernarySums& sums, TernaryWalk& walk, const int8_t* four) {
+    const vb rest = three_times(walk.fractions);
+    sums.fractions = dot4<true>(sums.fractions, walk.fractions, four);
+    sums.rests = dot4<true>(sums.rests, rest, four);
+    walk_on(walk, rest);
+}
+MOESAIC_INLINE vf digits_times_256(const TernarySums& sums) {
+    return sub(mul(to_float(sums.fractions), set1(3.0f)), to_float(sums.rests));
 }
 
 #endif

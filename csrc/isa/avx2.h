@@ -28,9 +28,11 @@ constexpr bool kHas32Registers = false;
 constexpr int kDirectTokens = 3, kBlockTokens = 4, kBlockPanels = 1;
 #ifdef __AVXVNNI__
 constexpr int kFullRangeBias = 0;
+constexpr bool kHasByteDots = true;
 #else
 // maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
 constexpr int kFullRangeBias = 128;
+constexpr bool kHasByteDots = false;
 #endif
 
 MOESAIC_INLINE __m256i first_lanes(int n) {
@@ -227,6 +229,14 @@ MOESAIC_INLINE vb mul_high_16(vb x, uint16_t n) {
 MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
+}
+MOESAIC_INLINE __m256 lookup_eight_floats(__m256i index, const float* table) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+MOESAIC_INLINE vf lookup_floats(vb index, const float* table) {
+    return {lookup_eight_floats(index.a, table), lookup_eight_floats(index.b, table)};
 }
 
 // float8: a float16 with the same bits has 2^-8 of the value, subnormal or not

@@ -24,6 +24,7 @@ struct vb {
 constexpr bool kHas32Registers = true;
 constexpr int kDirectTokens = 6, kBlockTokens = 6, kBlockPanels = 2;
 constexpr int kFullRangeBias = 0;
+constexpr bool kHasByteDots = true;
 
 MOESAIC_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -158,6 +159,9 @@ MOESAIC_INLINE vb mul_high_16(vb a, uint16_t n) {
 MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
+}
+MOESAIC_INLINE vf lookup_floats(vb index, const float* table) {
+    return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table));
 }
 
 // float8: a float16 with the same bits has 2^-8 of the value, subnormal or not

@@ -4,8 +4,9 @@
 //
 // A lane is an output row in the matrix kernels, and just an element elsewhere. Loads and stores need no alignment.
 // kFullRangeBias: what dot4<true> subtracts from each weight byte before it multiplies (0 where bytes above 127 are
-// as good as others); kHas32Registers: how much kernels may block. In the matrix kernels, up to kDirectTokens tokens
-// share a pass over packed float weights; above, kBlockTokens tokens x kBlockPanels panels of sums stay in registers.
+// as good as others); kHasByteDots: whether dot4<true> is one instruction; kHas32Registers: how much kernels may block.
+// In the matrix kernels, up to kDirectTokens tokens share a pass over packed float weights; above, kBlockTokens tokens
+// x kBlockPanels panels of sums stay in registers.
 #pragma once
 
 #include <stdint.h>
@@ -34,6 +35,7 @@ struct vb {
 constexpr bool kHas32Registers = false;
 constexpr int kDirectTokens = 1, kBlockTokens = 2, kBlockPanels = 1;
 constexpr int kFullRangeBias = 0;
+constexpr bool kHasByteDots = false;
 
 // floats
 MOESAIC_INLINE vf load(const float* p) {
@@ -206,6 +208,12 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     __builtin_memcpy(bytes, &index, 64);
     for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i] & 15];
     return load_b(bytes);
+}
+// table[the low four bits of each lane]
+MOESAIC_INLINE vf lookup_floats(vb index, const float* table) {
+    vf x;
+    for (int i = 0; i < 16; ++i) x[i] = table[index.v[i] & 15u];
+    return x;
 }
 
 // float8 (e4m3): 64 bytes [2][16 lanes][2], lane by lane those of w[0], w[1] and of w[2], w[3], as floats divided by

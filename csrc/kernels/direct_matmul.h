@@ -106,6 +106,10 @@ MOESAIC_INLINE void add_narrow_group(const uint8_t* tile, const typename F::Scal
 template <class F, int T>
 MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& scales, int g,
                               const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
+    if constexpr (T == 1 && requires { F::plus_group(tile, scales, g, *tokens[0], sums[0]); }) {
+        sums[0] = F::plus_group(tile, scales, g, *tokens[0], sums[0]);
+        return;
+    }
 #ifdef MOESAIC_HAS_NARROW_SUMS
     constexpr bool kHasQuads = requires { F::quad(tile, g, 0); };
     if constexpr (kHasQuads && (T > 1 || kNarrowQuads<F> > 1)) {

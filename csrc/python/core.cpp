@@ -77,6 +77,7 @@ nb::list formats() {
         row["block_bytes"] = format.block_bytes;
         row["is_quantized"] = format.block > 1;
         row["rounds_activations"] = format.quantized;
+        row["recodes"] = format.recodes < 0 ? nb::none() : nb::object(nb::int_(format.recodes));
         rows.append(row);
     }
     return rows;
@@ -94,12 +95,13 @@ void bind_packing(nb::module_& m) {
     m.def(
         "pack",
         [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t src_ptr, std::int64_t src_stride,
-           std::uintptr_t dst_ptr) {
+           std::uintptr_t dst_ptr, int source) {
             pack_matrix(format_info(format), rows, cols, as_pointer<const std::uint8_t>(src_ptr), src_stride,
-                        as_pointer<std::uint8_t>(dst_ptr));
+                        as_pointer<std::uint8_t>(dst_ptr), format_info(source));
         },
-        "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "src_stride"_a, "dst_ptr"_a, Release(),
-        "Rows of blocks, src_stride bytes apart, into a packed matrix.");
+        "format"_a, "rows"_a, "cols"_a, "src_ptr"_a, "src_stride"_a, "dst_ptr"_a, "source"_a, Release(),
+        "Rows of blocks of the format `source`, src_stride bytes apart, into a packed matrix. The source is the format "
+        "itself, or the one that it recodes.");
     m.def(
         "unpack",
         [](int format, std::int64_t rows, std::int64_t cols, std::uintptr_t src_ptr, std::uintptr_t dst_ptr) {

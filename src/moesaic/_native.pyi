@@ -62,8 +62,12 @@ def formats() -> list:
 def packed_nbytes(format: int, rows: int, cols: int) -> int:
     """Bytes of a packed matrix: rows are padded to a multiple of 16."""
 
-def pack(format: int, rows: int, cols: int, src_ptr: int, src_stride: int, dst_ptr: int) -> None:
-    """Rows of blocks, src_stride bytes apart, into a packed matrix."""
+def pack(
+    format: int, rows: int, cols: int, src_ptr: int, src_stride: int, dst_ptr: int, source: int
+) -> None:
+    """
+    Rows of blocks of the format `source`, src_stride bytes apart, into a packed matrix. The source is the format itself, or the one that it recodes.
+    """
 
 def unpack(format: int, rows: int, cols: int, src_ptr: int, dst_ptr: int) -> None:
     """The inverse of pack, bit by bit."""

@@ -11,7 +11,7 @@ namespace {
 struct IQ1_M_TERNARY {
     using Source = IQ1_M;
     static constexpr const char* kName = "IQ1_M_TERNARY";
-    static constexpr int kGgmlType = 1021, kBlock = 256, kBlockBytes = 64;
+    static constexpr int kGgmlType = 1101, kBlock = 256, kBlockBytes = 64;
     static constexpr bool kQuantized = true;
     static constexpr int kQs = 0, kDeltas = 52, kScales = 56;
     static constexpr Field kFields[] = {{kQs, 52, 4}, {kDeltas, 4, 1}, {kScales, 8, 4}};

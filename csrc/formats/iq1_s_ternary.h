@@ -29,7 +29,7 @@ constexpr TernaryNibbles kTernaryNibbles = ternary_nibbles();
 struct IQ1_S_TERNARY {
     using Source = IQ1_S;
     static constexpr const char* kName = "IQ1_S_TERNARY";
-    static constexpr int kGgmlType = 1020, kBlock = 256, kBlockBytes = 58;
+    static constexpr int kGgmlType = 1100, kBlock = 256, kBlockBytes = 58;
     static constexpr bool kQuantized = true;
     static constexpr int kQs = 0, kScales = 52, kD = 56;
     static constexpr Field kFields[] = {{kQs, 52, 4}, {kScales, 4, 4}, {kD, 2, 2}};

@@ -183,6 +183,16 @@ constexpr FormatInfo info_of(int index) {
 constexpr FormatInfo kFormats[] = {MOESAIC_FOR_EACH_FORMAT(X)};
 #undef X
 
+constexpr bool numbers_differ() {
+    for (const FormatInfo& a : kFormats) {
+        for (const FormatInfo& b : kFormats) {
+            if (a.index != b.index && a.ggml_type == b.ggml_type) return false;
+        }
+    }
+    return true;
+}
+static_assert(numbers_differ(), "two formats have the same number");
+
 }  // namespace
 
 int num_formats() { return static_cast<int>(std::size(kFormats)); }

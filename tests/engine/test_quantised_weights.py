@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,18 +187,23 @@ def _write_dynamic(output: Path, source: Path, stock: PreTrainedModel) -> set[in
     return filled
 
 
+def _in_memory(name: str, ternary: str) -> str:
+    return f"{name}_TERNARY" if ternary == "always" and name.startswith("IQ1") else name
+
+
+@pytest.mark.parametrize("ternary", ["never", "always"])
 def test_gate_up_and_down_of_each_layer_in_formats_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ternary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoint_of("qwen3_moe")[1]
     quantize_checkpoint(open_checkpoint(folder), tmp_path / "plain.gguf", get_format("F32"))
     stock = copy.deepcopy(checkpoint_of("qwen3_moe")[0]).double()
     stock.set_experts_implementation("eager")
     quantised = _write_dynamic(tmp_path / "dynamic.gguf", tmp_path / "plain.gguf", stock)
-    prepared = prepare(str(tmp_path / "dynamic.gguf"))
+    prepared = prepare(str(tmp_path / "dynamic.gguf"), plan=replace(load_plan("auto"), ternary=ternary))
     for layer, names in enumerate(_DYNAMIC):
         formats = prepared.plan.of(f"model.layers.{layer}.mlp.experts").formats
-        assert (formats["gate"], formats["up"], formats["down"]) == names
+        assert (formats["gate"], formats["up"], formats["down"]) == tuple(_in_memory(name, ternary) for name in names)
     ours, ids = load(prepared, progress=False), tiny_inputs(batch=2, length=9)
     with torch.no_grad():
         found, exact = ours(ids).logits, stock(ids).logits
@@ -206,3 +212,23 @@ def test_gate_up_and_down_of_each_layer_in_formats_of_their_own(
             rounded = stock(ids).logits
     assert error(found, exact) < BOUND
     assert error(found, rounded) < EXPLAINED
+
+
+def test_ternary_digits_are_the_same_weights_and_give_the_same_tokens(tmp_path: Path) -> None:
+    folder = checkpoint_of("qwen3_moe")[1]
+    quantize_checkpoint(open_checkpoint(folder), tmp_path / "plain.gguf", get_format("F32"))
+    _write_dynamic(tmp_path / "dynamic.gguf", tmp_path / "plain.gguf", copy.deepcopy(checkpoint_of("qwen3_moe")[0]))
+    weights, tokens = [], []
+    for ternary in ("never", "always"):
+        prepared = prepare(str(tmp_path / "dynamic.gguf"), plan=replace(load_plan("cpu"), ternary=ternary))
+        model = load(prepared, progress=False)
+        experts = [model.get_submodule(f"model.layers.{layer}.mlp.experts").packed for layer in (0, 1)]
+        assert (experts[0].gate.format.name, experts[1].down.format.name) == (
+            _in_memory("IQ1_S", ternary),
+            _in_memory("IQ1_M", ternary),
+        )
+        weights.append([experts[0].gate.dequantize(), experts[1].down.dequantize()])
+        ids = tiny_inputs(batch=1, length=9)
+        tokens.append(model.generate(ids, max_new_tokens=12, do_sample=False))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*weights, strict=True))
+    assert torch.equal(*tokens)

@@ -9,8 +9,8 @@ from tests.kernels.oracle import packed, random_raw, weights_of
 
 from moesaic import _native
 from moesaic.errors import KernelError, UnsupportedFormatError
-from moesaic.kernels import PackedTensor, gather_rows
-from moesaic.quant import FORMATS
+from moesaic.kernels import PackedTensor, SlicedTensor, gather_rows
+from moesaic.quant import FORMATS, recode
 
 ROWS = [1, 16, 17, 53]
 
@@ -104,6 +104,31 @@ def test_tiles_name_entries_of_grids_by_numbers_of_their_own(name, size):
 
 def test_other_formats_keep_the_indices_of_blocks():
     assert [name for name, fmt in FORMATS.items() if _native.grid_places(fmt.ggml_type)] == ["IQ2_XS", "IQ2_S", "IQ3_S"]
+
+
+@pytest.mark.parametrize("name", ["IQ1_S", "IQ1_M"])
+@pytest.mark.parametrize("axis", ["rows", "cols"])
+def test_blocks_are_recoded_while_they_are_packed(name, axis):
+    source, form, rows, cols = FORMATS[name], FORMATS[f"{name}_TERNARY"], 53, 512
+    raw = random_raw(source, rows, cols)
+    whole = PackedTensor.empty(form, rows, cols)
+    whole.pack_(0, raw, source)
+    assert np.array_equal(whole.unpack(), recode(raw, source, form, cols))
+    assert np.array_equal(whole.dequantize()[0].numpy(), weights_of(raw, source, cols))
+    shapes = [(32, cols), (21, cols)] if axis == "rows" else [(rows, 256), (rows, 256)]
+    cut = SlicedTensor(tuple(PackedTensor.empty(form, *shape) for shape in shapes), axis)
+    cut.pack_(0, raw, source)
+    assert np.array_equal(cut.unpack(), whole.unpack())
+
+
+def test_only_what_a_format_is_another_form_of_is_recoded():
+    raw = np.zeros((16, 56), np.uint8)
+    with pytest.raises(KernelError, match="Rows of IQ1_M cannot be packed as IQ1_S_TERNARY"):
+        PackedTensor.empty(FORMATS["IQ1_S_TERNARY"], 16, 256).pack_(0, raw, FORMATS["IQ1_M"])
+    with pytest.raises(KernelError, match="Rows of IQ1_S_TERNARY cannot be packed as IQ1_S"):
+        PackedTensor.empty(FORMATS["IQ1_S"], 16, 256).pack_(0, raw, FORMATS["IQ1_S_TERNARY"])
+    with pytest.raises(ValueError, match="IQ1_S_TERNARY is no other form of IQ1_M"):
+        _native.pack(FORMATS["IQ1_S_TERNARY"].ggml_type, 16, 256, raw.ctypes.data, 56, 0, FORMATS["IQ1_M"].ggml_type)
 
 
 def test_gather_refuses_ids_outside_the_matrix():

@@ -1,4 +1,7 @@
-"""Values and random blocks of the formats that no GGUF file has, written from their definitions in NumPy and torch."""
+"""Values and random blocks of the formats that no GGUF file has, written from their definitions in NumPy and torch.
+
+Those are the formats of published safetensors, and other forms of GGUF's (`csrc/formats/ternary.h`).
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,39 @@ def half_scales(bits: np.ndarray, fmt: WeightFormat) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32)
 
 
+def ternary_weights(blocks: np.ndarray) -> np.ndarray:
+    """The weights -1, 0, 1 of blocks `[..., block_bytes]`, int32 `[..., 256]`: five digits a byte, 20 weights a word."""
+    fractions = blocks[..., :52].astype(np.int32).reshape(*blocks.shape[:-1], 13, 1, 4)
+    powers = np.array([1, 3, 9, 27, 81])[:, None]
+    digits = fractions * powers % 256 * 3 // 256
+    return digits.reshape(*blocks.shape[:-1], 260)[..., :256] - 1
+
+
+def ternary_values(blocks: np.ndarray, fmt: WeightFormat) -> np.ndarray:
+    """Float32 values of blocks of IQ1_S_TERNARY or IQ1_M_TERNARY, `[..., 256]`."""
+    if fmt.name == "IQ1_S_TERNARY":
+        nibbles = np.stack([blocks[..., 52:56] & 15, blocks[..., 52:56] >> 4], axis=-1).reshape(*blocks.shape[:-1], 8)
+        d = np.ascontiguousarray(blocks[..., 56:58]).view(np.float16)
+        odd, negative = np.repeat(nibbles | 1, 32, axis=-1), np.repeat(nibbles & 1, 32, axis=-1)
+    else:
+        bits = np.unpackbits(blocks[..., 52:56], axis=-1, bitorder="little")
+        halves = np.ascontiguousarray(blocks[..., 56:]).view(np.uint16)
+        pieces = (halves >> 12) << np.array([0, 4, 8, 12], np.uint16)
+        d = pieces.sum(-1, keepdims=True, dtype=np.uint16).view(np.float16)
+        scales = halves[..., None] >> np.array([0, 3, 6, 9], np.uint16) & 7
+        odd = np.repeat(2 * scales.reshape(*blocks.shape[:-1], 16) + 1, 16, axis=-1)
+        negative = np.repeat(bits, 8, axis=-1)
+    step = d.astype(np.float32) * odd.astype(np.float32)
+    delta = np.where(negative == 0, np.float32(0.125), np.float32(-0.125))
+    return np.asarray(step * (ternary_weights(blocks).astype(np.float32) + delta), np.float32)
+
+
 def own_values(raw: np.ndarray, fmt: WeightFormat) -> np.ndarray:
     """Float32 values of rows of blocks, uint8 `[rows, row_bytes]`."""
     blocks = np.ascontiguousarray(raw).reshape(len(raw), -1, fmt.block_bytes)
-    if fmt.name.startswith("FP8"):
+    if fmt.recodes is not None:
+        values = ternary_values(blocks, fmt)
+    elif fmt.name.startswith("FP8"):
         codes = torch.from_numpy(blocks[..., : fmt.block_size].copy()).view(torch.float8_e4m3fn)
         scales = np.ascontiguousarray(blocks[..., fmt.block_size :]).view(np.float32)
         values = codes.float().numpy() * scales
@@ -40,6 +72,13 @@ def random_own_blocks(fmt: WeightFormat, shape: tuple[int, int], rng: np.random.
     scales = (rng.standard_normal(shape) * 0.01).astype(np.float32)
     scales[rng.random(shape) < 0.05] = 0
     scales[rng.random(shape) < 0.05] = 3e-6
+    if fmt.name == "IQ1_S_TERNARY":
+        blocks[..., 56:] = scales.astype(np.float16)[..., None].view(np.uint8)
+        return blocks
+    if fmt.name == "IQ1_M_TERNARY":
+        pieces = scales.astype(np.float16)[..., None].view(np.uint16) >> np.array([0, 4, 8, 12], np.uint16) & 15
+        blocks[..., 57::2] = blocks[..., 57::2] & 15 | (pieces << 4).astype(np.uint8)
+        return blocks
     if fmt.name.startswith("FP8"):
         codes = blocks[..., : fmt.block_size]
         codes[(codes & 0x7F) == 0x7F] = 0x7E

@@ -19,6 +19,7 @@ from moesaic.cli.options import (
     add_deferral_argument,
     add_profile_arguments,
     list_presets,
+    plan_of,
     positive_int,
 )
 from moesaic.errors import ConfigError
@@ -92,7 +93,7 @@ def _run_single(arguments: argparse.Namespace) -> int:
         repeat=arguments.repeat,
         threads=arguments.threads,
         gguf=arguments.gguf,
-        plan=arguments.plan,
+        plan=plan_of(arguments),
         vram=arguments.vram,
         context=arguments.context,
         batch=arguments.batch,

@@ -8,7 +8,14 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_any_model_arguments, add_deferral_argument, byte_size, list_presets, positive_int
+from moesaic.cli.options import (
+    add_any_model_arguments,
+    add_deferral_argument,
+    byte_size,
+    list_presets,
+    plan_of,
+    positive_int,
+)
 from moesaic.cli.terminal import printable
 from moesaic.config import read_settings
 from moesaic.errors import ConfigError
@@ -130,7 +137,7 @@ def _measure_engine(arguments: argparse.Namespace, load: Load) -> ServeResult:
         cache_positions=load.positions * load.most_users,
         threads=arguments.threads,
         gguf=arguments.gguf,
-        plan=arguments.plan,
+        plan=plan_of(arguments),
         vram=arguments.vram,
         offline=arguments.offline,
         progress=sys.stderr.isatty(),

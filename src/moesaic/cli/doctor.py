@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
 
-from moesaic.cli.options import add_any_model_arguments, list_presets
+from moesaic.cli.options import add_any_model_arguments, list_presets, plan_of
 from moesaic.config import read_settings
 from moesaic.errors import ConfigError
 from moesaic.placement.hardware import Hardware, detect_hardware
@@ -213,7 +213,7 @@ def _examine_model(report: Report, arguments: argparse.Namespace) -> None:
         num_layers=arguments.layers,
         threads=arguments.threads,
         gguf=arguments.gguf,
-        plan=arguments.plan,
+        plan=plan_of(arguments),
         offline=arguments.offline,
     )
 

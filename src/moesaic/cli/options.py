@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moesaic.placement import Rules
 
 __all__ = [
     "add_any_model_arguments",
@@ -14,6 +18,7 @@ __all__ = [
     "byte_size",
     "list_presets",
     "natural_number",
+    "plan_of",
     "positive_int",
 ]
 
@@ -119,7 +124,29 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto, cpu, hybrid (routed experts on the CPU, the rest on the GPU), layers (the first layers on the "
         "GPU), gpu, or a YAML file of placement rules",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="hold IQ1_S and IQ1_M as ternary digits, which takes a sixth more DRAM and is faster on the CPU (default: "
+        "if there is room)",
+    )
     parser.add_argument("--offline", action="store_true", help="use only what is on this computer already")
+
+
+def plan_of(arguments: argparse.Namespace) -> str | Rules:
+    """What `--plan` names, with what `--ternary` says if it says anything.
+
+    Raises:
+        PlanError, RuleError: as `load_plan`.
+    """
+    if arguments.ternary == "auto":
+        return str(arguments.plan)
+    from dataclasses import replace
+
+    from moesaic.placement import load_plan
+
+    return replace(load_plan(arguments.plan), ternary=arguments.ternary)
 
 
 def list_presets() -> str:

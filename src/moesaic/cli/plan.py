@@ -11,6 +11,7 @@ from moesaic.cli.options import (
     add_budget_arguments,
     add_deferral_argument,
     list_presets,
+    plan_of,
 )
 from moesaic.errors import ConfigError
 
@@ -79,7 +80,7 @@ def _plan(arguments: argparse.Namespace) -> Plan:
         arguments.format,
         arguments.layers,
         arguments.gguf,
-        arguments.plan,
+        plan_of(arguments),
         arguments.offline,
         vram=arguments.vram,
         context=arguments.context or DEFAULT_CONTEXT,

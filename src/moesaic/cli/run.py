@@ -14,6 +14,7 @@ from moesaic.cli.options import (
     add_model_arguments,
     add_profile_arguments,
     add_threads_argument,
+    plan_of,
     positive_int,
 )
 from moesaic.cli.terminal import printable, stream
@@ -134,7 +135,7 @@ def _load(arguments: argparse.Namespace) -> Session:
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model,
         gguf=arguments.gguf,
-        plan=arguments.plan,
+        plan=plan_of(arguments),
         vram=arguments.vram,
         context=arguments.context or DEFAULT_CONTEXT,
         threads=arguments.threads,

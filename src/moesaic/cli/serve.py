@@ -13,6 +13,7 @@ from moesaic.cli.options import (
     add_profile_arguments,
     add_threads_argument,
     byte_size,
+    plan_of,
     positive_int,
 )
 from moesaic.cli.terminal import printable
@@ -33,7 +34,6 @@ DESCRIPTION = (
 _SERVING = (
     "gguf",
     "tokenizer",
-    "plan",
     "vram",
     "context",
     "threads",
@@ -110,7 +110,10 @@ def run(arguments: argparse.Namespace) -> int:
         aliases=tuple(arguments.alias),
         max_waiting=arguments.max_waiting,
         progress=sys.stderr.isatty(),
-        serving=tuple((name, getattr(arguments, name)) for name in _SERVING if getattr(arguments, name) is not None),
+        serving=(
+            ("plan", plan_of(arguments)),
+            *((name, getattr(arguments, name)) for name in _SERVING if getattr(arguments, name) is not None),
+        ),
     )
     start_logging(arguments.json_log)
     address = ""

@@ -103,7 +103,7 @@ def measure(
     repeat: int = 3,
     threads: int | None = None,
     gguf: str | None = None,
-    plan: str = "auto",
+    plan: str | Rules = "auto",
     vram: int | None = None,
     context: int | None = None,
     batch: int = 1,

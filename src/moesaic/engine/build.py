@@ -205,7 +205,8 @@ def _set_tensor(module: nn.Module, name: str, values: torch.Tensor) -> None:
 
 
 def _matrix_job(ref: TensorRef, packed: PackedTensor | SlicedTensor, index: int = 0) -> Job:
-    return Job.of(ref, lambda checkpoint: pack_matrix(ref, checkpoint, packed, index), ref.format != packed.format)
+    requantises = ref.format != packed.format and packed.format.recodes != ref.format.ggml_type
+    return Job.of(ref, lambda checkpoint: pack_matrix(ref, checkpoint, packed, index), requantises)
 
 
 def _float_job(ref: TensorRef, destination: torch.Tensor) -> Job:

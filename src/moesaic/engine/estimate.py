@@ -15,7 +15,7 @@ from moesaic.engine.decode_work import DecodeWork, decode_work
 from moesaic.engine.loader import Prepared
 from moesaic.errors import PlanError
 from moesaic.kernels import active_isa, num_threads, set_num_threads, tiles_from
-from moesaic.placement import Plan, detect_hardware, load_plan
+from moesaic.placement import Plan, Rules, detect_hardware, load_plan
 from moesaic.quant import WeightFormat, get_format
 
 __all__ = ["Estimate", "Part", "Products", "divide", "estimate_decode", "fastest_paths"]
@@ -92,7 +92,7 @@ def estimate_decode(
     num_layers: int | None = None,
     threads: int | None = None,
     gguf: str | None = None,
-    plan: str = "auto",
+    plan: str | Rules = "auto",
     offline: bool = False,
 ) -> Estimate:
     """Measure the parts of a model's decode step and add them up; no weight of the model is read.
@@ -105,7 +105,7 @@ def estimate_decode(
         num_layers: layers of a synthetic model; all if None.
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
-        plan: a template or file that places nothing on a GPU; `auto` is taken as on a computer without one.
+        plan: a template, a file or rules that place nothing on a GPU; `auto` is taken as on a computer without one.
         offline: as for `from_pretrained`.
 
     Raises:
@@ -117,7 +117,8 @@ def estimate_decode(
     """
     if threads is not None:
         set_num_threads(threads)
-    rules, hardware = load_plan(plan), detect_hardware()  # without GPUs: what is estimated is the CPU
+    rules = plan if isinstance(plan, Rules) else load_plan(plan)
+    hardware = detect_hardware()  # without GPUs: what is estimated is the CPU
     if rules.needs_gpu:
         raise PlanError(
             f"plan '{rules.name}' uses a GPU, but decode speed is estimated for the CPU alone: leave --plan out, or "

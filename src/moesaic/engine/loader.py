@@ -7,6 +7,7 @@ knows the order of the steps and no detail of any of them.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,6 +194,9 @@ def load(
     if binds_memory():
         prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
+    if progress is True:
+        for note in prepared.plan.notes:
+            print(f"note: {note}", file=sys.stderr)
     try:
         jobs = build_modules(model, prepared.weight_map, prepared.plan, checkpoint)
         initialise_buffers(model)

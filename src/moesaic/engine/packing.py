@@ -25,7 +25,8 @@ from moesaic.weights import Checkpoint
 __all__ = ["Job", "LoadProgress", "Progress", "pack_matrix", "run_jobs"]
 
 Progress = bool | Callable[[int, int], None]
-"""True draws a bar on stderr, False is silent, a function is called with (bytes done, bytes in all)."""
+"""True draws a bar on stderr, the plan's notes above it; False is silent; a function is called with (bytes done, bytes
+in all)."""
 
 _REQUANTISE_BYTES = 4 * 1024**2
 """Float32 bytes that exist at a time while a matrix is requantised; enough for every thread to have rows."""
@@ -57,8 +58,14 @@ class Job:
 
 
 def pack_matrix(ref: TensorRef, checkpoint: Checkpoint, packed: PackedTensor | SlicedTensor, index: int = 0) -> None:
-    """Pack one matrix into `packed[index]`; its blocks keep their bits unless the plan wants another format."""
-    packed.pack_(index, _raw_in_format(ref, checkpoint, packed.format))
+    """Pack one matrix into `packed[index]`; its blocks keep their bits unless the plan wants another format.
+
+    Another form of the blocks is made while they are packed.
+    """
+    if packed.format.recodes == ref.format.ggml_type:
+        packed.pack_(index, ref.read_raw(checkpoint), ref.format)
+    else:
+        packed.pack_(index, _raw_in_format(ref, checkpoint, packed.format))
 
 
 def _raw_in_format(ref: TensorRef, checkpoint: Checkpoint, wanted: WeightFormat) -> np.ndarray:

@@ -44,7 +44,7 @@ class PackedTensor:
     """A stack of equal matrices `[rows, cols]`, each packed on its own (docs/architecture.md, "Packed layout").
 
     Attributes:
-        format: the format whose bits and values the matrices keep.
+        format: the format whose bits (recoded ones: whose values) the matrices keep.
         num_matrices: how many, e.g. one per expert.
         rows: output features of one matrix.
         cols: input features, a multiple of the format's block size.
@@ -127,26 +127,39 @@ class PackedTensor:
             raise KernelError(f"Matrix {index} of a packed tensor with {self.num_matrices}.")
         return self.data.data_ptr() + index * self.matrix_bytes
 
-    def pack_(self, index: int, raw: np.ndarray) -> None:
+    def pack_(self, index: int, raw: np.ndarray, source: WeightFormat | None = None) -> None:
         """Store one matrix; safe to call from several threads for different matrices.
 
         Args:
             index: which matrix.
             raw: uint8 `[rows, row_bytes]`, the blocks as a GGUF file holds them; rows may be any distance apart.
+            source: format of these blocks, if this stack's is another form of it; they are recoded on the way.
 
         Raises:
-            KernelError: there is no such matrix, or `raw` has another shape or type.
+            KernelError: there is no such matrix, `raw` has another shape or type, or the stack's format is no other
+                form of `source`.
         """
-        expected = (self.rows, self.format.row_bytes(self.cols))
+        source = source or self.format
+        if source != self.format and self.format.recodes != source.ggml_type:
+            raise KernelError(f"Rows of {source.name} cannot be packed as {self.format.name}, no other form of it.")
+        expected = (self.rows, source.row_bytes(self.cols))
         if raw.dtype != np.uint8 or raw.shape != expected or (expected[1] > 1 and raw.strides[1] != 1):
             raise KernelError(
                 f"Rows to pack are {raw.dtype} {list(raw.shape)} with strides {list(raw.strides)}: expected uint8 "
-                f"{list(expected)}, contiguous along a row ({self.format.name}, {self.rows} x {self.cols})."
+                f"{list(expected)}, contiguous along a row ({source.name}, {self.rows} x {self.cols})."
             )
-        _native.pack(self.format.ggml_type, self.rows, self.cols, raw.ctypes.data, raw.strides[0], self.address(index))
+        _native.pack(
+            self.format.ggml_type,
+            self.rows,
+            self.cols,
+            raw.ctypes.data,
+            raw.strides[0],
+            self.address(index),
+            source.ggml_type,
+        )
 
     def unpack(self, index: int = 0) -> np.ndarray:
-        """One matrix as it was given to `pack_`, bit by bit: uint8 `[rows, row_bytes]`."""
+        """One matrix as it was given to `pack_`, bit by bit, or recoded: uint8 `[rows, row_bytes]`."""
         raw = np.empty((self.rows, self.format.row_bytes(self.cols)), np.uint8)
         _native.unpack(self.format.ggml_type, self.rows, self.cols, self.address(index), raw.ctypes.data)
         return raw

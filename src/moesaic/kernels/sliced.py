@@ -111,23 +111,24 @@ class SlicedTensor:
         """Bytes of memory held."""
         return sum(part.nbytes for part in self.slices)
 
-    def pack_(self, index: int, raw: np.ndarray) -> None:
-        """Store one matrix, uint8 `[rows, row_bytes]`; as `PackedTensor.pack_`.
+    def pack_(self, index: int, raw: np.ndarray, source: WeightFormat | None = None) -> None:
+        """Store one matrix, uint8 `[rows, row_bytes]`, in `source`'s blocks; as `PackedTensor.pack_`.
 
         Raises:
             KernelError: there is no such matrix, or `raw` has another shape or type.
         """
-        expected = (self.rows, self.format.row_bytes(self.cols))
+        source = source or self.format
+        expected = (self.rows, source.row_bytes(self.cols))
         if raw.shape != expected:
             raise KernelError(f"Rows to pack are {raw.dtype} {list(raw.shape)}: expected uint8 {list(expected)}.")
         first = 0
         for part in self.slices:
             if self.axis == "rows":
-                part.pack_(index, raw[first : first + part.rows])
+                part.pack_(index, raw[first : first + part.rows], source)
                 first += part.rows
             else:
-                num_bytes = self.format.row_bytes(part.cols)
-                part.pack_(index, raw[:, first : first + num_bytes])
+                num_bytes = source.row_bytes(part.cols)
+                part.pack_(index, raw[:, first : first + num_bytes], source)
                 first += num_bytes
 
     def unpack(self, index: int = 0) -> np.ndarray:

@@ -76,6 +76,7 @@ class Plan:
         model_class: class of the stock model.
         entries: one placement for every module that owns tensors, and for every block that may be replaced as a whole.
         warnings: what the user should know, one sentence each.
+        notes: what was chosen and why, one sentence each.
         step: widths of a step's activations.
         vram: bytes of VRAM to use at most; None for what is free, less a margin.
         context: tokens of cache that the plan was made for.
@@ -86,6 +87,7 @@ class Plan:
     model_class: str
     entries: tuple[Placement, ...]
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     step: StepSizes = NO_STEP
     vram: int | None = None
     context: int = DEFAULT_CONTEXT
@@ -226,6 +228,7 @@ class Plan:
             "dram": self._totals("cpu") | {"pinned_bytes": self.pinned_bytes()},
             "vram": self._totals("gpu"),
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
         }
         entries = [asdict(entry) | {"formats": dict(entry.formats)} for entry in self.entries]
         return json.dumps(totals | dict(more or {}) | {"entries": entries}, indent=2)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.errors import PlanError, RuleError
 from moesaic.modules import FAMILIES, is_delta_net
 from moesaic.modules.rotary import MOVING_ROPES, rope_type_of
+from moesaic.placement.forms import COMFORT, choose_forms
 from moesaic.placement.hardware import Hardware
 from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, state_bytes, step_sizes
 from moesaic.placement.plan import Device, Implementation, Placement, Plan
@@ -23,7 +24,7 @@ from moesaic.placement.rules import KEEP, Rule, Rules
 from moesaic.placement.strategies import Choice, Devices, Unit, choose
 from moesaic.placement.units import format_bytes
 from moesaic.placement.vram import DEFAULT_CONTEXT, StepSizes
-from moesaic.quant import WeightFormat, get_format
+from moesaic.quant import WeightFormat, get_format, other_form
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,8 +37,9 @@ __all__ = ["make_plan"]
 # Blocks that get an entry even without tensors of their own, because the loader may replace them as a whole.
 _BLOCK_ROLES = frozenset({"attention", "router", "mlp", "shared_experts", "experts"})
 _PACKED_CLASSES = frozenset({"Linear", "Embedding"})
+# Whose matrices may be held in another form than the file's: those that every token multiplies on the CPU.
+_ROLES_WITH_FORMS = frozenset({"attention", "mlp", "shared_experts", "experts"})
 _SLOT_ALIGNMENT = 64  # bytes between the tensors of one expert
-_COMFORT = 0.9  # share of the available memory above which a plan that fits is still worth a warning
 
 
 def make_plan(
@@ -99,6 +101,7 @@ class _Planner:
         self._vram, self._context = vram, context
         self._roles = module_roles(model)
         self._embedding_formats: dict[str, str] = {}
+        self._forms: dict[str, Placement] = {}  # modules on the CPU in another form than the file's
         self._kept: dict[tuple[Rule, str], list[str]] = {}  # (rule, format) -> tensors that cannot take that format
 
     def plan(self) -> Plan:
@@ -112,7 +115,9 @@ class _Planner:
             return Plan(source, model_class, entries, step=step, vram=self._vram, context=self._context)
 
         choice = choose(units, self._rules, self._hardware, trial)
-        return replace(choice.plan, strategy=choice.strategy, warnings=tuple(self._warnings(choice, units)))
+        plan = choose_forms(choice.plan, self._forms, self._rules.ternary, self._hardware)
+        warnings = tuple(self._warnings(choice, plan, units))
+        return replace(plan, strategy=choice.strategy, warnings=warnings)
 
     def _is_unit(self, name: str, module: nn.Module) -> bool:
         parent = name.rpartition(".")[0]
@@ -133,6 +138,9 @@ class _Planner:
             stack.key: self._format(rule, name, stack) if stack.packed else get_format("F32") for stack in stacks
         }
         cpu = self._place(name, module, implementation, "cpu", stacks, formats)
+        forms = {key: fmt if _is_kv_b(name, key) else other_form(fmt) or fmt for key, fmt in formats.items()}
+        if forms != formats and role in _ROLES_WITH_FORMS:
+            self._forms[name] = self._place(name, module, implementation, "cpu", stacks, forms)
         gpu_formats = {key: get_format("BF16") if _is_kv_b(name, key) else fmt for key, fmt in formats.items()}
         on_gpu = self._implementation_on_gpu(name, implementation, rule)
         gpu = self._place(name, module, on_gpu, "gpu", stacks, gpu_formats)
@@ -278,7 +286,7 @@ class _Planner:
             raise PlanError(f"'{name}': the config's num_experts_per_tok is {active}: expected a positive number.")
         return min(1.0, active / self._weight_map.experts(name).num_experts)
 
-    def _warnings(self, choice: Choice, units: Sequence[Unit]) -> Iterator[str]:
+    def _warnings(self, choice: Choice, plan: Plan, units: Sequence[Unit]) -> Iterator[str]:
         yield from choice.notes
         used = {unit.rule for unit in units}
         for rule in self._rules.rules:
@@ -292,10 +300,10 @@ class _Planner:
                 f"{self._rules.source}:{rule.line}: {tensors[0]}{more} cannot be held in {fmt}, whose blocks take "
                 f"{block} columns at a time: kept in the file's format."
             )
-        if self._vram is not None and not choice.plan.uses_gpu:
+        if self._vram is not None and not plan.uses_gpu:
             yield "--vram has no effect: nothing is placed on a GPU."
-        needed, available = choice.plan.required_bytes(), self._hardware.dram_available
-        if available * _COMFORT < needed <= available:
+        needed, available = plan.required_bytes(), self._hardware.dram_available
+        if available * COMFORT < needed <= available:
             yield f"the plan takes {needed / available:.0%} of the {format_bytes(available)} that are available."
 
 

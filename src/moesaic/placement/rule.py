@@ -10,11 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["DEFAULT_RULE", "KEEP", "TEMPLATES", "Rule", "Rules", "plan_name"]
+__all__ = ["DEFAULT_RULE", "FORM_CHOICES", "KEEP", "TEMPLATES", "Rule", "Rules", "plan_name"]
 
 KEEP = "keep"
 TEMPLATES = ("auto", "cpu", "hybrid", "layers", "gpu")
 """Built-in placements, a file each in `templates/`; what a strategy may be, too."""
+FORM_CHOICES = ("auto", "always", "never")
+"""Whether IQ1_S and IQ1_M are held as ternary digits: see `forms`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,12 +73,14 @@ class Rules:
         rules: in the order of the file.
         description: for people.
         strategy: one of `TEMPLATES`: how modules are placed whose rule names no device.
+        ternary: one of `FORM_CHOICES`.
     """
 
     source: str
     rules: tuple[Rule, ...]
     description: str = ""
     strategy: str = "auto"
+    ternary: str = "auto"
 
     @property
     def name(self) -> str:

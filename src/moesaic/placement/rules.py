@@ -2,6 +2,7 @@
 
     description: attention in 8 bits, one layer as transformers has it      # optional
     strategy: hybrid                                # optional: where modules go whose rule names no device (auto)
+    ternary: auto                                   # optional: IQ1_S and IQ1_M as ternary digits: auto | always | never
     rules:                                                                  # the first rule that matches a module wins
       - match: {name: "model.layers.3.*"}          # glob over the qualified name, or "re:" and a regular expression
         implementation: transformers               # moesaic | transformers; left out: moesaic where it has one
@@ -26,10 +27,10 @@ from typing import Any
 
 import yaml
 
-from moesaic.errors import PlanError, RuleError, UnsupportedFormatError
+from moesaic.errors import PlanError, RuleError
 from moesaic.placement.roles import ROLES
-from moesaic.placement.rule import DEFAULT_RULE, KEEP, TEMPLATES, Rule, Rules
-from moesaic.quant import FORMATS, get_format
+from moesaic.placement.rule import DEFAULT_RULE, FORM_CHOICES, KEEP, TEMPLATES, Rule, Rules
+from moesaic.quant import FORMATS
 
 __all__ = ["DEFAULT_RULE", "KEEP", "TEMPLATES", "Rule", "Rules", "load_plan", "parse_rules"]
 
@@ -90,12 +91,14 @@ class _Reader:
         self._source = source
 
     def rules(self, root: yaml.Node) -> Rules:
-        keys = self._mapping(root, "the file", ("description", "strategy", "rules"), required=("rules",))
+        keys = self._mapping(root, "the file", ("description", "strategy", "ternary", "rules"), required=("rules",))
         options: dict[str, Any] = {}
         if "description" in keys:
             options["description"] = self._text(keys["description"], "description")
         if "strategy" in keys:
             options["strategy"] = self._choice(keys["strategy"], "strategy", TEMPLATES)
+        if "ternary" in keys:
+            options["ternary"] = self._choice(keys["ternary"], "ternary", FORM_CHOICES)
         return Rules(self._source, tuple(self._rule(node) for node in self._items(keys["rules"], "rules")), **options)
 
     def _rule(self, node: yaml.Node) -> Rule:
@@ -138,11 +141,14 @@ class _Reader:
         text = self._text(node, "format")
         if text.lower() == KEEP:
             return KEEP
-        try:
-            return get_format(text.upper()).name
-        except UnsupportedFormatError as error:
-            message = f"unknown format '{text}': expected keep, {_listing(tuple(FORMATS))}."
-            raise self._error(node, message + _did_you_mean(text.upper(), FORMATS)) from error
+        known = [name for name, fmt in FORMATS.items() if fmt.recodes is None]
+        if text.upper() in known:
+            return text.upper()
+        if text.upper() in FORMATS:
+            message = "another form of a file's blocks, which 'ternary' chooses: write 'keep' here."
+            raise self._error(node, f"format '{text}' is {message}")
+        message = f"unknown format '{text}': expected keep, {_listing(known)}."
+        raise self._error(node, message + _did_you_mean(text.upper(), known))
 
     def _device(self, node: yaml.Node) -> str:
         text = self._text(node, "device")

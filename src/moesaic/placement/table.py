@@ -49,7 +49,11 @@ def render(plan: Plan) -> str:
         module = name.replace("{}", f"[{_ranges(group.layers)}]") if group.layers else name
         sizes = (format_bytes(group.nbytes), format_bytes(group.bytes_per_token))
         rows.append((module, str(group.count), *cells, *sizes))
-    return "\n".join([*_align(rows), "", *_totals(plan), *(f"warning: {text}" for text in plan.warnings)])
+    return "\n".join([*_align(rows), "", *_totals(plan), *_remarks(plan)])
+
+
+def _remarks(plan: Plan) -> list[str]:
+    return [f"note: {text}" for text in plan.notes] + [f"warning: {text}" for text in plan.warnings]
 
 
 def render_budget(budget: VramBudget) -> str:

@@ -2,6 +2,7 @@
 
 from moesaic.quant.formats import FORMATS, WeightFormat, format_from_ggml, format_from_safetensors_dtype, get_format
 from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize
+from moesaic.quant.recode import other_form, recode
 
 __all__ = [
     "FORMATS",
@@ -11,5 +12,7 @@ __all__ = [
     "format_from_ggml",
     "format_from_safetensors_dtype",
     "get_format",
+    "other_form",
     "quantize",
+    "recode",
 ]

@@ -31,6 +31,8 @@ class WeightFormat:
         block_bytes: bytes per block.
         is_quantized: whether weights share scales, so that writing them needs a quantiser; False for plain floats.
         rounds_activations: whether its products round activations to int8; those of the others keep them in float32.
+        recodes: the number of the format whose blocks it holds in another form, with the same values; None if it is no
+            such form. Only memory has blocks of such a format, no file.
     """
 
     name: str
@@ -39,6 +41,7 @@ class WeightFormat:
     block_bytes: int
     is_quantized: bool
     rounds_activations: bool
+    recodes: int | None = None
 
     @property
     def in_gguf(self) -> bool:

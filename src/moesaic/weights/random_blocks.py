@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from moesaic.quant.formats import WeightFormat
+from moesaic.quant.formats import WeightFormat, format_from_ggml
 from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize
+from moesaic.quant.recode import recode
 
 __all__ = ["random_blocks"]
 
@@ -16,8 +17,12 @@ def random_blocks(fmt: WeightFormat, count: int, deviation: float, rng: np.rando
     """Valid blocks of weights with mean 0 and this standard deviation, uint8 `[count, block_bytes]`.
 
     Normal weights, quantised. Without a quantiser: for the formats of safetensors, codes at random under one scale; for
-    those of GGUF files (codebooks), a few blocks of random bytes whose weights happen to be of this size, repeated.
+    those of GGUF files (codebooks), a few blocks of random bytes whose weights happen to be of this size, repeated;
+    for other forms of such, these recoded.
     """
+    if fmt.recodes is not None:
+        source = format_from_ggml(fmt.recodes)
+        return recode(random_blocks(source, count, deviation, rng), source, fmt, source.block_size)
     if fmt.in_gguf and fmt not in WRITABLE_FORMATS:
         return _chosen_blocks(fmt, count, deviation, rng)
     if fmt.in_gguf:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from moesaic.engine.loader import Prepared
+from moesaic.quant import format_from_ggml, get_format
 
 __all__ = ["ModelFacts"]
 
@@ -18,7 +19,7 @@ class ModelFacts:
     Attributes:
         path: MODEL as it was given.
         family: the model type.
-        format: the format that most bytes of its weights have.
+        format: the format that most bytes of its weights have, as the file has it.
         parameters: number of weights.
         nbytes: of the weights in memory.
         digest: of the names and sizes of its files, hexadecimal.
@@ -39,7 +40,9 @@ class ModelFacts:
         plan, sizes = prepared.plan, Counter[str]()
         for entry in plan.entries:
             for name in entry.formats.values():
-                sizes[name] += entry.nbytes // len(entry.formats)
+                recoded = get_format(name).recodes
+                in_file = name if recoded is None else format_from_ggml(recoded).name
+                sizes[in_file] += entry.nbytes // len(entry.formats)
         files = {info.file for info in prepared.checkpoint.tensors.values()}
         named = sorted((file.name, file.stat().st_size if file.is_file() else 0) for file in files)
         return cls(
@@ -49,4 +52,5 @@ class ModelFacts:
             parameters=sum(parameter.numel() for parameter in prepared.model.parameters()),
             nbytes=plan.nbytes,
             digest=hashlib.sha256(repr(named).encode()).hexdigest(),
+            notes=plan.notes,
         )

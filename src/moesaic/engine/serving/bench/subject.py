@@ -17,7 +17,7 @@ from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.start import ServingOptions, engine_of
 from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, set_num_threads
-from moesaic.placement import DEFAULT_CONTEXT, Plan
+from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules
 
 __all__ = ["Subject", "make_subject", "step_bytes"]
 
@@ -70,7 +70,7 @@ def make_subject(
     cache_positions: int,
     threads: int | None = None,
     gguf: str | None = None,
-    plan: str = "auto",
+    plan: str | Rules = "auto",
     vram: int | None = None,
     offline: bool = False,
     progress: bool = False,

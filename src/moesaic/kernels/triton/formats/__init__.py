@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from moesaic.errors import UnsupportedFormatError
-from moesaic.kernels.triton.formats import block32, codebooks, floats, k_bits, k_nibbles, levels, small_floats
+from moesaic.kernels.triton.formats import block32, codebooks, floats, k_bits, k_nibbles, levels, small_floats, ternary
 from moesaic.kernels.triton.formats.description import DeviceFormat
 from moesaic.quant import WeightFormat
 
@@ -29,7 +29,9 @@ _ROWS = (
     k_bits.TQ2_0,
     levels.IQ4_NL,
     levels.IQ4_XS,
-    levels.TQ1_0,
+    ternary.TQ1_0,
+    ternary.IQ1_S_TERNARY,
+    ternary.IQ1_M_TERNARY,
     codebooks.IQ1_S,
     codebooks.IQ1_M,
     codebooks.IQ2_XXS,

@@ -10,6 +10,7 @@ import triton.language as tl
 from moesaic.kernels.triton.formats.common import field
 from moesaic.kernels.triton.formats.description import DeviceFormat
 from moesaic.kernels.triton.formats.grids import grid_maker
+from moesaic.kernels.triton.formats.ternary import iq1_m_scale
 
 __all__ = ["IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS"]
 
@@ -97,11 +98,7 @@ def _iq1_m(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 @triton.jit
 def _iq1_m_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    a, b = tl.load(words + 4 * 48), tl.load(words + 4 * 48 + 16)
-    bits = (a >> 12 & 0x000F) | (a >> 24 & 0x00F0) | (b >> 4 & 0x0F00) | (b >> 16 & 0xF000)
-    d = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-    scale = tl.where(item < 8, a, b) >> (item // 4 % 2 * 16 + item % 4 * 3) & 7
-    return (d * (2 * scale + 1).to(tl.float32),)
+    return (iq1_m_scale(words + 4 * 48, item),)
 
 
 @triton.jit

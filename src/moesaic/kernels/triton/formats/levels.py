@@ -1,4 +1,4 @@
-"""IQ4_NL and IQ4_XS, whose 4 bits number 16 levels, and TQ1_0, whose bytes are five ternary digits."""
+"""IQ4_NL and IQ4_XS, whose 4 bits number 16 levels."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import field
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
-__all__ = ["IQ4_NL", "IQ4_XS", "TQ1_0"]
+__all__ = ["IQ4_NL", "IQ4_XS"]
 
 # Closer together where weights of a bell curve lie (ggml's kvalues_iq4nl).
 _LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -48,29 +47,6 @@ def _iq4_xs_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
     return (d * (low + high * 16 - 32).to(tl.float32),)
 
 
-@triton.jit
-def _tq1_0(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    # 8 words have a digit n each for weights 32 n on, 4 words for 160 + 16 n on, the last one for 240 + 4 n on.
-    four = tl.where(step < 40, step % 8, tl.where(step < 60, 8 + step % 4, 12))
-    n = tl.where(step < 40, step // 8, tl.where(step < 60, (step - 40) // 4, step - 60))
-    power = tl.where(n == 0, 1, tl.where(n == 1, 3, tl.where(n == 2, 9, tl.where(n == 3, 27, 81))))
-    word = tl.load(words + 16 * four)
-    even = ((word & 0x00FF00FF) * power & 0x00FF00FF) * 3 >> 8
-    odd = ((word >> 8 & 0x00FF00FF) * power & 0x00FF00FF) * 3 >> 8
-    return (
-        field(even, even, magic, 0, 3, 1, 0),
-        field(odd, odd, magic, 0, 3, 1, 0),
-        field(even, even >> 16, magic, 16, 3, 1, 0),
-        field(odd, odd >> 16, magic, 16, 3, 1, 0),
-    )
-
-
-@triton.jit
-def _tq1_0_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    return (tl.load(halves + 8 * 52).to(tl.float32),)
-
-
 _IQ4: dict[str, Any] = {"planes": 2, "steps": 4, "grid": _levels}
 IQ4_NL = DeviceFormat("IQ4_NL", _iq4, _iq4_nl_scales, tile_units=18, **_IQ4)
 IQ4_XS = DeviceFormat("IQ4_XS", _iq4, _iq4_xs_scales, items_per_tile=8, tile_units=136, **_IQ4)
-TQ1_0 = DeviceFormat("TQ1_0", _tq1_0, _tq1_0_scales, steps=64, tile_units=54)

@@ -21,7 +21,7 @@ def half_scales(bits: np.ndarray, fmt: WeightFormat) -> np.ndarray:
 
 
 def ternary_weights(blocks: np.ndarray) -> np.ndarray:
-    """The weights -1, 0, 1 of blocks `[..., block_bytes]`, int32 `[..., 256]`: five digits a byte, 20 weights a word."""
+    """The weights -1, 0, 1 of blocks `[..., block_bytes]`, `[..., 256]`: five digits a byte, 20 weights in 4 bytes."""
     fractions = blocks[..., :52].astype(np.int32).reshape(*blocks.shape[:-1], 13, 1, 4)
     powers = np.array([1, 3, 9, 27, 81])[:, None]
     digits = fractions * powers % 256 * 3 // 256

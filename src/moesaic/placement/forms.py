@@ -1,9 +1,8 @@
 """Whether weights are held in another form than their file's: the same values, faster to multiply, larger in memory.
 
 IQ1_S and IQ1_M are such formats: their codebook is too large for registers, and looking weights up takes longer than
-reading them, while ternary digits are decoded by arithmetic (`csrc/formats/ternary.h`). What is on a GPU stays as it is in
-the file: VRAM is dear, and lookups are not what bounds a GPU. This module knows no model; what a module takes in its
-other form, a placement says.
+reading them, while ternary digits are decoded by arithmetic (`csrc/formats/ternary.h`). What is on a GPU stays as it is
+in the file, for VRAM is dear. This module knows no model; what a module takes in its other form, a placement says.
 """
 
 from __future__ import annotations

@@ -23,14 +23,17 @@ inline int ternary_weight(const uint8_t* qs, int k) {
 
 // The bytes of 32 entries of the grid of IQ1, 8 weights each.
 inline void ternary_bytes(const int (&indices)[32], uint8_t* qs) {
-    for (int j = 0; j < kTernaryBytes; ++j) {
-        int number = 0;
-        for (int n = 0; n < 5; ++n) {
-            const int k = j / 4 * 20 + j % 4 + 4 * n;
-            const int byte = k < 256 ? static_cast<int>(kIq1Grid.bytes[indices[k / 8]] >> (k % 8 * 8) & 255u) : 1;
-            number = 3 * number + byte / 4;  // 1, 5, 9: digits 0, 1, 2
+    uint8_t digits[5 * kTernaryBytes] = {};
+    for (int t = 0; t < 32; ++t) {
+        const uint64_t entry = kIq1Grid.bytes[indices[t]] >> 2 & 0x0303030303030303u;  // 1, 5, 9: digits 0, 1, 2
+        memcpy(digits + 8 * t, &entry, sizeof(entry));
+    }
+    for (int v = 0; v < kTernaryBytes / 4; ++v) {
+        uint32_t numbers = 0;  // four at once, none above 242
+        for (int n = 0; n < 5; ++n) numbers = 3 * numbers + load_u32(digits + 20 * v + 4 * n);
+        for (int b = 0; b < 4; ++b) {
+            qs[4 * v + b] = static_cast<uint8_t>(((numbers >> (8 * b) & 255u) * 256 + 242) / 243);
         }
-        qs[j] = static_cast<uint8_t>((number * 256 + 242) / 243);
     }
 }
 

@@ -59,6 +59,19 @@ void check_values(Report& report, const FormatInfo& format, std::int64_t rows, s
     }
 }
 
+// What is recoded while it is packed keeps its values.
+void check_recoding(Report& report, const FormatInfo& format, std::int64_t rows, std::int64_t cols) {
+    const FormatInfo& source = moesaic::format_info(format.recodes);
+    const Matrices m(source, rows, cols, 1, 9);
+    const AlignedBytes packed = aligned_bytes(format.packed_bytes(rows, cols));
+    moesaic::pack_matrix(format, rows, cols, m.raw.data(), source.row_bytes(cols), packed.get(), source);
+    std::vector<std::uint8_t> blocks(static_cast<std::size_t>(rows * format.row_bytes(cols)));
+    moesaic::unpack_matrix(format, rows, cols, packed.get(), blocks.data());
+    std::vector<float> values(m.values.size());
+    moesaic::dequantize_matrix(format, rows, cols, blocks.data(), values.data());
+    report.expect(same_bits(values, m.values), text("recode ", source.name, " as ", format.name));
+}
+
 // Weights with a few outliers come back with an error that so many bits explain: about 1.7 x 2^-bits of their size for
 // integers with a scale, more for eight bits with an exponent.
 void check_quantiser(Report& report, const FormatInfo& format, bool weighted) {
@@ -97,6 +110,7 @@ void check_packing(Report& report) {
         }
         check_values(report, format, 1, format.block);
         check_values(report, format, 33, 5 * format.block);
+        if (format.recodes >= 0) check_recoding(report, format, 33, 5 * format.block);
     }
 }
 

@@ -54,9 +54,11 @@ struct IQ1_M {
         for (int row = 0; row < 16; ++row) halves[row] = static_cast<uint16_t>(words[row]);
         return {mul(load_f16(halves), set1(0.25f)), scales};
     }
+    // 2 scale + 1, whatever the bit above the scale is.
+    static constexpr float kOddScales[16] = {1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15};
     MOESAIC_INLINE vf odd_scale(const Scales& s, int j) {
         const vb scales = shr_32(load_b(s.scales + j / 8 * 64), j / 4 % 2 * 16 + j % 4 * 3);
-        return to_float(as_int(or_b(and_b(shl_32(scales, 1), set1_lane(14)), set1_lane(1))));
+        return lookup_floats(scales, kOddScales);
     }
     MOESAIC_INLINE vf scale(const Scales& s, int j) { return mul(s.quarter_d, odd_scale(s, j)); }
     // Bytes are 4 + 4 entries, and one more where delta is positive: the offset is scale (-4 - 1 / 2).

@@ -71,8 +71,8 @@ struct IQ1_M_TERNARY {
             }
             // In units of a quarter: 4 digits, and one less where delta is negative; then 4 (digit - 1) + 1 / 2.
             const vf unit = mul(mul(s.quarter_d, set1(0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
-            sum = fma(mul(digits_times_256(sums), unit), set1(x.scale), sum);
-            sum = fma(mul(unit, set1(-3.5f * 64)), set1(x.scaled_half_sums[h]), sum);
+            const vf offset_times_sum = mul(set1(-3.5f * 64), set1(x.scaled_half_sums[h]));
+            sum = fma(unit, fma(digits_times_256(sums), set1(x.scale), offset_times_sum), sum);
         }
         return sum;
     }

@@ -9,9 +9,9 @@ namespace moesaic {
 namespace {
 
 #ifdef MOESAIC_ISA
-// What a nibble of scales means: times d, the scale and the offset of bytes that are 2 + weight.
+// What a nibble of scales means, but for d: the scale, and the offset of bytes that are 2 + weight or 1 + weight.
 struct TernaryNibbles {
-    float scale[16], scale_over_256[16], offset[16];
+    float scale[16], scale_over_256[16], offset[16], offset_of_digits[16];
 };
 constexpr TernaryNibbles ternary_nibbles() {
     TernaryNibbles table{};
@@ -20,6 +20,7 @@ constexpr TernaryNibbles ternary_nibbles() {
         table.scale[nibble] = scale;
         table.scale_over_256[nibble] = scale / 256;
         table.offset[nibble] = scale * (nibble % 2 == 0 ? -1.875f : -2.125f);
+        table.offset_of_digits[nibble] = scale * (nibble % 2 == 0 ? -0.875f : -1.125f);
     }
     return table;
 }
@@ -85,12 +86,13 @@ struct IQ1_S_TERNARY {
         requires(kHasByteDots)
     MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
         TernaryWalk walk = walk_group(tile + kTileQs, g);
-        TernarySums sums{zero_i(), shl(set1_i(x.negated_sum), 8)};  // digits and one more, as in group()
+        TernarySums sums{zero_i(), zero_i()};
         MOESAIC_UNROLL
         for (int i = 0; i < 8; ++i) add_quad(sums, walk, x.values + 4 * i);
-        const vf scale_over_256 = mul(s.d, lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
-        sum = fma(mul(digits_times_256(sums), scale_over_256), set1(x.scale), sum);
-        return fma(offset(s, g), set1(x.scaled_sum), sum);
+        const vf offset_times_sum =
+            mul(lookup_floats(nibble(s, g), kTernaryNibbles.offset_of_digits), set1(x.scaled_sum));
+        const vf dots = mul(digits_times_256(sums), lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
+        return fma(s.d, fma(dots, set1(x.scale), offset_times_sum), sum);
     }
 #endif
 };

@@ -39,21 +39,25 @@ struct IQ1_M_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileDeltas = 832, kTileScales = 896;
-    static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = 13;
+    static constexpr int kScaleGroup = 16, kZeroShift = 2, kLargest = 12;
     static constexpr bool kHasOffset = true;
     using Scales = IQ1_M::Scales;  // of a quarter of d
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) { return IQ1_M::scales_of_tile(tile + kTileScales); }
     MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s, j); }
-    // Bytes are 8 + 4 weights, and one more where delta is positive: the offset is scale (-8 - 1 / 2).
-    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-8.5f)); }
+    // Bytes are 4 digits and 4, one less where delta is negative: without the 4, the offset is scale (-4 + 1 / 2).
+    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-3.5f)); }
     // A byte for 64 weights, in every byte of a row.
     MOESAIC_INLINE vb deltas(const uint8_t* tile, int g) { return spread_u8(tile + kTileDeltas + g / 2 * 16); }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         ternary_group<2>(tile + kTileQs, g, quads);
-        const vb positive = xor_b(deltas(tile, g), set1_b(0xff)), one = set1_b(1);
+        const vb positive = xor_b(deltas(tile, g), set1_b(0xff)), minus_one = set1_b(0xff);
         MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) quads[i] = or_b(quads[i], and_b(shr_16(positive, g % 2 * 4 + i / 2), one));
+        for (int i = 0; i < 8; ++i) {
+            const vb less = add_b(and_b(shr_16(positive, g % 2 * 4 + i / 2), set1_b(1)), minus_one);
+            quads[i] = add_b(quads[i], less);
+        }
     }
+    // Sums are 64 times what they are with quads, their unit a 64th: the result is the same to the bit.
     template <class Group>
         requires(kHasByteDots)
     MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
@@ -69,10 +73,9 @@ struct IQ1_M_TERNARY {
                 sums.rests = dot4<true>(sums.rests, quarters, x.values + 4 * i);  // a quarter less where it is negative
                 add_quad(sums, walk, x.values + 4 * i);
             }
-            // In units of a quarter: 4 digits, and one less where delta is negative; then 4 (digit - 1) + 1 / 2.
             const vf unit = mul(mul(s.quarter_d, set1(0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
-            const vf offset_times_sum = mul(set1(-3.5f * 64), set1(x.scaled_half_sums[h]));
-            sum = fma(unit, fma(digits_times_256(sums), set1(x.scale), offset_times_sum), sum);
+            sum = fma(mul(digits_times_256(sums), unit), set1(x.scale), sum);
+            sum = fma(mul(unit, set1(-3.5f * 64)), set1(x.scaled_half_sums[h]), sum);
         }
         return sum;
     }

@@ -9,9 +9,9 @@ namespace moesaic {
 namespace {
 
 #ifdef MOESAIC_ISA
-// What a nibble of scales means, but for d: the scale, and the offset of bytes that are 2 + weight or 1 + weight.
+// What a nibble of scales means, but for d.
 struct TernaryNibbles {
-    float scale[16], scale_over_256[16], offset[16], offset_of_digits[16];
+    float scale[16], scale_over_256[16], offset[16];
 };
 constexpr TernaryNibbles ternary_nibbles() {
     TernaryNibbles table{};
@@ -19,8 +19,7 @@ constexpr TernaryNibbles ternary_nibbles() {
         const float scale = static_cast<float>(nibble | 1);
         table.scale[nibble] = scale;
         table.scale_over_256[nibble] = scale / 256;
-        table.offset[nibble] = scale * (nibble % 2 == 0 ? -1.875f : -2.125f);
-        table.offset_of_digits[nibble] = scale * (nibble % 2 == 0 ? -0.875f : -1.125f);
+        table.offset[nibble] = scale * (nibble % 2 == 0 ? -0.875f : -1.125f);
     }
     return table;
 }
@@ -63,7 +62,7 @@ struct IQ1_S_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 832, kTileD = 896;
-    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 3;
+    static constexpr int kScaleGroup = 32, kZeroShift = 0, kLargest = 3;  // digits and 1
     static constexpr bool kHasOffset = true;
     struct Scales {
         vf d;
@@ -82,6 +81,7 @@ struct IQ1_S_TERNARY {
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
         ternary_group<0>(tile + kTileQs, g, quads);
     }
+    // Sums are 256 times what they are with quads, the scale a 256th: the result is the same to the bit.
     template <class Group>
         requires(kHasByteDots)
     MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
@@ -89,10 +89,9 @@ struct IQ1_S_TERNARY {
         TernarySums sums{zero_i(), zero_i()};
         MOESAIC_UNROLL
         for (int i = 0; i < 8; ++i) add_quad(sums, walk, x.values + 4 * i);
-        const vf offset_times_sum =
-            mul(lookup_floats(nibble(s, g), kTernaryNibbles.offset_of_digits), set1(x.scaled_sum));
-        const vf dots = mul(digits_times_256(sums), lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
-        return fma(s.d, fma(dots, set1(x.scale), offset_times_sum), sum);
+        const vf scale_over_256 = mul(s.d, lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
+        sum = fma(mul(digits_times_256(sums), scale_over_256), set1(x.scale), sum);
+        return fma(offset(s, g), set1(x.scaled_sum), sum);
     }
 #endif
 };

@@ -15,7 +15,7 @@ import triton.language as tl
 
 __all__ = ["at_panel", "lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
 
-_LOADS: tl.constexpr = tl.constexpr(128)
+_LOADS: tl.constexpr = tl.constexpr(256)
 """Of activations in the body of a loop, at most: a pass of the compiler takes time with the square of them."""
 
 

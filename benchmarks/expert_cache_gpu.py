@@ -59,6 +59,7 @@ class ZipfRouters:
         self._scores = [torch.zeros(self._num_experts, device=device) for _ in blocks]
         for block, scores in zip(blocks, self._scores, strict=True):
             block.logits_of = self._replacement(scores)
+        runner.steps.buckets = {}  # graphs that were captured before know nothing of it
 
     def set_exponent(self, exponent: float) -> None:
         """In place: graphs that were captured follow."""

@@ -119,7 +119,7 @@ class Subject:
         if "cache" not in self.task.parts or cache is None:
             return
         steps = runner.steps
-        steps.slots, steps.uploads, steps.buckets = with_cache, uploads, {}
+        steps.slots, steps.uploads = with_cache, uploads
         runner.server.uses.zero_()
         # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
         slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))

@@ -100,7 +100,7 @@ class Subject:
         self.num_layers = len(decoder.routed)
         ZipfRouters(runner).set_exponent(0.0)
         self.uploads = MissUploads(self.landing, UploadShares())
-        runner.steps.uploads, runner.steps.buckets = self.uploads, {}
+        runner.steps.uploads = self.uploads
 
     def expected(self) -> int:
         """The share that is tried first."""

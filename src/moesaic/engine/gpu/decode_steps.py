@@ -50,8 +50,6 @@ class DecodeSteps:
         lending: memory that moves between steps, or None.
 
     Attributes:
-        slots: as given; whoever changes them or uploads must empty `buckets`, whose graphs use what there was.
-        uploads: as given.
         lending: as given.
         buckets: by the most sequences of their steps.
     """
@@ -68,8 +66,26 @@ class DecodeSteps:
         lending: VramLending | None = None,
     ) -> None:
         self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
-        self._hand_off, self.slots, self.uploads, self.lending = hand_off, slots, uploads, lending
+        self._hand_off, self._slots, self._uploads, self.lending = hand_off, slots, uploads, lending
         self.buckets: dict[int, Bucket] = {}
+
+    @property
+    def slots(self) -> ExpertSlots:
+        """As given. Graphs use what there was when they were captured: others make all `buckets` anew."""
+        return self._slots
+
+    @slots.setter
+    def slots(self, slots: ExpertSlots) -> None:
+        self._slots, self.buckets = slots, {}
+
+    @property
+    def uploads(self) -> MissUploads | None:
+        """As given; others make all `buckets` anew."""
+        return self._uploads
+
+    @uploads.setter
+    def uploads(self, uploads: MissUploads | None) -> None:
+        self._uploads, self.buckets = uploads, {}
 
     def run(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """Append one token to each of 1 to `max_batch` sequences.

@@ -20,7 +20,8 @@ import torch
 
 from moesaic.kernels import ops
 from moesaic.kernels.block_parts import RouteOptions
-from moesaic.kernels.triton.attention import Tiles, choose_tiles, paged_attention, paged_latent_attention
+from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles
 from moesaic.kernels.triton.elementwise import combine
 from moesaic.kernels.triton.norm import add_rms_norm, rms_norm
 from moesaic.kernels.triton.rotary import RotaryTable, latent_rotate_append, norm_rotate_append

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.errors import UnsupportedFormatError
+from moesaic.placement import load_plan
 
 
 def test_one_format_for_all_but_routers() -> None:
@@ -17,11 +20,12 @@ def test_one_format_for_all_but_routers() -> None:
 
 
 def test_a_mix_of_two() -> None:
+    as_in_the_file = replace(load_plan("cpu"), ternary="never")
     formats = {
         name: formats
         for name, formats in (
             (entry.role, set(entry.formats.values()))
-            for entry in prepare_synthetic("deepseek-v3", FormatMix.parse("IQ1_S+Q6_K"), 1, "cpu").plan.entries
+            for entry in prepare_synthetic("deepseek-v3", FormatMix.parse("IQ1_S+Q6_K"), 1, as_in_the_file).plan.entries
         )
         if formats
     }

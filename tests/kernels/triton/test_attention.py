@@ -7,7 +7,8 @@ import torch
 from tests.kernels.triton.paged_oracle import DEVICE, Case, attended, error_of, latent_attended
 
 from moesaic.errors import KernelError
-from moesaic.kernels.triton.attention import Tiles, choose_tiles, paged_attention, paged_latent_attention
+from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 

@@ -6,42 +6,18 @@ the products are of the cache's type, sums are float32. This module knows no mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-
 import torch
 import triton
 
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_shape, describe
 from moesaic.kernels.triton.attention_kernels import attend_kernel, merge_kernel
+from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles, padded
 
-__all__ = ["Tiles", "choose_tiles", "paged_attention", "paged_latent_attention"]
+__all__ = ["paged_attention", "paged_latent_attention"]
 
 _POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_SPLITS = 64
 _PARTS_AT_ONCE = 16  # that the second kernel loads
-_LARGE_SHARED = 160 * 1024  # bytes; data centre cards have that, others about 99 KiB
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How the work of one call is cut up: a choice of speed, not of results.
-
-    Attributes:
-        rows: rows (query token and head) of a program, at least 16.
-        keys: positions that it takes at once, at least 16.
-        warps: its threads, in 32s.
-        stages: tiles of keys in flight.
-        splits: shares that the keys of a sequence are cut into.
-    """
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    splits: int
 
 
 def paged_attention(
@@ -237,7 +213,7 @@ def _attend(
         longest = block_tables.shape[1] * block_size
         if sliding_window is not None:
             longest = min(longest, sliding_window + max_query_len)
-        sizes = tuple(_padded(dim) if dim else 0 for dim in dims)
+        sizes = tuple(padded(dim) if dim else 0 for dim in dims)
         columns = num_seqs * kv_heads
         tiles = choose_tiles(max_query_len * group, columns, longest, sizes, pool[0].dtype, device, latent)
     target, lse = out.unsqueeze(0), out
@@ -262,11 +238,11 @@ def _attend(
         GROUP=group,
         KV_HEADS=kv_heads,
         KEY_DIM=key_dim,
-        KEY_PAD=_padded(key_dim),
+        KEY_PAD=padded(key_dim),
         ROPE_DIM=rope_dim,
-        ROPE_PAD=_padded(rope_dim),
+        ROPE_PAD=padded(rope_dim),
         VALUE_DIM=value_dim,
-        VALUE_PAD=_padded(value_dim),
+        VALUE_PAD=padded(value_dim),
         BLOCK_SIZE=block_size,
         BLOCK_M=tiles.rows,
         BLOCK_N=tiles.keys,
@@ -279,7 +255,7 @@ def _attend(
         num_stages=tiles.stages,
     )
     if tiles.splits > 1:
-        value_block = min(_padded(value_dim), 128)
+        value_block = min(padded(value_dim), 128)
         merge_kernel[(num_tokens, heads, triton.cdiv(value_dim, value_block))](
             target,
             lse,
@@ -298,68 +274,6 @@ def _attend(
             num_warps=4,
         )
     return out
-
-
-def choose_tiles(
-    rows: int,
-    columns: int,
-    longest: int,
-    dims: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    latent: bool = False,
-) -> Tiles:
-    """How to cut up a call.
-
-    Args:
-        rows: query tokens of a sequence times query heads of a keys' head.
-        columns: sequences times keys' heads.
-        longest: positions that a sequence can have, or that a window leaves.
-        dims: of a key, of its second part (0: none) and of a value, padded.
-        dtype: of the cache.
-        device: where it runs; any but a CUDA device counts as a small one (Triton's interpreter).
-        latent: whether a key's first part is the value.
-    """
-    processors, shared = _device_limits(device)
-    is_large = shared >= _LARGE_SHARED
-    key_bytes = (sum(dims[:2]) + (0 if latent else dims[2])) * dtype.itemsize
-    if dtype == torch.float32:  # products on the vector units: a small path for exactness
-        tile_rows, tile_keys, warps = 16, 16 if latent else 32, 4
-    elif latent:
-        tile_rows, tile_keys, warps = (64, 64, 8) if is_large and rows > 16 else (16, 32, 4)
-    elif rows <= 16:
-        tile_rows, tile_keys, warps = 16, 64, 4
-    else:
-        tile_rows = min(triton.next_power_of_2(rows), 64 if max(dims) > 128 or not is_large else 128)
-        tile_keys, warps = 64, 8 if tile_rows == 128 else 4
-    # Registers take one tile of keys from shared memory at a time, unless the tensor cores read it there.
-    in_registers = 0 if is_large and tile_rows >= 64 else 1
-    query_bytes = tile_rows * (sum(dims[:2]) + tile_keys) * dtype.itemsize
-    stages = 4
-    while (stages - in_registers) * tile_keys * key_bytes + query_bytes > shared and (stages > 2 or tile_keys > 16):
-        if stages > 2:
-            stages -= 1
-        else:
-            tile_keys //= 2
-    used = (stages - in_registers) * tile_keys * key_bytes + query_bytes
-    programs = triton.cdiv(rows, tile_rows) * columns
-    wanted = max(1, min(2, shared // used) * processors // programs)
-    return Tiles(tile_rows, tile_keys, warps, stages, min(_MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), wanted))
-
-
-@lru_cache
-def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return 4, 99 * 1024
-    properties: Any = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
-    return properties.multi_processor_count, shared
-
-
-def _padded(dim: int) -> int:
-    """Width of the tile for so many columns: a power of two, at least the 16 that products take."""
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _check_pool(name: str, x: torch.Tensor, ndim: int) -> None:

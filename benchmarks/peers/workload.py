@@ -66,16 +66,17 @@ class Pairing:
         return math.ceil(dims.weights * self.bytes_per_weight) + per_row
 
 
-def _gguf(name: str) -> Pairing:
+def _gguf(name: str, *held: str) -> Pairing:
+    """A type of GGUF; `held`: what it is held as by plan `auto`, if not as it is."""
     _, block_size, block_bytes = GGUF_TYPES[name]
-    return Pairing("LLAMAFILE", block_bytes / block_size, 2 * block_bytes / block_size, (name,))
+    return Pairing("LLAMAFILE", block_bytes / block_size, 2 * block_bytes / block_size, (*held, name))
 
 
 PAIRINGS = {
     "Q4_K": _gguf("Q4_K"),
     "AMXINT4": Pairing("AMXINT4", 0.5, 4.5, ("Q4_0",), scale_per_row=True),
     "Q2_K": _gguf("Q2_K"),
-    "IQ1_S": _gguf("IQ1_S"),
+    "IQ1_S": _gguf("IQ1_S", "IQ1_S_TERNARY"),
     "Q8_0": _gguf("Q8_0"),
     "AMXINT8": Pairing("AMXINT8", 1.0, 5.0, ("Q8_0",), scale_per_row=True),
     "BF16": Pairing("BF16", 2.0, 4.0, ("BF16",)),

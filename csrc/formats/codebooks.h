@@ -31,6 +31,22 @@ inline void ternary_weights(float step, uint64_t entry, float delta, float* y) {
     }
 }
 
+// Other numbers for the entries of a block, whose low bytes and whose high bits, `bits` of each in 8 bytes, lie apart.
+template <int bits, int N>
+void renumber_entries(uint8_t* low, uint8_t* high, const uint16_t (&to)[N]) {
+    constexpr int kOfByte = 8 / bits, kMask = (1 << bits) - 1;
+    for (int g = 0; g < 8; ++g, low += kOfByte) {
+        const int before = high[g];
+        int after = 0;
+        for (int i = 0; i < kOfByte; ++i) {
+            const int number = to[low[i] | (before >> (bits * i) & kMask) << 8];
+            low[i] = static_cast<uint8_t>(number);
+            after |= number >> 8 << (bits * i);
+        }
+        high[g] = static_cast<uint8_t>(after);
+    }
+}
+
 #ifdef MOESAIC_ISA
 
 // The signs of 32 weights, byte t of a lane for weights 8 t to 8 t + 7, from four codes of 7 bits.

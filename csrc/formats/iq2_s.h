@@ -26,22 +26,8 @@ struct IQ2_S {
     }
 
     // Tiles have numbers of our own for entries.
-    static void to_tile(uint8_t* block) { renumber(block, kNumbers.numbers); }
-    static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
-    template <int N>
-    static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
-        for (int g = 0; g < 8; ++g) {
-            const int before = block[kQh + g];
-            int after = 0;
-            for (int t = 0; t < 4; ++t) {
-                uint8_t& low = block[kQs + 4 * g + t];
-                const int number = to[low | (before >> (2 * t) & 3) << 8];
-                low = static_cast<uint8_t>(number);
-                after |= number >> 8 << (2 * t);
-            }
-            block[kQh + g] = static_cast<uint8_t>(after);
-        }
-    }
+    static void to_tile(uint8_t* block) { renumber_entries<2>(block + kQs, block + kQh, kNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber_entries<2>(block + kQs, block + kQh, kNumbers.places); }
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileSigns = 512, kTileQh = 1024, kTileScales = 1152, kTileD = 1280;

@@ -26,22 +26,8 @@ struct IQ3_S {
     }
 
     // Tiles have numbers of our own for entries.
-    static void to_tile(uint8_t* block) { renumber(block, kNumbers.numbers); }
-    static void from_tile(uint8_t* block) { renumber(block, kNumbers.places); }
-    template <int N>
-    static void renumber(uint8_t* block, const uint16_t (&to)[N]) {
-        for (int g = 0; g < 8; ++g) {
-            const int before = block[kQh + g];
-            int after = 0;
-            for (int i = 0; i < 8; ++i) {
-                uint8_t& low = block[kQs + 8 * g + i];
-                const int number = to[low | (before >> i & 1) << 8];
-                low = static_cast<uint8_t>(number);
-                after |= number >> 8 << i;
-            }
-            block[kQh + g] = static_cast<uint8_t>(after);
-        }
-    }
+    static void to_tile(uint8_t* block) { renumber_entries<1>(block + kQs, block + kQh, kNumbers.numbers); }
+    static void from_tile(uint8_t* block) { renumber_entries<1>(block + kQs, block + kQh, kNumbers.places); }
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileSigns = 1024, kTileQh = 1536, kTileScales = 1664, kTileD = 1728;

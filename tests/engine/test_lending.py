@@ -245,6 +245,22 @@ def test_a_long_chunk_has_memory_of_experts() -> None:
     lending.end_streaming()
 
 
+@pytest.mark.skipif(ON_GPU, reason="the driver of a test refuses")
+def test_memory_that_others_took_meanwhile(caplog: pytest.LogCaptureFixture) -> None:
+    subject = Subject("qwen3_moe", first_blocks=2, slots=9)
+    lending = subject.lending
+    lending.lots = replace(lending.lots, chunk=8, long_chunk=64, long=3)
+    lending.begin_streaming(64)
+    lending.end_streaming()
+    driver = lending._driver
+    assert isinstance(driver, FakeMemory)
+    driver.num_pieces = len(driver.pieces) + 1  # of three lots, one is left
+    for _ in range(2 * lending_module._STEPS):
+        lending.after_step()
+    assert lending.nbytes == (lending.lots.total - 2) * lending.lots.lot_bytes
+    assert "another program" in caplog.text and subject.check_slots() <= lending.num_slots
+
+
 def test_memory_for_a_long_chunk_that_is_not_there() -> None:
     subject = Subject("qwen3_moe", first_blocks=2, slots=9)
     lending, allowed = subject.lending, Allowed()

@@ -9,6 +9,7 @@ when, and knows neither what a block holds nor which expert deserves a slot.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from moesaic.kvcache.pool_memory import pool_layers
 from moesaic.placement.lots import VramLots
 
 __all__ = ["LendingFigures", "VramLending"]
+
+_LOG = logging.getLogger("moesaic.gpu")
 
 _STEPS = 16  # from one look at what could come back to the next
 _SECONDS = 2.0  # that blocks stay at least, before the experts get their memory back
@@ -206,16 +209,22 @@ class VramLending:
         """Let PyTorch's allocator have so many lots."""
         began = time.perf_counter()
         self._make_free(num_lots)
+        if not self._allow(num_lots * self.lots.lot_bytes):
+            raise KernelError("activations hold more memory than the plan set aside for them and experts could lend.")
         self._stock.shrink(num_lots)
         self._lent_out = num_lots
-        self._allow(num_lots * self.lots.lot_bytes)
         self._count(began)
 
     def _take_back(self) -> None:
-        """Have lots again that PyTorch's allocator needs no more; they are free then."""
-        if self._lent_out and self._allow(0):
-            self._stock.num_lots += self._lent_out
-            self._lent_out = 0
+        """Have lots again that PyTorch's allocator needs no more, unless other programs took their memory meanwhile."""
+        if not self._lent_out or not self._allow(0):
+            return
+        lost, self._lent_out = self._lent_out - self._stock.grow(self._lent_out), 0
+        if lost:
+            size = lost * self.lots.lot_bytes >> 20
+            _LOG.warning(
+                "%d MiB of VRAM that a long prompt had are another program's now: fewer experts are cached.", size
+            )
 
     def _make_free(self, more: int, buffer: VirtualBuffer | None = None) -> None:
         """Let so many lots be free, at the cost of others than a buffer."""

@@ -110,6 +110,17 @@ class MemoryStock:
             self.driver.release(self._idle.pop())
             self._made -= 1
 
+    def grow(self, num_lots: int) -> int:
+        """Have up to so many lots more, as far as the device still has memory for them; how many it had."""
+        for count in range(num_lots):
+            try:
+                self._idle.append(self.driver.create(self.lot_bytes))
+            except KernelError:
+                return count
+            self._made += 1
+            self.num_lots += 1
+        return num_lots
+
     def close(self) -> None:
         """Give lots that are not in use back to the device."""
         while self._idle:

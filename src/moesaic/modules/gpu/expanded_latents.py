@@ -61,7 +61,9 @@ def attend_expanded(
     """
     (num_heads, nope, latent_dim), value_dim = k_b.shape, v_b.shape[2]
     num_seqs, max_blocks = step.block_tables.shape
-    here = pool[step.block_tables.flatten().long()]  # in the order of positions, sequence after sequence
+    held = (step.seq_lens + pool.shape[1] - 1) // pool.shape[1]
+    blocks = torch.where(torch.arange(max_blocks, device=pool.device) < held[:, None], step.block_tables, 0)
+    here = pool[blocks.flatten().long()]  # in the order of positions, sequence after sequence
     rows = here.flatten(0, 1)
     latents, rope = rows[:, :latent_dim].to(k_b.dtype), rows[:, latent_dim:]
     tables = torch.arange(num_seqs * max_blocks, dtype=torch.int32, device=pool.device).view(num_seqs, max_blocks)

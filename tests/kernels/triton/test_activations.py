@@ -28,7 +28,7 @@ def places_kernel(lanes, operands, out, num_tokens, token, F: tl.constexpr, COLS
 def test_single_columns_lie_where_whole_rows_have_them(fmt):
     form = device_format(FORMATS[fmt], COLS)
     x = torch.arange(3 * COLS, dtype=torch.float32, device=DEVICE).view(3, COLS)
-    lanes, operands = to_lanes(x, form), to_operands(x, form, torch.float32)
+    lanes, operands = to_lanes(x, form).values, to_operands(x, form, torch.float32)
     out = torch.empty(2, COLS, device=DEVICE)
     places_kernel[(1,)](lanes[1], operands, out, 3, 1, form, COLS)
     assert torch.equal(out[0], x[1]) and torch.equal(out[1], x[1])
@@ -39,7 +39,7 @@ def test_what_pads_rows_is_zero_and_sums_are_those_of_the_groups(fmt):
     cols = 256 if FORMATS[fmt].block_size > 1 else 40
     form = device_format(FORMATS[fmt], cols)
     x = torch.ones(2, cols, device=DEVICE)
-    lanes = to_lanes(x, form)[0].view(-1, form.item + form.num_sums, 8).cpu().numpy()
+    lanes = to_lanes(x, form).values[0].view(-1, form.item + form.num_sums, 8).cpu().numpy()
     assert lanes[:, : form.item].sum() == cols and lanes.size == lanes_size(form, cols)
     if form.num_sums:
         assert np.array_equal(np.unique(lanes[:, form.item :]), [0, form.item // form.num_sums])

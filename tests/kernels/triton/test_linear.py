@@ -10,6 +10,7 @@ from tests.kernels.triton.conftest import DEVICE
 
 from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels.triton import linear as subject
+from moesaic.kernels.triton.activations import to_lanes
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import device_format, supported_formats
 from moesaic.kernels.triton.linear import decode_shape, linear
@@ -132,3 +133,15 @@ def test_wrong_calls_are_refused(monkeypatch):
     monkeypatch.setattr("moesaic.kernels.triton.formats._FORMATS", {"Q8_0": None})
     with pytest.raises(UnsupportedFormatError, match="F32 has no kernels on a GPU: expected one of Q8_0"):
         linear(x, weight)
+
+
+def test_activations_may_be_in_order_already():
+    weight = DeviceTensor.of(packed("Q4_K", 64, 512)[0], DEVICE)
+    form = device_format(FORMATS["Q4_K"], 512)
+    x = torch.randn(3, 512, device=DEVICE)
+    lanes = to_lanes(x, form)
+    assert torch.equal(linear(lanes, weight), linear(x, weight))
+    with pytest.raises(KernelError, match="in that of Q4_K"):
+        linear(to_lanes(x, device_format(FORMATS["Q6_K"], 512)), weight)
+    with pytest.raises(KernelError, match="expected 1 to"):
+        linear(to_lanes(x[:, :256], form), weight)

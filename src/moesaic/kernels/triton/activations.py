@@ -8,6 +8,7 @@ an item, of a few steps and planes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,35 @@ import triton.language as tl
 
 from moesaic.kernels.triton.formats import DeviceFormat
 
-__all__ = ["lanes_size", "operands_shape", "to_lanes", "to_operands"]
+__all__ = ["Lanes", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
 
 _LANE_ITEMS = 8
 _OPERAND_ITEMS = 16
 _PADDED_ITEMS = 64  # the most items that a program of eight warps has at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lanes:
+    """Activations of a few tokens as `lanes`, ready for every product whose format reads them in this order.
+
+    Attributes:
+        values: float32 `[n, lanes_size]`, n the power of two that kernels are made for; what rows behind the last token
+            hold is undefined.
+        num_tokens: of them.
+        cols: activations of a token.
+        order: `DeviceFormat.order`.
+    """
+
+    values: torch.Tensor
+    num_tokens: int
+    cols: int
+    order: tuple[int, ...]
+
+    @classmethod
+    def empty(cls, num_tokens: int, cols: int, form: DeviceFormat, device: torch.device) -> Lanes:
+        """To be written by a kernel, what pads a row included."""
+        shape = triton.next_power_of_2(num_tokens), lanes_size(form, cols)
+        return cls(torch.empty(shape, dtype=torch.float32, device=device), num_tokens, cols, form.order)
 
 
 @triton.jit
@@ -76,17 +101,13 @@ def lanes_size(form: DeviceFormat, cols: int) -> int:
     return padded * (form.item + form.num_sums)
 
 
-def to_lanes(x: torch.Tensor, form: DeviceFormat) -> torch.Tensor:
-    """Activations `[tokens, cols]`, rows any distance apart, as float32 `[n, lanes_size]`.
-
-    n is the power of two that kernels are made for; what rows behind the last token hold is undefined.
-    """
+def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:
+    """Activations float32 `[tokens, cols]`, rows any distance apart, as `lanes`."""
     num_tokens, cols = x.shape
-    size = lanes_size(form, cols)
-    out = torch.empty(triton.next_power_of_2(num_tokens), size, dtype=torch.float32, device=x.device)
-    num_blocks = size // ((form.item + form.num_sums) * _LANE_ITEMS)
-    _lanes_kernel[(num_blocks, num_tokens)](x, out, cols, num_blocks, x.stride(0), form)
-    return out
+    lanes = Lanes.empty(num_tokens, cols, form, x.device)
+    num_blocks = lanes.values.shape[1] // ((form.item + form.num_sums) * _LANE_ITEMS)
+    _lanes_kernel[(num_blocks, num_tokens)](x, lanes.values, cols, num_blocks, x.stride(0), form)
+    return lanes
 
 
 def operands_shape(form: DeviceFormat, num_tokens: int, cols: int) -> tuple[int, int, int, int]:

@@ -282,8 +282,8 @@ def _decode_up(
     """The activated inner values of each pair, as `lanes` of down's format: float32 `[tokens * top_k, n]`."""
     num_tokens, top_k = slots.shape
     gate, up = layout.gate or layout.up, layout.up
-    up_lanes = to_lanes(x, up.form)
-    gate_lanes = up_lanes if same_order(gate.form, up.form) else to_lanes(x, gate.form)
+    up_lanes = to_lanes(x, up.form).values
+    gate_lanes = up_lanes if same_order(gate.form, up.form) else to_lanes(x, gate.form).values
     size = lanes_size(layout.down.form, layout.intermediate)
     inner = torch.empty(num_tokens * top_k, size, dtype=torch.float32, device=x.device)
     gate_offset, gate_stride, gate_panel, gate_items = units_of(gate)

@@ -9,7 +9,7 @@ import triton.language as tl
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.limits import EXPANDED_WEIGHTS
-from moesaic.kernels.triton.activations import to_lanes, to_operands
+from moesaic.kernels.triton.activations import Lanes, to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
@@ -142,13 +142,12 @@ def decode_shape(num_panels: int, num_items: int) -> tuple[int, int, int]:
 
 
 def _few_tokens(
-    x: torch.Tensor, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
+    x: Lanes, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
-    num_tokens, cols = x.shape
-    lanes = to_lanes(x, form)
+    num_tokens, cols, lanes = x.num_tokens, x.cols, x.values
     num_panels, num_items = -(-rows // 16), form.num_items(cols)
     warps, splits, iterations = decode_shape(num_panels, num_items)
-    parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=x.device)
+    parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=lanes.device)
     inner_bias = bias if splits == 1 else None
     _panels_kernel[(num_panels, splits)](
         lanes,
@@ -276,7 +275,7 @@ def check_rows(name: str, x: torch.Tensor, width: int, device: torch.device) -> 
 
 
 def linear(
-    x: torch.Tensor,
+    x: torch.Tensor | Lanes,
     weight: DeviceTensor,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
@@ -288,7 +287,8 @@ def linear(
     before they are multiplied (not with F32 weights), sums are float32. Results do not depend on timing.
 
     Args:
-        x: float32 `[tokens, cols]` on the weights' device; rows may be any distance apart.
+        x: float32 `[tokens, cols]` on the weights' device, rows any distance apart; or up to MAX_DECODE_TOKENS tokens
+            in the order of the weights' format.
         weight: the stack that has the matrix `[rows, cols]`.
         bias: float32 `[rows]`, contiguous.
         out: float32 `[tokens, rows]` for the result; rows may be any distance apart.
@@ -299,24 +299,39 @@ def linear(
 
     Raises:
         UnsupportedFormatError: the format has no kernels on a GPU.
-        KernelError: a shape, a type, a device or the index is not as described.
+        KernelError: a shape, a type, a device, an order or the index is not as described.
     """
     form = device_format(weight.format, weight.cols)
-    check_rows("x", x, weight.cols, weight.device)
+    if isinstance(x, Lanes):
+        num_tokens = x.num_tokens
+        _check_lanes(x, weight, form)
+    else:
+        num_tokens = x.shape[0]
+        check_rows("x", x, weight.cols, weight.device)
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (weight.rows,) or not bias.is_contiguous()):
         raise KernelError(f"bias is {describe(bias)}: expected float32 [{weight.rows}], contiguous.")
     if out is None:
-        out = torch.empty(x.shape[0], weight.rows, dtype=torch.float32, device=x.device)
+        out = torch.empty(num_tokens, weight.rows, dtype=torch.float32, device=weight.device)
     check_rows("out", out, weight.rows, weight.device)
-    if out.shape[0] != x.shape[0]:
-        raise KernelError(f"out has {out.shape[0]} rows: expected one for each of {x.shape[0]} tokens.")
-    if x.shape[0] == 0:
+    if out.shape[0] != num_tokens:
+        raise KernelError(f"out has {out.shape[0]} rows: expected one for each of {num_tokens} tokens.")
+    if num_tokens == 0:
         return out
     views = weight_views(weight, index)
-    if x.shape[0] <= MAX_DECODE_TOKENS:
+    if isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)
-    elif x.shape[0] < _EXPAND_FROM:
+    elif num_tokens <= MAX_DECODE_TOKENS:
+        _few_tokens(to_lanes(x, form), views, form, weight.rows, bias, out)
+    elif num_tokens < _EXPAND_FROM:
         _many_tokens(x, views, form, weight.rows, bias, out)
     else:
         _expanded(x, views, form, weight.rows, bias, out)
     return out
+
+
+def _check_lanes(x: Lanes, weight: DeviceTensor, form: DeviceFormat) -> None:
+    if x.order != form.order or x.cols != weight.cols or not 0 < x.num_tokens <= MAX_DECODE_TOKENS:
+        raise KernelError(
+            f"x is {x.num_tokens} tokens of {x.cols} activations in the order {x.order}: expected 1 to "
+            f"{MAX_DECODE_TOKENS} of {weight.cols} in that of {form.name}, {form.order}."
+        )

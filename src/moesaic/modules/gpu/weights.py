@@ -9,7 +9,9 @@ import torch
 
 from moesaic.kernels import PackedTensor
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
+from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.device_tensor import DeviceTensor
+from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.linear import linear
 
 __all__ = ["GpuLinear", "GpuLinears", "GpuNorm", "dense_heads"]
@@ -30,8 +32,13 @@ class GpuLinear:
         """A copy."""
         return cls(DeviceTensor.of(source.weight, device), None if source.bias is None else source.bias.to(device))
 
-    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Float32 `[tokens, cols]` to float32 `[tokens, rows]`."""
+    @property
+    def form(self) -> DeviceFormat:
+        """How kernels read it."""
+        return device_format(self.weight.format, self.weight.cols)
+
+    def __call__(self, x: torch.Tensor | Lanes, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]`."""
         return linear(x, self.weight, self.bias, out)
 
 
@@ -70,8 +77,17 @@ class GpuLinears:
             parts = (_joined(parts),)
         return cls(parts, rows)
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Float32 `[tokens, cols]` to float32 `[tokens, rows]` each; views of one tensor where they are one product."""
+    @property
+    def form(self) -> DeviceFormat | None:
+        """How kernels read all of them, if they read activations in one order; None if not."""
+        forms = [part.form for part in self.parts]
+        return forms[0] if all(form.order == forms[0].order for form in forms) else None
+
+    def __call__(self, x: torch.Tensor | Lanes) -> tuple[torch.Tensor, ...]:
+        """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]` each.
+
+        They are views of one tensor where they are one product.
+        """
         if len(self.parts) == 1:
             joined: tuple[torch.Tensor, ...] = self.parts[0](x).split(self.rows, dim=1)
             return joined

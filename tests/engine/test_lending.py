@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -229,7 +230,8 @@ def test_a_long_chunk_has_memory_of_experts() -> None:
     for _ in range(2):  # as chunks of one prompt
         lending.begin_streaming(64)
         assert allowed.calls == [2 * lot] and lending.nbytes == (lending.lots.total - 2) * lot
-        assert lending.figures().staging and subject.check_slots() == lending.num_slots < slots
+        assert lending.figures().staging and subject.check_slots() == lending.num_slots
+        assert lending.num_slots < slots or ON_GPU  # whose lots hold several times these experts
         lending.end_streaming()
     allowed.held = lot  # somebody still holds what was allocated meanwhile
     for _ in range(lending_module._STEPS):
@@ -271,13 +273,21 @@ def test_memory_for_a_long_chunk_that_is_not_there() -> None:
     assert not allowed.calls and not lending._streams
 
 
+@pytest.fixture
+def whole_card() -> Iterator[None]:
+    """Whatever a test allows this process of the card, others get all of it."""
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.usefixtures("whole_card")
 def test_a_loaded_model_lends_within_its_budget() -> None:
     def planned(vram: int | None) -> Prepared:
-        return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 4, "hybrid", vram=vram, context=512)
+        return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 20, "hybrid", vram=vram, context=512)
 
     first = planned(None).plan.vram_budget(this_computer(True))
-    vram = first.required + 1200 * 2**20
+    vram = first.required + 6000 * 2**20  # for fewer, a long chunk's lots would be too large a part of all
     prepared = planned(vram)
     lots = prepared.plan.vram_budget(this_computer(True)).lots
     assert lots is not None and lots.first_slots < lots.num_experts
@@ -315,13 +325,14 @@ def test_a_loaded_model_lends_within_its_budget() -> None:
     assert bool(steps(60).isfinite().all())
     assert lending.figures().num_slots == before.num_slots
     assert lending.figures().num_blocks == before.num_blocks == runner.pool.num_backed
-    assert bool(steps(60).isfinite().all())
+    ends = time.monotonic() + 60
+    while cache.statistics().num_held < 0.9 * before.num_slots and time.monotonic() < ends:
+        assert bool(steps(60).isfinite().all())
     cache.wait()
     tables = cache._tables.cpu().numpy()
     assert np.array_equal(tables, cache.policy.slot_of) and (tables >= 0).sum() >= 0.9 * before.num_slots
     long_bytes = lots.long * lots.lot_bytes  # which PyTorch's allocator had while they were not among the lots
     assert torch.cuda.max_memory_reserved() - long_bytes + lending.nbytes + DRIVER_BYTES <= vram
-    torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the driver of a test refuses")

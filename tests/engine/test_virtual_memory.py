@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -115,12 +116,13 @@ def test_a_cards_memory_moves_between_addresses_that_a_graph_knows() -> None:
     last.fill_(1)
     graph.replay()
     assert out.tolist() == [9 * lot, lot]
-    assert before - torch.cuda.mem_get_info()[0] >= stock.nbytes == 6 * lot
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # else others take and give memory of the card meanwhile
+    assert stock.nbytes == 6 * lot and (not alone or before - torch.cuda.mem_get_info()[0] >= 6 * lot)
     torch.cuda.synchronize()
     held = torch.cuda.mem_get_info()[0]
     del first_lot, last, graph, each, first, second, stock
     gc.collect()
-    assert torch.cuda.mem_get_info()[0] - held >= 6 * lot
+    assert not alone or torch.cuda.mem_get_info()[0] - held >= 6 * lot
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

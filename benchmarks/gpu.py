@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --out benchmarks/results/NAME [--budget 480] [--subjects deepseek-v3:Q4_K:4,...]
         [--parts decode,prefill,cache,layers,cpu,memory] [--prefill 512,2048,8192] [--tokens 32] [--repeat 3]
+        [--zipf EXPONENT] [--defer N]
 
 A subject is MODEL:FORMAT, or MODEL:FORMAT:LAYERS, or MODEL:FORMAT:LAYERS:VRAM; its random weights are built once in a
 process of its own and serve all plans one after the other. Subjects get equal parts of the time that is left; what does
@@ -115,7 +116,7 @@ def table_row(row: Row) -> str:
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """Hybrid against the other plans, of the whole model where it was cut."""
+    """Each kind of hybrid against the other plans, of the whole model where it was cut."""
     found: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         if row.get("tokens_per_second") and "runs" in row:
@@ -124,11 +125,12 @@ def ratios(rows: list[Row]) -> list[str]:
             found.setdefault(key, {})[row["plan"].split()[0]] = rate
     lines = []
     for (model, fmt, what), plans in found.items():
-        if "hybrid" in plans and len(plans) > 1:
-            others = ", ".join(
-                f"{plans['hybrid'] / rate:.2f} x {name}" for name, rate in plans.items() if name != "hybrid"
-            )
-            lines.append(f"- {model} {fmt}, {what}: hybrid is {others}")
+        others = [name for name in plans if not name.startswith("hybrid")]
+        for kind in (name for name in plans if name.startswith("hybrid")):
+            against = [*others, *(["hybrid"] if kind != "hybrid" and "hybrid" in plans else [])]
+            if against:
+                each = ", ".join(f"{plans[kind] / plans[name]:.2f} x {name}" for name in against)
+                lines.append(f"- {model} {fmt}, {what}: {kind} is {each}")
     return lines
 
 
@@ -187,6 +189,7 @@ def measure_all(arguments: argparse.Namespace, rows: Path) -> None:
             "tokens": arguments.tokens,
             "repeat": arguments.repeat,
             "zipf": arguments.zipf,
+            "defer": arguments.defer,
         }
         problem = f"not run: {seconds:.0f} s left" if seconds < 15 else None
         problem = problem or run_subject(fields, seconds, rows, rows.with_name("log.txt"))
@@ -244,6 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--vram", default="24GiB")
     parser.add_argument("--zipf", type=float, metavar="EXPONENT", help="hybrid: routers with favourites")
+    parser.add_argument(
+        "--defer", type=int, default=0, metavar="N", help="also the cache with N experts of a token one layer late"
+    )
     parser.add_argument("--budget", type=float, default=480.0, metavar="SECONDS")
     parser.add_argument("--machine", default="", help="a line about the machine for the report")
     parser.add_argument(

@@ -37,6 +37,7 @@ class Task:
         repeat: runs.
         seconds: time for all of it, from the start of the process.
         zipf: exponent by which the GPU's routers choose (see `expert_cache_gpu`); None: the model's own routers.
+        defer: experts of a token that arrive a layer late, in a row beside that of the cache; 0: no such row.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Task:
     repeat: int
     seconds: float
     zipf: float | None = None
+    defer: int = 0
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> Task:

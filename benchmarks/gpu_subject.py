@@ -128,6 +128,9 @@ class Subject:
         cache.restart(PromotionPolicy(num_layers, num_experts, slots))
         self._fill(runner, cache)
         self._on_gpu(runner, plan, "hybrid+cache", slots)
+        if self.task.defer:
+            runner.hand_off.defer(self.task.defer)
+            self._on_gpu(runner, plan, f"hybrid+cache+{self.task.defer}late", slots)
 
     def _fill(self, runner: ModelRunner, cache: Any, seconds: float = 8.0) -> None:
         """Decode until the slots are taken, or time is up."""

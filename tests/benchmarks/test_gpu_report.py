@@ -46,6 +46,11 @@ def test_what_was_measured_again_counts_and_a_failure_hides_nothing(tmp_path: Pa
 def test_ratios_are_of_the_whole_model() -> None:
     rows = [row("hybrid", 100.0, whole_tokens_per_second=8.0), row("layers 6/61", 50.0, whole_tokens_per_second=2.0)]
     assert gpu.ratios(rows) == ["- m Q4_K, decode 32: hybrid is 4.00 x layers"]
+    rows += [row("hybrid+cache", 110.0, whole_tokens_per_second=12.0), row("cpu", 40.0)]
+    assert gpu.ratios(rows) == [
+        "- m Q4_K, decode 32: hybrid is 4.00 x layers, 0.20 x cpu",
+        "- m Q4_K, decode 32: hybrid+cache is 6.00 x layers, 0.30 x cpu, 1.50 x hybrid",
+    ]
 
 
 def test_the_report_has_figures_problems_and_commands() -> None:

@@ -3,9 +3,9 @@
     python benchmarks/expert_cache_gpu.py --out DIR [--subject qwen3-30b-a3b:Q4_K] [--parts gain,promise]
         [--exponents 0.8,1.0,1.2] [--vram 24GiB] [--budget 240]
 
-The logits of a synthetic model's routers are replaced, inside the graph, by Zipf log-probabilities with Gumbel noise,
-so that every token chooses experts at random, some of them often. DeepSeek's choice of groups makes that flatter; the
-hit rate printed is the measured one.
+The logits of a synthetic model's routers are replaced, inside the graph, by Zipf log-probabilities with Gumbel noise
+(`zipf_routers`), so that every token chooses experts at random, some of them often. DeepSeek's choice of groups makes
+that flatter; the hit rate printed is the measured one.
 
 `gain`: decode with caches of 3, 6, 12 and 25% of the experts, filled first, against decode without, measured in turns.
 
@@ -40,39 +40,12 @@ from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load
 from moesaic.kernels import num_threads, set_num_threads
 from moesaic.placement.units import parse_size
-from routing import zipf_log_probabilities
+from zipf_routers import ZipfRouters
 
 SIZES = (0.03, 0.06, 0.12, 0.25)
 PROMISE = 0.97
 TURNS = 5
-NOISE = 0.25  # of the logits: a sigmoid tells large ones apart no more, and only their order matters
 Row = dict[str, Any]
-
-
-class ZipfRouters:
-    """Replaces the logits of all routers of a runner's model."""
-
-    def __init__(self, runner: ModelRunner) -> None:
-        blocks = [layer.feed_forward for layer in runner.decoder.layers if layer.feed_forward.router is not None]
-        self._num_experts = blocks[0].router.weight.shape[0]
-        device = runner.decoder.device
-        self._scores = [torch.zeros(self._num_experts, device=device) for _ in blocks]
-        for block, scores in zip(blocks, self._scores, strict=True):
-            block.logits_of = self._replacement(scores)
-        runner.steps.buckets = {}  # graphs that were captured before know nothing of it
-
-    def set_exponent(self, exponent: float) -> None:
-        """In place: graphs that were captured follow."""
-        rows = torch.from_numpy(zipf_log_probabilities(len(self._scores), self._num_experts, exponent)).float()
-        for scores, row in zip(self._scores, rows, strict=True):
-            scores.copy_(row)
-
-    def _replacement(self, scores: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        def logits_of(logits: torch.Tensor) -> torch.Tensor:
-            gumbel = -torch.log(-torch.log(torch.rand_like(logits).clamp_(1e-20, 1 - 1e-7)))
-            return (gumbel + scores).mul_(NOISE)
-
-        return logits_of
 
 
 class Turns:

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from expert_cache_gpu import ZipfRouters
 from moesaic.engine.auto import AutoTokenizer
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
@@ -32,6 +31,7 @@ from moesaic.engine.gpu.timed_runs import GpuTimedRuns, StepTimes
 from moesaic.engine.loader import load, prepare
 from moesaic.kernels import num_threads, read_bandwidth
 from moesaic.placement.units import parse_size
+from zipf_routers import ZipfRouters
 
 STEPS, PROMPT = 24, 4
 ANSWER_TOKENS = 32

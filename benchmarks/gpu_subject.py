@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from expert_cache_gpu import ZipfRouters
 from gpu_parts import GIB, Report, Snapshot, Task, TimedTail, memory
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
@@ -38,6 +37,7 @@ from moesaic.kernels import active_isa, num_threads, read_bandwidth
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES
+from zipf_routers import ZipfRouters
 
 DECODE_PROMPT = 16
 

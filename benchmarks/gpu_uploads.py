@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 
-from expert_cache_gpu import ZipfRouters
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.measured_costs import measure_costs
@@ -40,6 +39,7 @@ from moesaic.modules.gpu.experts import copy_experts, slot_bytes
 from moesaic.modules.gpu.landing import LandingSlots, why_not_readable
 from moesaic.placement.units import parse_size
 from moesaic.placement.vram import MAX_UPLOADS
+from zipf_routers import ZipfRouters
 
 SUBJECTS = "deepseek-v3:IQ1_S:4,qwen3-30b-a3b:IQ1_S:16,deepseek-v3:Q4_K:3"
 PROMISE = 1.03

@@ -187,6 +187,26 @@ def _lock(data: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class _AllChooseOne:
+    """Each token chooses expert 0, which is in slot 0, and weighs it 1."""
+
+    slots: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, tokens: int, device: torch.device) -> _AllChooseOne:
+        return cls(
+            torch.zeros(tokens, 1, dtype=torch.int32, device=device),
+            torch.zeros(tokens, 1, dtype=torch.int64, device=device),
+            torch.ones(tokens, 1, device=device),
+        )
+
+    def first(self, tokens: int) -> _AllChooseOne:
+        return _AllChooseOne(self.slots[:tokens], self.experts[:tokens], self.weights[:tokens])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ResidentExperts:
     """All experts of a layer, or a dense MLP as one, on the GPU for ever: expert i is in slot i.
 
@@ -194,11 +214,13 @@ class ResidentExperts:
         layout: of a slot.
         arena: uint8, the slots.
         table: int32 `[num_experts]`, 0, 1, 2, ...
+        all_of_few: what a few tokens choose that all choose expert 0 and weigh it 1; see `of_all`.
     """
 
     layout: SlotLayout
     arena: torch.Tensor
     table: torch.Tensor
+    all_of_few: _AllChooseOne
 
     @classmethod
     def of(cls, experts: PackedExperts, device: torch.device) -> ResidentExperts:
@@ -206,7 +228,8 @@ class ResidentExperts:
         layout = slot_layout(experts, device, by_matrix=experts.num_experts)
         arena = torch.empty(experts.num_experts * layout.nbytes, dtype=torch.uint8, device=device)
         copy_experts(experts, 0, experts.num_experts, layout, arena, 0)
-        return cls(layout, arena, torch.arange(experts.num_experts, dtype=torch.int32, device=device))
+        table = torch.arange(experts.num_experts, dtype=torch.int32, device=device)
+        return cls(layout, arena, table, _AllChooseOne.of(MAX_DECODE_TOKENS, device))
 
     def compute(
         self, hidden: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor
@@ -216,7 +239,7 @@ class ResidentExperts:
 
     def of_all(self, hidden: torch.Tensor) -> torch.Tensor:
         """A dense MLP on float32 `[tokens, hidden_size]`."""
-        tokens, device = len(hidden), hidden.device
-        slots = torch.zeros(tokens, 1, dtype=torch.int32, device=device)
-        experts = torch.zeros(tokens, 1, dtype=torch.int64, device=device)
-        return self.compute(hidden, slots, experts, torch.ones(tokens, 1, device=device))
+        tokens = len(hidden)
+        few = tokens <= MAX_DECODE_TOKENS
+        choice = self.all_of_few.first(tokens) if few else _AllChooseOne.of(tokens, hidden.device)
+        return self.compute(hidden, choice.slots, choice.experts, choice.weights)

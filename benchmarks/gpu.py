@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out benchmarks/results/NAME [--budget 480] [--subjects deepseek-v3:Q4_K:4,...]
         [--parts decode,prefill,cache,layers,cpu,memory] [--prefill 512,2048,8192] [--tokens 32] [--repeat 3]
-        [--zipf EXPONENT] [--defer N]
+        [--zipf EXPONENT,..] [--defer N]
 
 A subject is MODEL:FORMAT, or MODEL:FORMAT:LAYERS, or MODEL:FORMAT:LAYERS:VRAM; its random weights are built once in a
 process of its own and serve all plans one after the other. Subjects get equal parts of the time that is left; what does
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -122,7 +123,7 @@ def ratios(rows: list[Row]) -> list[str]:
         if row.get("tokens_per_second") and "runs" in row:
             key = (row["model"], row["format"], f"{row['what']} {row['tokens']}")
             rate = row.get("whole_tokens_per_second") or row["tokens_per_second"]
-            found.setdefault(key, {})[row["plan"].split()[0]] = rate
+            found.setdefault(key, {})[re.sub(r" \d+/\d+$", "", row["plan"])] = rate
     lines = []
     for (model, fmt, what), plans in found.items():
         others = [name for name in plans if not name.startswith("hybrid")]
@@ -188,7 +189,7 @@ def measure_all(arguments: argparse.Namespace, rows: Path) -> None:
             "prefill": [int(n) for n in arguments.prefill.split(",")],
             "tokens": arguments.tokens,
             "repeat": arguments.repeat,
-            "zipf": arguments.zipf,
+            "zipf": [float(part) for part in arguments.zipf.split(",") if part],
             "defer": arguments.defer,
         }
         problem = f"not run: {seconds:.0f} s left" if seconds < 15 else None
@@ -246,7 +247,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=32, help="to decode in a run")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--vram", default="24GiB")
-    parser.add_argument("--zipf", type=float, metavar="EXPONENT", help="hybrid: routers with favourites")
+    parser.add_argument(
+        "--zipf", default="", metavar="EXPONENT,..", help="hybrid: random routers, with favourites from an exponent on"
+    )
     parser.add_argument(
         "--defer", type=int, default=0, metavar="N", help="also the cache with N experts of a token one layer late"
     )

@@ -36,7 +36,8 @@ class Task:
         tokens: to decode in a run.
         repeat: runs.
         seconds: time for all of it, from the start of the process.
-        zipf: exponent by which the GPU's routers choose (see `expert_cache_gpu`); None: the model's own routers.
+        zipf: exponents by which the GPU's routers choose, one after the other (see `zipf_routers`; 0: no favourites);
+            none: the model's own routers.
         defer: experts of a token that arrive a layer late, in a row beside that of the cache; 0: no such row.
     """
 
@@ -49,7 +50,7 @@ class Task:
     tokens: int
     repeat: int
     seconds: float
-    zipf: float | None = None
+    zipf: tuple[float, ...] = ()
     defer: int = 0
 
     @classmethod

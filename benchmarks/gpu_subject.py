@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,14 @@ from moesaic.placement.vram import DRIVER_BYTES, KV_BLOCK, MAX_BATCH, MAX_STATES
 from zipf_routers import ZipfRouters
 
 DECODE_PROMPT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class _Cached:
+    """What a runner has beside the simple hybrid."""
+
+    slots: Any
+    uploads: Any
 
 
 class Subject:
@@ -109,28 +117,35 @@ class Subject:
             budget = replace(budget, upload_experts=whole.upload_experts)
         start_on_gpu(self.model, plan, budget)
         runner = self.model.runner
-        cache, runner.steps.lending = runner.slots.cache, None  # it would give the cache more than its share
-        if self.task.zipf is not None:
-            ZipfRouters(runner).set_exponent(self.task.zipf)
-        # One runner for both: two would have two caches of keys and values, which the budget has no room for.
-        with_cache, runner.steps.slots = runner.slots, ExpertSlots()
-        uploads, runner.steps.uploads = runner.uploads, None  # the simple hybrid, which nothing may be slower than
-        self._on_gpu(runner, plan, "hybrid", 0)
-        if "cache" not in self.task.parts or cache is None:
-            return
-        steps = runner.steps
-        steps.slots, steps.uploads = with_cache, uploads
+        runner.steps.lending = None  # it would give the cache more than its share
+        cached = _Cached(runner.slots, runner.uploads)
+        routers = ZipfRouters(runner) if self.task.zipf else None
+        for index, exponent in enumerate(self.task.zipf or (None,)):
+            if routers is not None and exponent is not None:
+                routers.set_exponent(exponent)
+            if index == 0:  # the simple hybrid, which nothing may be slower than, and which has no use for favourites
+                runner.steps.slots, runner.steps.uploads = ExpertSlots(), None
+                self._on_gpu(runner, plan, "hybrid", 0)
+            if "cache" not in self.task.parts or cached.slots.cache is None:
+                return
+            name = "hybrid+cache" if len(self.task.zipf) < 2 else f"hybrid+cache, Zipf {exponent:g}"
+            # One runner for all: two would have two caches of keys and values, which the budget has no room for.
+            self._with_cache(runner, cached, plan, name, whole.cache_experts / whole.num_experts)
+
+    def _with_cache(self, runner: ModelRunner, cached: _Cached, plan: Any, name: str, share: float) -> None:
+        """With a cache of a share of the experts: as much as it could hold of the whole model."""
+        steps, cache = runner.steps, cached.slots.cache
+        steps.slots, steps.uploads = cached.slots, cached.uploads
         runner.server.uses.zero_()
-        # The cache takes all VRAM that is left, but no larger share of the experts than it could of the whole model.
-        slots = max(1, round(whole.cache_experts * budget.num_experts / whole.num_experts))
-        slots = min(slots, cache.policy.num_slots)
         num_layers, num_experts = cache.policy.slot_of.shape
+        slots = min(max(1, round(share * num_layers * num_experts)), cache.policy.num_slots)
         cache.restart(PromotionPolicy(num_layers, num_experts, slots))
         self._fill(runner, cache)
-        self._on_gpu(runner, plan, "hybrid+cache", slots)
+        self._on_gpu(runner, plan, name, slots)
         if self.task.defer:
             runner.hand_off.defer(self.task.defer)
-            self._on_gpu(runner, plan, f"hybrid+cache+{self.task.defer}late", slots)
+            self._on_gpu(runner, plan, f"{name}, {self.task.defer} late", slots)
+            runner.hand_off.defer(0)
 
     def _fill(self, runner: ModelRunner, cache: Any, seconds: float = 8.0) -> None:
         """Decode until the slots are taken, or time is up."""

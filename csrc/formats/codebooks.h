@@ -52,9 +52,9 @@ void renumber_entries(uint8_t* low, uint8_t* high, const uint16_t (&to)[N]) {
 // The signs of 32 weights, byte t of a lane for weights 8 t to 8 t + 7, from four codes of 7 bits.
 MOESAIC_INLINE vb signs_of_codes(vb words) { return with_parity(spread_sevens(words)); }
 
-// 2 s + 1 where s is the upper four bits of each lane.
-MOESAIC_INLINE vf odd_scale_on_top(vb words) {
-    return to_float(as_int(or_b(and_b(shr_32(words, 27), set1_lane(30)), set1_lane(1))));
+// x (2 s + 1) where s is the upper four bits of each lane.
+MOESAIC_INLINE vf times_odd_on_top(vb words, const Factor& x) {
+    return times_bits(as_int(shr_32(words, 27)), 30, x, 1);
 }
 
 // 2 s + 1 for each nibble s of 64 bytes.

@@ -32,7 +32,7 @@ struct GroupedNibbles {
     static constexpr int kTileD = 16 * kD, kTileZ = 16 * kZ;
     static constexpr int kScaleGroup = 32, kZeroShift = kHasZeroPoint ? -1 : 3, kLargest = 15;
     static constexpr int kGroupPeriod = kBlock < 64 ? 1 : 2;
-    static constexpr bool kHasOffset = kHasZeroPoint;
+    static constexpr bool kHasOffset = kHasZeroPoint, kHasWideScales = kScaleType == HalfScale::kBF16;
     struct Scales {
         vf d, offset;
     };

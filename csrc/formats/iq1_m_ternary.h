@@ -39,22 +39,32 @@ struct IQ1_M_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileDeltas = 832, kTileScales = 896;
-    static constexpr int kScaleGroup = 16, kZeroShift = 2, kLargest = 12;
+    static constexpr int kScaleGroup = 16, kQuarter = kFullRangeBias == 0 ? 16 : 1;  // of a digit
+    static constexpr int kZeroShift = kQuarter == 16 ? 6 : 2, kLargest = 12 * kQuarter;
     static constexpr bool kHasOffset = true;
-    using Scales = IQ1_M::Scales;  // of a quarter of d
-    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) { return IQ1_M::scales_of_tile(tile + kTileScales); }
+    using Scales = IQ1_M::Scales;  // of a quarter of d / kQuarter
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        Scales s = IQ1_M::scales_of_tile(tile + kTileScales);
+        s.quarter_d = mul(s.quarter_d, set1(1.0f / kQuarter));
+        return s;
+    }
     MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s, j); }
     // Bytes are 4 digits and 4, one less where delta is negative: without the 4, the offset is scale (-4 + 1 / 2).
-    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-3.5f)); }
+    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-3.5f * kQuarter)); }
     // A byte for 64 weights, in every byte of a row.
     MOESAIC_INLINE vb deltas(const uint8_t* tile, int g) { return spread_u8(tile + kTileDeltas + g / 2 * 16); }
+    // `bit` where bit t of a byte is one.
+    template <int bit>
+    MOESAIC_INLINE vb delta_bit(vb deltas, int t) {
+        constexpr int kTo = bit == 64 ? 6 : bit == 16 ? 4 : 0;
+        return and_b(t < kTo ? shl_16(deltas, kTo - t) : shr_16(deltas, t - kTo), set1_b(bit));
+    }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        ternary_group<2>(tile + kTileQs, g, quads);
-        const vb positive = xor_b(deltas(tile, g), set1_b(0xff)), minus_one = set1_b(0xff);
+        ternary_group<kZeroShift>(tile + kTileQs, g, quads);
+        const vb negative = deltas(tile, g);
         MOESAIC_UNROLL
         for (int i = 0; i < 8; ++i) {
-            const vb less = add_b(and_b(shr_16(positive, g % 2 * 4 + i / 2), set1_b(1)), minus_one);
-            quads[i] = add_b(quads[i], less);
+            quads[i] = sub_b(quads[i], delta_bit<kQuarter>(negative, g % 2 * 4 + i / 2));
         }
     }
     // Sums are 64 times what they are with quads, their unit a 64th: the result is the same to the bit.
@@ -62,18 +72,16 @@ struct IQ1_M_TERNARY {
         requires(kHasByteDots)
     MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
         TernaryWalk walk = walk_group(tile + kTileQs, g);
-        const vb negative = deltas(tile, g), bit = set1_b(64);
+        const vb negative = deltas(tile, g);
+        alignas(32) int32_t quarters[2][4];
+        sums_of_eights(x.values, quarters);
         MOESAIC_UNROLL
         for (int h = 0; h < 2; ++h) {
-            TernarySums sums{zero_i(), zero_i()};
+            // A quarter less where delta is negative.
+            TernarySums sums{zero_i(), lookup_4(shr_32(negative, g % 2 * 4 + 2 * h), quarters[h])};
             MOESAIC_UNROLL
-            for (int i = 4 * h; i < 4 * h + 4; ++i) {
-                const int t = g % 2 * 4 + i / 2;
-                const vb quarters = and_b(t < 6 ? shl_16(negative, 6 - t) : shr_16(negative, t - 6), bit);
-                sums.rests = dot4<true>(sums.rests, quarters, x.values + 4 * i);  // a quarter less where it is negative
-                add_quad(sums, walk, x.values + 4 * i);
-            }
-            const vf unit = mul(mul(s.quarter_d, set1(0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
+            for (int i = 4 * h; i < 4 * h + 4; ++i) add_quad(sums, walk, x.values + 4 * i);
+            const vf unit = mul(mul(s.quarter_d, set1(kQuarter * 0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
             sum = fma(mul(digits_times_256(sums), unit), set1(x.scale), sum);
             sum = fma(mul(unit, set1(-3.5f * 64)), set1(x.scaled_half_sums[h]), sum);
         }

@@ -17,7 +17,7 @@ constexpr TernaryNibbles ternary_nibbles() {
     TernaryNibbles table{};
     for (int nibble = 0; nibble < 16; ++nibble) {
         const float scale = static_cast<float>(nibble | 1);
-        table.scale[nibble] = scale;
+        table.scale[nibble] = scale / (1 << kRaisedDigit);
         table.scale_over_256[nibble] = scale / 256;
         table.offset[nibble] = scale * (nibble % 2 == 0 ? -0.875f : -1.125f);
     }
@@ -62,7 +62,8 @@ struct IQ1_S_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 832, kTileD = 896;
-    static constexpr int kScaleGroup = 32, kZeroShift = 0, kLargest = 3;  // digits and 1
+    static constexpr int kScaleGroup = 32, kZeroShift = kRaisedDigit;
+    static constexpr int kLargest = 3 << kRaisedDigit;  // digits and 1
     static constexpr bool kHasOffset = true;
     struct Scales {
         vf d;
@@ -79,7 +80,7 @@ struct IQ1_S_TERNARY {
         return mul(s.d, lookup_floats(nibble(s, j), kTernaryNibbles.offset));
     }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        ternary_group<0>(tile + kTileQs, g, quads);
+        ternary_group<kRaisedDigit>(tile + kTileQs, g, quads);
     }
     // Sums are 256 times what they are with quads, the scale a 256th: the result is the same to the bit.
     template <class Group>

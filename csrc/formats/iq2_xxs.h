@@ -32,16 +32,14 @@ struct IQ2_XXS {
     static constexpr int kScaleGroup = 32, kZeroShift = 6, kLargest = 107;
     static constexpr bool kHasOffset = false;
     struct Scales {
-        vf eighth_d;
+        Factor eighth_d;
         const uint8_t* words;
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         const vf d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        return {mul(d, set1(0.125f)), tile + kTileQs + 64};
+        return {factor(mul(d, set1(0.125f))), tile + kTileQs + 64};
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) {
-        return mul(s.eighth_d, odd_scale_on_top(load_b(s.words + 128 * j)));
-    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return times_odd_on_top(load_b(s.words + 128 * j), s.eighth_d); }
     MOESAIC_INLINE void group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
         const vb indices = load_b(s.words + 128 * g - 64), signs = signs_of_codes(load_b(s.words + 128 * g));
         lookup8_signed(kIq2XxsGrid, and_b(indices, set1_lane(0x00ff00ff)), shr_16(indices, 8), signs, quads);

@@ -31,16 +31,14 @@ struct IQ3_XXS {
     static constexpr int kScaleGroup = 32, kZeroShift = 6, kLargest = 126;
     static constexpr bool kHasOffset = false;
     struct Scales {
-        vf quarter_d;
+        Factor quarter_d;
         const uint8_t* words;
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         const vf d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
-        return {mul(d, set1(0.25f)), tile + kTileWords};
+        return {factor(mul(d, set1(0.25f))), tile + kTileWords};
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) {
-        return mul(s.quarter_d, odd_scale_on_top(load_b(s.words + 64 * j)));
-    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return times_odd_on_top(load_b(s.words + 64 * j), s.quarter_d); }
     MOESAIC_INLINE void group(const uint8_t* tile, const Scales& s, int g, vb (&quads)[8]) {
         const vb signs = signs_of_codes(load_b(s.words + 64 * g)), even = set1_lane(0x00ff00ff);
         const vb a = load_b(tile + kTileQs + 128 * g), b = load_b(tile + kTileQs + 128 * g + 64);

@@ -25,7 +25,7 @@ struct MXFP4 {
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileE = 256;
     static constexpr int kScaleGroup = 32, kZeroShift = 4, kLargest = 28;
-    static constexpr bool kHasOffset = false;
+    static constexpr bool kHasOffset = false, kHasWideScales = true;  // up to 2^127
     struct Scales {
         vf d;
     };

@@ -58,6 +58,18 @@ struct Q3_K {
         const vb mask = load_b(tile + kTileHmask + 64 * i);
         return or_b(low, and_b(g < 2 ? shl_16(mask, 2 - g) : shr_16(mask, g - 2), set1_b(4)));
     }
+    // Two bits where they are, or one further down, and the third above them.
+    static constexpr int raise(int g) { return g % 4 < 3 ? g % 4 * 2 : 5; }
+    MOESAIC_INLINE vb raised_quad(const uint8_t* tile, const Scales&, int g, int i) {
+        const int raised = raise(g), up = raised + 2 - g;
+        const vb low = load_b(tile + kTileQs + 64 * (g / 4 * 8 + i)), mask = load_b(tile + kTileHmask + 64 * i);
+        return or_b(and_b(shr_16(low, g % 4 * 2 - raised), set1_b(static_cast<uint8_t>(3 << raised))),
+                    and_b(up > 0 ? shl_16(mask, up) : shr_16(mask, -up), set1_b(static_cast<uint8_t>(4 << raised))));
+    }
+    MOESAIC_INLINE vf raised_scale(const Scales& s, int g, int h) {
+        const vf d = mul(s.quarter_d, set1(1.0f / static_cast<float>(1 << raise(g))));
+        return mul(d, to_float(load_i8(s.by_4 + 16 * (2 * g + h))));
+    }
 #endif
 };
 

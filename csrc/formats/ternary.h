@@ -85,6 +85,9 @@ MOESAIC_INLINE void ternary_group(const uint8_t* tile_qs, int g, vb (&quads)[8])
     }
 }
 
+// How many bits a digit may be raised for dot4(): to where digit_on_top() has it, or not at all.
+constexpr int kRaisedDigit = kFullRangeBias == 0 ? 6 : 0;
+
 // Where dot4<true>() is one instruction (kHasByteDots), digits are not needed. A digit is (3 f - f') / 256, f' being
 // what the three times f leave, so sums of f and of f' times the activations do. They are exact as floats, too.
 struct TernarySums {

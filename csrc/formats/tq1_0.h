@@ -10,7 +10,7 @@ namespace {
 
 // The digits of each byte: four of them, two bits each from the lowest on, and the fifth.
 struct TernaryDigits {
-    uint8_t first[256], fifth[256];
+    alignas(64) uint8_t tables[2][4][64];
 };
 constexpr TernaryDigits ternary_digits() {
     TernaryDigits digits{};
@@ -20,8 +20,8 @@ constexpr TernaryDigits ternary_digits() {
             first |= fraction * 3 >> 8 << (2 * n);
             fraction = fraction * 3 & 255;
         }
-        digits.first[byte] = static_cast<uint8_t>(first);
-        digits.fifth[byte] = static_cast<uint8_t>(fraction * 3 >> 8);
+        digits.tables[0][byte / 64][byte % 64] = static_cast<uint8_t>(first);
+        digits.tables[1][byte / 64][byte % 64] = static_cast<uint8_t>(fraction * 3 >> 8);
     }
     return digits;
 }
@@ -50,33 +50,63 @@ struct TQ1_0 {
     static constexpr int kTileQs = 0, kTileD = 832;
     static constexpr int kScaleGroup = 32, kZeroShift = 0, kLargest = 2;
     static constexpr bool kHasOffset = false;
+    // Of the vectors and digits, those of quad i of group g.
+    static constexpr int four_of(int g, int i) { return g < 5 ? i : g == 7 && i >= 4 ? 12 : 8 + i % 4; }
+    static constexpr int digit_of(int g, int i) { return g < 5 ? g : g == 7 && i >= 4 ? i - 4 : 2 * (g - 5) + i / 4; }
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    static constexpr TernaryDigits kDigits = ternary_digits();
+    struct Scales {
+        vf d;
+        alignas(64) uint8_t first[13 * 64], fifth[13 * 64];
+    };
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        Scales s;
+        s.d = load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD));
+        MOESAIC_UNROLL
+        for (int i = 0; i < 13 * 64; i += 64) {
+            vb digits[2];
+            lookup256(load_b(tile + kTileQs + i), kDigits.tables, digits);
+            store_b(s.first + i, digits[0]);
+            store_b(s.fifth + i, digits[1]);
+        }
+        leave_in_memory(s.first);
+        leave_in_memory(s.fifth);
+        return s;
+    }
+    MOESAIC_INLINE vb digits(const Scales& s, int four, int n) {
+        return n == 4 ? load_b(s.fifth + 64 * four) : and_b(shr_16(load_b(s.first + 64 * four), 2 * n), set1_b(3));
+    }
+    MOESAIC_INLINE void group(const uint8_t*, const Scales& s, int g, vb (&quads)[8]) {
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) quads[i] = digits(s, four_of(g, i), digit_of(g, i));
+    }
+    // Digits 0 to 3 of a vector are each a group's, and may stay where they are.
+    static constexpr int raise(int g) { return g < 4 ? 2 * g : 0; }
+    MOESAIC_INLINE vb raised_quad(const uint8_t*, const Scales& s, int g, int i) {
+        if (raise(g) == 0) return digits(s, four_of(g, i), digit_of(g, i));
+        return and_b(load_b(s.first + 64 * i), set1_b(static_cast<uint8_t>(3 << raise(g))));
+    }
+    MOESAIC_INLINE vf raised_scale(const Scales& s, int g, int) {
+        return mul(s.d, set1(1.0f / static_cast<float>(1 << raise(g))));
+    }
+#else
     struct Scales {
         vf d;
     };
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD))};
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int) { return s.d; }
-#ifdef MOESAIC_HAS_BYTE_TABLES
-    static constexpr TernaryDigits kDigits = ternary_digits();
-    MOESAIC_INLINE vb digits(vb bytes, int n) {
-        return n == 4 ? lookup256(bytes, kDigits.fifth)
-                      : and_b(shr_16(lookup256(bytes, kDigits.first), 2 * n), set1_b(3));
-    }
-#else
     MOESAIC_INLINE vb digits_of_upper(vb upper, int n) { return mul_high_16(mul_16(upper, kPowers[n]), 3); }
     // Digit n of each byte.
     MOESAIC_INLINE vb digits(vb bytes, int n) {
         const vb upper = and_b(bytes, set1_lane(0xff00ff00));
         return or_b(digits_of_upper(shl_16(bytes, 8), n), shl_16(digits_of_upper(upper, n), 8));
     }
-#endif
     MOESAIC_INLINE vb quad(const uint8_t* tile, int g, int i) {
-        const int k = 32 * g + 4 * i;
-        const int four = k < 160 ? i : k < 240 ? 8 + i % 4 : 12;
-        const int n = k < 160 ? g : k < 240 ? (k - 160) / 16 : i - 4;
-        return digits(load_b(tile + kTileQs + 64 * four), n);
+        return digits(load_b(tile + kTileQs + 64 * four_of(g, i)), digit_of(g, i));
     }
+#endif
+    MOESAIC_INLINE vf scale(const Scales& s, int) { return s.d; }
 #endif
 };
 

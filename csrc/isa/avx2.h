@@ -162,9 +162,10 @@ struct Factor {
     vf times;
 };
 MOESAIC_INLINE Factor factor(vf x) { return {x}; }
-MOESAIC_INLINE vf times_bits(vi x, int32_t mask, const Factor& f) {
-    const __m256i bits = _mm256_set1_epi32(mask);
-    return mul(f.times, to_float(vi{_mm256_and_si256(x.a, bits), _mm256_and_si256(x.b, bits)}));
+MOESAIC_INLINE vf times_bits(vi x, int32_t mask, const Factor& f, int32_t ones = 0) {
+    const __m256i bits = _mm256_set1_epi32(mask), one = _mm256_set1_epi32(ones);
+    const vi masked{_mm256_and_si256(x.a, bits), _mm256_and_si256(x.b, bits)};
+    return mul(f.times, to_float(vi{_mm256_or_si256(masked.a, one), _mm256_or_si256(masked.b, one)}));
 }
 // byte `i` of each lane's four, zero-extended
 MOESAIC_INLINE vi byte_of_lane(vb x, int i) {
@@ -189,6 +190,7 @@ MOESAIC_INLINE vb and_b(vb x, vb y) { return {_mm256_and_si256(x.a, y.a), _mm256
 MOESAIC_INLINE vb or_b(vb x, vb y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 MOESAIC_INLINE vb xor_b(vb x, vb y) { return {_mm256_xor_si256(x.a, y.a), _mm256_xor_si256(x.b, y.b)}; }
 MOESAIC_INLINE vb add_b(vb x, vb y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
+MOESAIC_INLINE vb sub_b(vb x, vb y) { return {_mm256_sub_epi8(x.a, y.a), _mm256_sub_epi8(x.b, y.b)}; }
 MOESAIC_INLINE vb avg_b(vb x, vb y) { return {_mm256_avg_epu8(x.a, y.a), _mm256_avg_epu8(x.b, y.b)}; }
 MOESAIC_INLINE vb shr_16(vb x, int n) { return {_mm256_srli_epi16(x.a, n), _mm256_srli_epi16(x.b, n)}; }
 MOESAIC_INLINE vb shl_16(vb x, int n) { return {_mm256_slli_epi16(x.a, n), _mm256_slli_epi16(x.b, n)}; }
@@ -358,6 +360,22 @@ MOESAIC_INLINE vi widen(vs x) {
 }
 #endif
 
+MOESAIC_INLINE vi set1_through_memory(int32_t x) { return set1_i(x); }
+MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(64), x);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));  // a, a, b, b
+    const __m256i zero = _mm256_setzero_si256();
+    const __m256i first = _mm256_blend_epi32(zero, _mm256_shuffle_epi32(eights, 0), 0xaa);  // 0, a, 0, a
+    const __m256i second = _mm256_blend_epi32(zero, eights, 0xcc);                          // 0, 0, b, b
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(first, second));
+}
+MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
+    const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table));
+    return {_mm256_castps_si256(_mm256_permutevar_ps(all, index.a)),
+            _mm256_castps_si256(_mm256_permutevar_ps(all, index.b))};
+}
 template <int N>
 MOESAIC_INLINE void leave_in_memory(uint8_t (&bytes)[N]) {
     __asm__("" : "+m"(bytes));

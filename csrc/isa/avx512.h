@@ -107,9 +107,10 @@ struct Factor {
     vf times, less;
 };
 MOESAIC_INLINE Factor factor(vf x) { return {x, mul(x, set1(-0x1p23f))}; }
-MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f) {
+MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f, int32_t ones = 0) {
     // As the end of a mantissa the bits are 2^23 more: (a & mask) | exponent.
-    const __m512i bits = _mm512_ternarylogic_epi32(a.v, _mm512_set1_epi32(mask), _mm512_set1_epi32(0x4b000000), 0xea);
+    const __m512i end = _mm512_set1_epi32(0x4b000000 | ones);
+    const __m512i bits = _mm512_ternarylogic_epi32(a.v, _mm512_set1_epi32(mask), end, 0xea);
     return _mm512_fmadd_ps(_mm512_castsi512_ps(bits), f.times, f.less);
 }
 // byte `i` of each lane's four, zero-extended
@@ -125,6 +126,7 @@ MOESAIC_INLINE vb and_b(vb a, vb b) { return {_mm512_and_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb or_b(vb a, vb b) { return {_mm512_or_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {_mm512_xor_si512(a.v, b.v)}; }
 MOESAIC_INLINE vb add_b(vb a, vb b) { return {_mm512_add_epi8(a.v, b.v)}; }
+MOESAIC_INLINE vb sub_b(vb a, vb b) { return {_mm512_sub_epi8(a.v, b.v)}; }
 MOESAIC_INLINE vb avg_b(vb a, vb b) { return {_mm512_avg_epu8(a.v, b.v)}; }
 MOESAIC_INLINE vb shr_16(vb a, int n) { return {_mm512_srli_epi16(a.v, static_cast<unsigned>(n))}; }
 MOESAIC_INLINE vb shl_16(vb a, int n) { return {_mm512_slli_epi16(a.v, static_cast<unsigned>(n))}; }
@@ -275,10 +277,28 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
 }
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 
+MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
+    const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(64), x);
+    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, _MM_PERM_CDAB));  // a, a, b, b
+    const __m256i first = _mm256_maskz_shuffle_epi32(0xaa, eights, _MM_PERM_AAAA);               // 0, a, 0, a
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_mask_add_epi32(first, 0xcc, first, eights));
+    __asm__("" : "+m"(out));
+}
+MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
+    const __m512i all = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm512_castps_si512(_mm512_permutevar_ps(_mm512_castsi512_ps(all), index.v))};
+}
+
 // Else the compiler takes parts out of the register that was stored, by shuffles.
 template <int N>
 MOESAIC_INLINE void leave_in_memory(uint8_t (&bytes)[N]) {
     __asm__("" : "+m"(bytes));
+}
+MOESAIC_INLINE vi set1_through_memory(int32_t x) {
+    __m512i repeated;
+    __asm__("vpbroadcastd %1, %0" : "=v"(repeated) : "m"(x));
+    return {repeated};
 }
 template <class T>
 MOESAIC_INLINE const T* read_again(const T* p) {

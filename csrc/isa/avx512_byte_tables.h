@@ -143,12 +143,9 @@ MOESAIC_INLINE void permute_32(const int8_t* from, const uint8_t (&order)[32], i
     __asm__("" : "+m"(to));  // else the compiler takes them out of the register, by shuffles
 }
 
-// table[index] for any bytes, of 256
-MOESAIC_INLINE vb lookup256(vb index, const uint8_t* table) {
-    const __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(table), index.v, _mm512_loadu_si512(table + 64));
-    const __m512i high =
-        _mm512_permutex2var_epi8(_mm512_loadu_si512(table + 128), index.v, _mm512_loadu_si512(table + 192));
-    return {_mm512_mask_blend_epi8(_mm512_movepi8_mask(index.v), low, high)};
+// 64 lookups in each of two tables of 256 bytes.
+MOESAIC_INLINE void lookup256(vb index, const uint8_t (&tables)[2][4][64], vb (&out)[2]) {
+    lookup_halves(tables, entry_numbers(index), out);
 }
 
 }  // namespace

@@ -148,12 +148,14 @@ MOESAIC_INLINE int32_t reduce_add(vi a) {
 MOESAIC_INLINE void store_as_i8(int8_t* p, vi a) {
     for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
-// a & mask times a factor, for masks below 2^23
+// (a & mask) | ones times a factor, for bits below 2^23
 struct Factor {
     vf times;
 };
 MOESAIC_INLINE Factor factor(vf x) { return {x}; }
-MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f) { return f.times * to_float(vi{a.v & mask}); }
+MOESAIC_INLINE vf times_bits(vi a, int32_t mask, const Factor& f, int32_t ones = 0) {
+    return f.times * to_float(vi{(a.v & mask) | ones});
+}
 // byte `i` of each lane's four, zero-extended
 MOESAIC_INLINE vi byte_of_lane(vb a, int i) { return {(generic_i32)((a.v >> (8 * i)) & 255u)}; }
 
@@ -170,6 +172,7 @@ MOESAIC_INLINE vb or_b(vb a, vb b) { return {a.v | b.v}; }
 MOESAIC_INLINE vb xor_b(vb a, vb b) { return {a.v ^ b.v}; }
 // byte by byte: the sum modulo 256; the mean, rounded up
 MOESAIC_INLINE vb add_b(vb a, vb b) { return {(generic_u32)((generic_u8)a.v + (generic_u8)b.v)}; }
+MOESAIC_INLINE vb sub_b(vb a, vb b) { return {(generic_u32)((generic_u8)a.v - (generic_u8)b.v)}; }
 MOESAIC_INLINE vb avg_b(vb a, vb b) { return {(a.v | b.v) - ((a.v ^ b.v) >> 1 & 0x7f7f7f7fu)}; }
 MOESAIC_INLINE vb set1_lane(uint32_t x) { return {x + generic_u32{}}; }
 MOESAIC_INLINE vi as_int(vb a) { return {(generic_i32)a.v}; }
@@ -286,6 +289,26 @@ MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 // Bytes that were stored as vectors are from here on loaded from memory, not taken out of registers.
 template <int N>
 MOESAIC_INLINE void leave_in_memory(uint8_t (&)[N]) {}
+
+// set1_i() of a number that has just been computed; by a load that repeats it where vector instructions are what
+// counts.
+MOESAIC_INLINE vi set1_through_memory(int32_t x) { return set1_i(x); }
+
+// Of 32 values, out[h][n]: 64 times the sums of values 16 h to 16 h + 7 (if n's lower bit is one) and of the eight
+// after them (its upper bit). out is aligned to 32 bytes.
+MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
+    for (int h = 0; h < 2; ++h) {
+        int32_t sums[2] = {};
+        for (int k = 0; k < 16; ++k) sums[k / 8] += 64 * values[16 * h + k];
+        for (int n = 0; n < 4; ++n) out[h][n] = (n & 1) * sums[0] + (n >> 1) * sums[1];
+    }
+}
+// table[the low two bits of each lane]
+MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
+    vi out;
+    for (int row = 0; row < 16; ++row) out.v[row] = table[index.v[row] & 3u];
+    return out;
+}
 
 // The same address, but the compiler does not know it: what is there is not kept from an earlier reading.
 template <class T>

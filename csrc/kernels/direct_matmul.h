@@ -2,22 +2,41 @@
 // namespace.
 
 // Sums that start from the bits of 1.5 x 2^23 need no conversion: as floats they are that much larger, for sums below
-// 2^22. The product with a scale of up to 22 bits, less that of the bias, is then what it would be without.
+// 2^22. The product with a scale of up to 22 bits, less that of the bias, is then what it would be without, unless it
+// is infinite.
+template <class F>
+constexpr bool has_wide_scales() {
+    if constexpr (requires { F::kHasWideScales; }) return F::kHasWideScales;
+    return false;
+}
 template <class F, int T>
-constexpr bool kBiasedSums = kHas32Registers && T > 1 && F::kHasOffset && !kStartsFromZeroPoint<F>;
+constexpr bool kBiasedSums = kHas32Registers && T > 1 && !has_wide_scales<F>();
 constexpr float kSumBias = 0x1.8p23f;
 constexpr int32_t kSumBiasBits = 0x4b400000;
 static_assert(8 * 4 * 255 * 127 < 1 << 22);
 
-// dots[t] = half `h` of a group of weights (or all of it) times a group of T tokens, whose values come in the order of
+// What such a sum over half `h` of a group (or all of it) starts from: the bias and the zero point, by scalar
+// instructions and a load that repeats the number, of which there are some to spare.
+template <class F>
+MOESAIC_INLINE vi biased_start(const ActivationGroup& x, int h, int raised) {
+    if constexpr (kStartsFromZeroPoint<F>) {
+        const int32_t negated_sum = kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h];
+        return set1_through_memory(kSumBiasBits + negated_sum * (1 << (F::kZeroShift + raised)));
+    } else {
+        return set1_i(kSumBiasBits);
+    }
+}
+
+// dots[t] = half `h` of group g of weights (or all of it) times a group of T tokens, whose values come in the order of
 // the quads, plus the zero point.
 template <class F, int T>
-MOESAIC_INLINE void direct_dots(const vb (&quads)[8], int h, const ActivationGroup* const (&tokens)[T],
+MOESAIC_INLINE void direct_dots(const vb (&quads)[8], int g, int h, const ActivationGroup* const (&tokens)[T],
                                 const int8_t* const (&values)[T], vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>;
     MOESAIC_UNROLL
     for (int t = 0; t < T; ++t) {
-        dots[t] = kBiasedSums<F, T> ? set1_i(kSumBiasBits) : initial_sum<F>(*tokens[t], h);
+        dots[t] = kBiasedSums<F, T> ? biased_start<F>(*tokens[t], h, raise_of<F>(g))
+                                    : initial_sum<F>(*tokens[t], h, raise_of<F>(g));
     }
     MOESAIC_UNROLL
     for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
@@ -31,7 +50,7 @@ template <class F, int T>
 MOESAIC_INLINE void add_scaled(const vi (&dots)[T], const typename F::Scales& scales, int g, int h,
                                const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
     const int sub = g * kSubs<F> + h;
-    const vf scale = F::scale(scales, sub), bias = mul(scale, set1(-kSumBias));
+    const vf scale = direct_scale<F>(scales, g, h), bias = mul(scale, set1(-kSumBias));
     MOESAIC_UNROLL
     for (int t = 0; t < T; ++t) {
         const vf scaled = kBiasedSums<F, T> ? fma(as_float(dots[t]), scale, bias) : mul(to_float(dots[t]), scale);
@@ -125,7 +144,7 @@ MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& sca
     MOESAIC_UNROLL
     for (int h = 0; h < kSubs<F>; ++h) {
         vi dots[T];
-        direct_dots<F, T>(quads, h, tokens, values, dots);
+        direct_dots<F, T>(quads, g, h, tokens, values, dots);
         add_scaled<F, T>(dots, scales, g, h, tokens, sums);
     }
 }
@@ -135,6 +154,8 @@ template <class F, int T>
 void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks,
             const ActivationGroup* const* first_groups, float* out) {
     constexpr int kGroups = F::kBlock / 32, kGroupBytes = 16 * F::kBlockBytes / kGroups, kPeriod = group_period<F>();
+    // Else the compiler counts up several pointers by vector instructions.
+    constexpr bool kByPeriods = kHas32Registers && T > 1;
     const ActivationGroup* tokens[T];
     vf sums[T];
     for (int t = 0; t < T; ++t) {
@@ -148,9 +169,20 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
             MOESAIC_UNROLL
             for (int g = first; g < first + kPeriod; ++g) {
                 prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
-                add_group<F, T>(panel, scales, g, tokens, sums);
+                if constexpr (kByPeriods) {
+                    const ActivationGroup* here[T];
+                    MOESAIC_UNROLL
+                    for (int t = 0; t < T; ++t) here[t] = tokens[t] + (g - first);
+                    add_group<F, T>(panel, scales, g, here, sums);
+                } else {
+                    add_group<F, T>(panel, scales, g, tokens, sums);
+                    MOESAIC_UNROLL
+                    for (int t = 0; t < T; ++t) ++tokens[t];
+                }
+            }
+            if constexpr (kByPeriods) {
                 MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) ++tokens[t];
+                for (int t = 0; t < T; ++t) tokens[t] += kPeriod;
             }
         }
     }

@@ -10,12 +10,27 @@ constexpr bool kStartsFromZeroPoint = F::kZeroShift >= 0 && !(kFullRange<F> && k
 template <class F>
 constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
 
-// What an int32 sum over half `h` of a group (or all of it) starts from.
+// Direct products may take the weights of group g times 2^F::raise(g) from F::raised_quad(), which spares shifts;
+// F::raised_scale() makes good for it, to the bit.
 template <class F>
-MOESAIC_INLINE vi initial_sum(const ActivationGroup& x, int h) {
-    static_assert(!kFullRange<F> || F::kZeroShift == 7 || F::kZeroShift == -1);
+constexpr bool kTakesRaised = kHas32Registers && kFullRangeBias == 0 && requires { F::raise(0); };
+template <class F>
+constexpr int raise_of([[maybe_unused]] int g) {
+    if constexpr (kTakesRaised<F>) return F::raise(g);
+    return 0;
+}
+template <class F>
+MOESAIC_INLINE vf direct_scale(const typename F::Scales& scales, int g, int h) {
+    if constexpr (kTakesRaised<F>) return F::raised_scale(scales, g, h);
+    return F::scale(scales, g * kSubs<F> + h);
+}
+
+// What an int32 sum over half `h` of a group (or all of it) starts from; weights are raised by so many bits.
+template <class F>
+MOESAIC_INLINE vi initial_sum(const ActivationGroup& x, int h, int raised = 0) {
+    static_assert(!kFullRange<F> || kFullRangeBias == 0 || F::kZeroShift == 7 || F::kZeroShift == -1);
     if constexpr (!kStartsFromZeroPoint<F>) return zero_i();
-    return shl(set1_i(kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h]), F::kZeroShift);
+    return shl(set1_i(kSubs<F> == 1 ? x.negated_sum : x.negated_half_sums[h]), F::kZeroShift + raised);
 }
 
 template <class F>
@@ -70,7 +85,12 @@ MOESAIC_INLINE void direct_quads(const uint8_t* tile, const typename F::Scales& 
 #ifdef MOESAIC_HAS_BYTE_TABLES
     if constexpr (kMixesQuads<F>) return F::mixed_group(tile, scales, g, quads);
 #endif
-    quads_of_group<F>(tile, scales, g, quads);
+    if constexpr (kTakesRaised<F>) {
+        MOESAIC_UNROLL
+        for (int i = 0; i < 8; ++i) quads[i] = F::raised_quad(tile, scales, g, i);
+    } else {
+        quads_of_group<F>(tile, scales, g, quads);
+    }
 }
 
 // The activations of a group in the order of those quads: in `out`, or where they are.

@@ -82,6 +82,18 @@ def test_linear_with_the_largest_sums(name, each_isa):
         assert relative_error(linear(x[:num_tokens], weight), expected) < FLOAT32_SUMS, num_tokens
 
 
+@pytest.mark.parametrize("name", [name for name in ALL_FORMATS if FORMATS[name].rounds_activations])
+def test_few_tokens_are_one_by_one_to_the_bit(name, each_isa):
+    """More columns than are gathered at a time (2048), and an odd number of panels."""
+    rows, cols = 33, 2304
+    weight, values = packed(name, rows, cols)
+    x = tokens(5, cols)
+    one_by_one = torch.cat([linear(x[t : t + 1], weight) for t in range(5)])
+    assert relative_error(one_by_one, seen_by(name, x.numpy()) @ values[0].T) < FLOAT32_SUMS
+    for num_tokens in (2, 3, 4, 5):
+        assert torch.equal(linear(x[:num_tokens], weight), one_by_one[:num_tokens]), num_tokens
+
+
 @pytest.mark.parametrize("name", ["F32", "BF16", "Q4_K", "Q8_0"])
 def test_linear_writes_only_its_rows_into_strided_memory(name, each_isa):
     weight, values = packed(name, 70, 256, num_matrices=3)

@@ -71,6 +71,26 @@ void check_rows_and_strides(Report& report, const FormatInfo& format) {
     }
 }
 
+// More columns than are gathered at a time: a few tokens give the same bits as one by one.
+void check_few_tokens(Report& report, const FormatInfo& format) {
+    const std::int64_t cols = 2304, rows = 33, num_tokens = 4;
+    const Matrices m(format, rows, cols, 1, 7);
+    Random random(10);
+    const std::vector<float> x = activations(random, num_tokens, cols);
+    std::vector<float> together(num_tokens * rows), alone(num_tokens * rows);
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+        LinearJob job = whole(m, nullptr, alone);
+        job.out += t * rows;
+        moesaic::linear({&job, 1}, {x.data() + t * cols, cols}, 1);
+    }
+    for (std::int64_t count = 2; count <= num_tokens; ++count) {
+        const LinearJob job = whole(m, nullptr, together);
+        moesaic::linear({&job, 1}, {x.data(), cols}, count);
+        report.expect(std::equal(together.begin(), together.begin() + count * rows, alone.begin()),
+                      text("linear ", format.name, ", ", count, " tokens one by one"));
+    }
+}
+
 // Matrices of all formats in one call give the same bits as one by one.
 void check_many_jobs(Report& report) {
     const std::int64_t cols = 512, num_tokens = 5;
@@ -152,6 +172,7 @@ void check_linear(Report& report) {
         const FormatInfo& format = moesaic::format_at(i);
         for (const Shape& shape : shapes(format)) check_format(report, format, shape);
         check_rows_and_strides(report, format);
+        if (format.quantized) check_few_tokens(report, format);
     }
     check_many_jobs(report);
 }

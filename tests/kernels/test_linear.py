@@ -84,7 +84,7 @@ def test_linear_with_the_largest_sums(name, each_isa):
 
 @pytest.mark.parametrize("name", [name for name in ALL_FORMATS if FORMATS[name].rounds_activations])
 def test_few_tokens_are_one_by_one_to_the_bit(name, each_isa):
-    """More columns than are gathered at a time (2048), and an odd number of panels."""
+    """Many columns, and an odd number of panels: what a token gets does not depend on the others."""
     rows, cols = 33, 2304
     weight, values = packed(name, rows, cols)
     x = tokens(5, cols)

@@ -71,7 +71,7 @@ void check_rows_and_strides(Report& report, const FormatInfo& format) {
     }
 }
 
-// More columns than are gathered at a time: a few tokens give the same bits as one by one.
+// Many columns: a few tokens give the same bits as one by one.
 void check_few_tokens(Report& report, const FormatInfo& format) {
     const std::int64_t cols = 2304, rows = 33, num_tokens = 4;
     const Matrices m(format, rows, cols, 1, 7);

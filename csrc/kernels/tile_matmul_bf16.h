@@ -4,22 +4,23 @@
 // of mantissa, about as finely as activations are rounded to int8 elsewhere. BF16 weights are used as they lie; their
 // activations come in two parts, so that nothing is lost.
 //
-// 256 columns of two panels are in the first-level cache while all tokens pass over them, two tiles of tokens at a
-// time, from the second-level cache. Weights are expanded during the first and the last pass. Fetching tokens into the
-// first level ahead of time was tried: no faster, and slower up to 32 tokens.
+// A chunk of the columns of two panels is in the first-level cache while all tokens pass over it, two tiles of tokens
+// at a time, from the second-level cache. Weights are expanded, panel by panel between the products, during the first
+// and the last pass. Fetching tokens into the first level ahead of time was tried: no faster, and slower up to 32
+// tokens.
 
 #include "kernels/tile_panels_bf16.h"
 
 constexpr int64_t kTileValues = kTokenPadding * kBf16Step;  // of activations
 
-// 32 columns of up to 2 panels and up to 2 tiles of tokens.
+// 32 columns of 2 panels and up to 2 tiles of tokens.
 struct TileStep {
     const uint8_t* weights[2];
     const uint16_t* tokens[2];  // of each tile
 };
 
-template <int kTiles, int kPanels>
-MOESAIC_INLINE void tile_step(const TileStep& s) {
+template <int kTiles>
+MOESAIC_INLINE void multiply_first_panel(const TileStep& s) {
     MOESAIC_TILE_LOAD(4, s.tokens[0], 64);
     MOESAIC_TILE_LOAD(6, s.weights[0], 64);
     MOESAIC_TILE_DOT_BF16(0, 4, 6);
@@ -27,33 +28,36 @@ MOESAIC_INLINE void tile_step(const TileStep& s) {
         MOESAIC_TILE_LOAD(5, s.tokens[1], 64);
         MOESAIC_TILE_DOT_BF16(2, 5, 6);
     }
-    if constexpr (kPanels == 2) {
-        MOESAIC_TILE_LOAD(7, s.weights[1], 64);
-        MOESAIC_TILE_DOT_BF16(1, 4, 7);
-        if constexpr (kTiles == 2) MOESAIC_TILE_DOT_BF16(3, 5, 7);
-    }
+}
+
+// With the tokens that the first was multiplied with.
+template <int kTiles>
+MOESAIC_INLINE void multiply_second_panel(const TileStep& s) {
+    MOESAIC_TILE_LOAD(7, s.weights[1], 64);
+    MOESAIC_TILE_DOT_BF16(1, 4, 7);
+    if constexpr (kTiles == 2) MOESAIC_TILE_DOT_BF16(3, 5, 7);
 }
 
 // Sums between tiles and out [tokens][kOutputStride].
-template <int kTiles, int kPanels>
+template <int kTiles>
 MOESAIC_INLINE void load_sums(const float* out) {
     constexpr int64_t kRowBytes = kOutputStride * 4;
     MOESAIC_TILE_LOAD(0, out, kRowBytes);
-    if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(1, out + 16, kRowBytes);
+    MOESAIC_TILE_LOAD(1, out + 16, kRowBytes);
     if constexpr (kTiles == 2) {
         MOESAIC_TILE_LOAD(2, out + kTileTokens * kOutputStride, kRowBytes);
-        if constexpr (kPanels == 2) MOESAIC_TILE_LOAD(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
+        MOESAIC_TILE_LOAD(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
     }
 }
 
-template <int kTiles, int kPanels>
+template <int kTiles>
 MOESAIC_INLINE void store_sums(float* out) {
     constexpr int64_t kRowBytes = kOutputStride * 4;
     MOESAIC_TILE_STORE(0, out, kRowBytes);
-    if constexpr (kPanels == 2) MOESAIC_TILE_STORE(1, out + 16, kRowBytes);
+    MOESAIC_TILE_STORE(1, out + 16, kRowBytes);
     if constexpr (kTiles == 2) {
         MOESAIC_TILE_STORE(2, out + kTileTokens * kOutputStride, kRowBytes);
-        if constexpr (kPanels == 2) MOESAIC_TILE_STORE(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
+        MOESAIC_TILE_STORE(3, out + kTileTokens * kOutputStride + 16, kRowBytes);
     }
 }
 
@@ -72,9 +76,9 @@ struct TileChunk {
     bool starts, loads_sums, stores_sums;  // sums begin at zero, are in `out` before, have to be there afterwards
 };
 
-// One pass over a chunk of one or two tiles of tokens, of which the first is number first_tile. prepare(s) is called
-// before step s: its vector work overlaps with the tile unit's.
-template <int kTiles, int kPanels, class Prepare>
+// One pass over a chunk of one or two tiles of tokens, of which the first is number first_tile. prepare(group, s,
+// panel) is called before step group + s of a panel: its vector work overlaps with the tile unit's.
+template <int kTiles, class Prepare>
 MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, float* out,
                                Prepare&& prepare) {
     const int64_t tile_values = chunk.total_steps * kTileValues;
@@ -82,36 +86,42 @@ MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int6
     TileStep step{{chunk.weights[0], chunk.weights[1]}, {tokens, tokens + tile_values}};
     out += first_tile * kTileTokens * kOutputStride;
     if (chunk.starts) zero_sums();
-    if (chunk.loads_sums) load_sums<kTiles, kPanels>(out);
+    if (chunk.loads_sums) load_sums<kTiles>(out);
     const int64_t lower = x.lower != nullptr ? x.lower - x.upper : 0;
-    MOESAIC_UNROLL  // so that a group's place in its block is a constant
-        for (int s = 0; s < kChunkSteps; ++s) {
-        if (s == chunk.num_steps) break;
-        prepare(s);
-        tile_step<kTiles, kPanels>(step);
-        if (lower != 0) {
-            TileStep rest = step;
-            for (const uint16_t*& values : rest.tokens) values += lower;
-            tile_step<kTiles, kPanels>(rest);
+    for (int group = 0; group < chunk.num_steps; group += kGroupSteps) {
+        MOESAIC_UNROLL  // so that a step's place in its block is a constant
+            for (int s = 0; s < kGroupSteps; ++s) {
+            if (group + s == chunk.num_steps) break;
+            prepare(group, s, 0);
+            multiply_first_panel<kTiles>(step);
+            prepare(group, s, 1);
+            multiply_second_panel<kTiles>(step);
+            if (lower != 0) {
+                TileStep rest = step;
+                for (const uint16_t*& values : rest.tokens) values += lower;
+                multiply_first_panel<kTiles>(rest);
+                multiply_second_panel<kTiles>(rest);
+            }
+            for (const uint8_t*& weights : step.weights) weights += kStepBytes;
+            for (const uint16_t*& values : step.tokens) values += kTileValues;
         }
-        for (const uint8_t*& weights : step.weights) weights += kStepBytes;
-        for (const uint16_t*& values : step.tokens) values += kTileValues;
     }
-    if (chunk.stores_sums) store_sums<kTiles, kPanels>(out);
+    if (chunk.stores_sums) store_sums<kTiles>(out);
 }
 
 // All tiles of tokens, in passes of two.
-template <int kPanels, class Panels>
+template <class Panels>
 void tile_blocks(const TileChunk& chunk, const Bf16Tokens& x, int64_t num_tiles, float* out, Panels& panels) {
     for (int64_t i = 0; i < num_tiles; i += 2) {
         const bool first = i == 0, last = i + 2 >= num_tiles;
-        const auto prepare = [&](int s) __attribute__((always_inline)) { panels.prepare(s, first, last); };
+        const auto prepare = [&](int group, int s, int panel)
+                                 __attribute__((always_inline)) { panels.prepare(group, s, panel, first, last); };
         if (i + 1 == num_tiles) {
-            tile_block<1, kPanels>(chunk, x, i, out, prepare);
+            tile_block<1>(chunk, x, i, out, prepare);
         } else if (first || last) {
-            tile_block<2, kPanels>(chunk, x, i, out, prepare);
+            tile_block<2>(chunk, x, i, out, prepare);
         } else {
-            tile_block<2, kPanels>(chunk, x, i, out, [](int) {});
+            tile_block<2>(chunk, x, i, out, [](int, int, int) {});
         }
     }
 }
@@ -128,27 +138,28 @@ MOESAIC_INLINE int64_t configure_for(int64_t num_tokens) {
 // Activations of a block of columns stay in the second-level cache while several pairs of panels use them.
 constexpr int64_t kBlockTokenBytes = 512 << 10;
 
-// 32s of columns in such a block, whole chunks. Sums of two tiles of tokens stay in tiles: there all columns are one
-// block.
-MOESAIC_INLINE int64_t steps_of_block(const Bf16Tokens& x, int64_t num_tiles, int num_panels, int64_t total_steps) {
-    if (num_tiles <= 2 || num_panels <= kMaxPanels) return total_steps;
-    const int64_t step_bytes = num_tiles * kTileValues * (x.lower != nullptr ? 4 : 2);
-    const int64_t chunks = kBlockTokenBytes / (step_bytes * kChunkSteps);
-    return chunks > 1 ? chunks * kChunkSteps : kChunkSteps;
-}
+// How columns are gone through, in 32s: in blocks, all pairs of panels, and each of these in chunks.
+struct ColumnParts {
+    int64_t block;
+    int chunk;
+
+    ColumnParts(const Bf16Tokens& x, int64_t num_tiles, int num_panels, int64_t total)
+        : block(total), chunk(kGroupSteps) {
+        if (num_tiles <= 2) return;  // sums stay in tiles from chunk to chunk
+        chunk = kMaxChunkSteps;      // sums are loaded and stored for each
+        const int64_t step_bytes = num_tiles * kTileValues * (x.lower != nullptr ? 4 : 2);
+        const int64_t chunks = kBlockTokenBytes / (step_bytes * chunk);
+        if (num_panels > kMaxPanels) block = chunks > 1 ? chunks * chunk : chunk;
+    }
+};
 
 // Columns [begin, end) in 32s of one or two panels, of which `tile` is the first. `then`: what is read afterwards.
-template <class F, class Panels>
-void multiply_block(Panels& panels, const uint8_t* tile, int num_panels, int64_t cols, int64_t begin, int64_t end,
-                    const Bf16Tokens& x, int64_t num_tiles, float* out, const uint8_t* then) {
-    constexpr int64_t kChunkBytes = kChunkSteps * 32 / F::kBlock * 16 * F::kBlockBytes;
-    const int64_t total = cols / 32, panel_bytes = cols / F::kBlock * 16 * F::kBlockBytes;
-    const bool in_tiles = num_tiles <= 2;  // sums stay there from chunk to chunk
-    panels.start(tile, panel_bytes, num_panels, end - begin);
-    for (int64_t first = begin; first < end; first += kChunkSteps) {
-        const int64_t after = first + kChunkSteps < end ? first + kChunkSteps : end;
-        tile += kChunkBytes;
-        for (int p = 0; p < num_panels; ++p) prefetch_chunk((after < end ? tile : then) + p * panel_bytes, kChunkBytes);
+template <class Panels>
+void multiply_block(Panels& panels, const ColumnParts& parts, int64_t begin, int64_t end, int64_t total,
+                    const Bf16Tokens& x, int64_t num_tiles, float* out) {
+    const bool in_tiles = num_tiles <= 2;
+    for (int64_t first = begin; first < end; first += parts.chunk) {
+        const int64_t after = first + parts.chunk < end ? first + parts.chunk : end;
         const TileChunk chunk{{panels.weights(0), panels.weights(1)},
                               first,
                               total,
@@ -156,11 +167,7 @@ void multiply_block(Panels& panels, const uint8_t* tile, int num_panels, int64_t
                               first == 0,
                               first > 0 && !in_tiles,
                               after == total || !in_tiles};
-        if (num_panels == 2) {
-            tile_blocks<2>(chunk, x, num_tiles, out, panels);
-        } else {
-            tile_blocks<1>(chunk, x, num_tiles, out, panels);
-        }
+        tile_blocks(chunk, x, num_tiles, out, panels);
         panels.advance();
     }
 }
@@ -169,20 +176,19 @@ template <class F, class Panels>
 void tile_matmul(const uint8_t* panels, int num_panels, int64_t cols, const Bf16Tokens& x, int64_t num_tokens,
                  float* out, const uint8_t* next) {
     const int64_t num_tiles = configure_for(num_tokens), total = cols / 32;
-    const int64_t step_bytes = 32 * 16 * F::kBlockBytes / F::kBlock, panel_bytes = total * step_bytes;
-    const int64_t block = steps_of_block(x, num_tiles, num_panels, total);
-    Panels source(x.upper);
-    for (int64_t begin = 0; begin < total; begin += block) {
-        const int64_t end = begin + block < total ? begin + block : total;
-        const uint8_t* tile = panels + begin * step_bytes;
+    const int64_t panel_bytes = total * kPackedStepBytes<F>;
+    const ColumnParts parts(x, num_tiles, num_panels, total);
+    Panels source(x.upper, panel_bytes, parts.chunk);
+    for (int64_t begin = 0; begin < total; begin += parts.block) {
+        const int64_t end = begin + parts.block < total ? begin + parts.block : total;
         float* sums = out;
         for (int p = 0; p < num_panels; p += kMaxPanels, sums += num_tiles * kTileTokens * kOutputStride) {
-            const uint8_t* here = tile + p * panel_bytes;
-            const uint8_t* then = p + kMaxPanels < num_panels ? here + kMaxPanels * panel_bytes
-                                  : end < total               ? panels + end * step_bytes
+            const uint8_t* tile = panels + p * panel_bytes + begin * kPackedStepBytes<F>;
+            const uint8_t* then = p + kMaxPanels < num_panels ? tile + kMaxPanels * panel_bytes
+                                  : end < total               ? panels + end * kPackedStepBytes<F>
                                                               : next;
-            multiply_block<F>(source, here, num_panels - p < kMaxPanels ? 1 : kMaxPanels, cols, begin, end, x,
-                              num_tiles, sums, then);
+            source.start(tile, num_panels - p < kMaxPanels ? 1 : kMaxPanels, end - begin, then);
+            multiply_block(source, parts, begin, end, total, x, num_tiles, sums);
         }
     }
     release_tiles();

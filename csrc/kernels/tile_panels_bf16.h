@@ -8,8 +8,11 @@
 // (if their bytes are small, see PlacedBytes): the stretch is less than the distance to the next.
 constexpr float kCutStretch = 1.0f + 0x1p-8f * 0.72f;
 
-constexpr int kStepBytes = 1024;  // of a tile of weights: 32 columns x 16 rows
-constexpr int kChunkSteps = kChunkGroups;
+// A step is 32 columns x 16 rows of weights. Steps come in groups, whole blocks of any format, and groups in chunks.
+constexpr int kStepBytes = 1024;
+constexpr int kGroupSteps = 8, kMaxChunkSteps = 16;
+template <class F>
+constexpr int64_t kPackedStepBytes = 32 * 16 * F::kBlockBytes / F::kBlock;
 
 // The largest byte of group g of a block.
 template <class F>
@@ -95,77 +98,95 @@ using ScalesOf = typename ScalesOfBlock<F>::Type;
 // which tiles cannot be loaded.
 constexpr int kExpandAhead = 2;
 
-// Two panels in bfloat16: a ring of kChunkSteps steps, made one at a time.
+// Two panels in bfloat16: a ring of a chunk's steps, made one at a time.
 template <class F>
 class ExpandedPanels {
   public:
     // Stores of a step shall not have the lower address bits of the tokens that are loaded meanwhile.
-    explicit ExpandedPanels(const uint16_t* tokens) {
+    ExpandedPanels(const uint16_t* tokens, int64_t panel_bytes, int chunk) : panel_bytes_(panel_bytes), chunk_(chunk) {
         const auto at = reinterpret_cast<uintptr_t>(memory_), like = reinterpret_cast<uintptr_t>(tokens);
         weights_ = memory_ + ((like - at) & (kPageBytes - 64));
     }
-    // One or two panels from `tile` on, with num_steps steps to come.
-    void start(const uint8_t* tile, int64_t panel_bytes, int num_panels, int64_t num_steps) {
+    // One or two panels from `tile` on, with num_steps steps to come, and then those from `then` on.
+    void start(const uint8_t* tile, int num_panels, int64_t num_steps, const uint8_t* then) {
         tile_ = tile;
-        panel_bytes_ = panel_bytes;
         num_panels_ = num_panels;
         num_left_ = num_steps;
+        then_ = then;
         MOESAIC_UNROLL
-        for (int s = 0; s < kExpandAhead; ++s) expand(s);
+        for (int s = 0; s < kExpandAhead; ++s) {
+            expand(0, s, 0);
+            if (num_panels == 2) expand(0, s, 1);
+        }
     }
-    // Before step s of a chunk is multiplied, in the first pass over tokens and in the last: no pass needs what the
-    // next chunk overwrites.
-    __attribute__((always_inline)) void prepare(int s, bool first_pass, bool last_pass) {
-        if (s + kExpandAhead < kChunkSteps ? first_pass : last_pass) expand(s + kExpandAhead);
+    // Before step group + s of a chunk is multiplied with a panel, in the first pass over tokens and in the last: no
+    // pass needs what the next chunk overwrites.
+    __attribute__((always_inline)) void prepare(int group, int s, int panel, bool first_pass, bool last_pass) {
+        if (panel >= num_panels_) return;
+        if (group + s + kExpandAhead < chunk_ ? first_pass : last_pass) expand(group, s + kExpandAhead, panel);
+        if (first_pass) {
+            const uint8_t* next = num_left_ > chunk_ ? tile_ + chunk_ * kPackedStepBytes<F> : then_;
+            prefetch_step<kPackedStepBytes<F>>(next + panel * panel_bytes_, group + s);
+        }
     }
     // To the next chunk.
     void advance() {
-        tile_ += kChunkSteps * 32 / F::kBlock * (16 * F::kBlockBytes);
-        num_left_ -= kChunkSteps;
+        tile_ += chunk_ * kPackedStepBytes<F>;
+        num_left_ -= chunk_;
     }
-    const uint8_t* weights(int panel) const { return weights_ + panel * kChunkSteps * kStepBytes; }
+    const uint8_t* weights(int panel) const {
+        return weights_ + (panel < num_panels_ ? panel : 0) * chunk_ * kStepBytes;
+    }
 
   private:
     static constexpr int kPageBytes = 4096;
 
-    // Step of this chunk or, from kChunkSteps on, of the next. A chunk is whole blocks: its number says its group.
-    __attribute__((always_inline)) void expand(int step) {
+    // Step group + s of this chunk or, from chunk_ on, of the next; s says its place in its block.
+    __attribute__((always_inline)) void expand(int group, int s, int p) {
         constexpr int kGroups = F::kBlock / 32;
-        if (step >= num_left_) return;
-        for (int p = 0; p < num_panels_; ++p) {
-            const uint8_t* tile = tile_ + p * panel_bytes_ + step / kGroups * (16 * F::kBlockBytes);
-            uint8_t* out = weights_ + (p * kChunkSteps + step % kChunkSteps) * kStepBytes;
-            if constexpr (F::kQuantized) {
-                if (step % kGroups == 0) scales_[p] = F::load_scales(tile);
-                expand_bf16_group<F>(tile, scales_[p], step % kGroups, out);
-            } else {
-                if (step % kGroups == 0) scales_[p] = mul(F::load_scale(tile), set1(kCutStretch));
-                expand_bf16_floats<F>(tile, scales_[p], step % kGroups, out);
-            }
+        if (group + s >= num_left_) return;
+        const uint8_t* tile = tile_ + p * panel_bytes_ + (group + s / kGroups * kGroups) * kPackedStepBytes<F>;
+        uint8_t* out = weights_ + (p * chunk_ + ((group + s) & (chunk_ - 1))) * kStepBytes;
+        if constexpr (F::kQuantized) {
+            if (s % kGroups == 0) scales_[p] = F::load_scales(tile);
+            expand_bf16_group<F>(tile, scales_[p], s % kGroups, out);
+        } else {
+            if (s % kGroups == 0) scales_[p] = mul(F::load_scale(tile), set1(kCutStretch));
+            expand_bf16_floats<F>(tile, scales_[p], s % kGroups, out);
         }
     }
 
-    const uint8_t* tile_;
+    const uint8_t *tile_, *then_;
     int64_t panel_bytes_, num_left_;
-    int num_panels_;
+    int num_panels_, chunk_;  // steps of a chunk, a power of two
     uint8_t* weights_;
     ScalesOf<F> scales_[2];
-    alignas(64) uint8_t memory_[2 * kChunkSteps * kStepBytes + kPageBytes];
+    alignas(64) uint8_t memory_[2 * kMaxChunkSteps * kStepBytes + kPageBytes];
 };
 
 // BF16 weights lie as tiles want them.
 class PackedPanels {
   public:
-    explicit PackedPanels(const uint16_t*) {}
-    void start(const uint8_t* tile, int64_t panel_bytes, int, int64_t) {
+    PackedPanels(const uint16_t*, int64_t panel_bytes, int chunk) : panel_bytes_(panel_bytes), chunk_(chunk) {}
+    void start(const uint8_t* tile, int num_panels, int64_t num_steps, const uint8_t* then) {
         tile_ = tile;
-        panel_bytes_ = panel_bytes;
+        num_panels_ = num_panels;
+        num_left_ = num_steps;
+        then_ = then;
     }
-    void prepare(int, bool, bool) {}
-    void advance() { tile_ += kChunkSteps * kStepBytes; }
-    const uint8_t* weights(int panel) const { return tile_ + panel * panel_bytes_; }
+    __attribute__((always_inline)) void prepare(int group, int s, int panel, bool first_pass, bool) {
+        if (!first_pass || panel >= num_panels_) return;
+        const uint8_t* next = num_left_ > chunk_ ? tile_ + chunk_ * kStepBytes : then_;
+        prefetch_step<kStepBytes>(next + panel * panel_bytes_, group + s);
+    }
+    void advance() {
+        tile_ += chunk_ * kStepBytes;
+        num_left_ -= chunk_;
+    }
+    const uint8_t* weights(int panel) const { return tile_ + (panel < num_panels_ ? panel : 0) * panel_bytes_; }
 
   private:
-    const uint8_t* tile_;
-    int64_t panel_bytes_;
+    const uint8_t *tile_, *then_;
+    int64_t panel_bytes_, num_left_;
+    int num_panels_, chunk_;
 };

@@ -10,15 +10,14 @@ struct Expanded {
     alignas(64) float offsets[2 * kChunkGroups][16];
 };
 
-// Groups [0, num_groups) of the panel whose first tile is `tile`; as many from `next` on are fetched meanwhile.
+// Groups [0, num_groups) of the panel whose first tile is `tile`.
 template <class F>
-void expand(const uint8_t* tile, int num_groups, Expanded& out, const uint8_t* next) {
+void expand(const uint8_t* tile, int num_groups, Expanded& out) {
     constexpr int kGroups = F::kBlock / 32;
     for (int first = 0; first < num_groups; first += kGroups, tile += 16 * F::kBlockBytes) {
         const typename F::Scales scales = F::load_scales(tile);
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
-            prefetch_step<16 * F::kBlockBytes / kGroups>(next, first + g);
             if constexpr (requires { F::quad(tile, g, 0); }) {
                 MOESAIC_UNROLL
                 for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
@@ -193,7 +192,8 @@ void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const 
         const uint8_t* tile = panels + first / kChunkGroups * kChunkBytes;
         const bool last = first + kChunkGroups >= total;
         for (int p = 0; p < num_panels; ++p, tile += panel_bytes) {
-            expand<F>(tile, here, expanded[p], last ? next + p * panel_bytes : tile + kChunkBytes);
+            expand<F>(tile, here, expanded[p]);
+            prefetch_chunk(last ? next + p * panel_bytes : tile + kChunkBytes, kChunkBytes);
         }
         if (num_panels == kBlockPanels) {
             multiply_all<Traits, kBlockPanels>(expanded, here, tokens, num_tokens, first, out);

@@ -76,8 +76,8 @@ struct TileChunk {
     bool starts, loads_sums, stores_sums;  // sums begin at zero, are in `out` before, have to be there afterwards
 };
 
-// One pass over a chunk of one or two tiles of tokens, of which the first is number first_tile. prepare(group, s,
-// panel) is called before step group + s of a panel: its vector work overlaps with the tile unit's.
+// One pass over a chunk of one or two tiles of tokens, of which the first is number first_tile. prepare(s, panel) is
+// called before step s of a panel: its vector work overlaps with the tile unit's.
 template <int kTiles, class Prepare>
 MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int64_t first_tile, float* out,
                                Prepare&& prepare) {
@@ -88,23 +88,21 @@ MOESAIC_INLINE void tile_block(const TileChunk& chunk, const Bf16Tokens& x, int6
     if (chunk.starts) zero_sums();
     if (chunk.loads_sums) load_sums<kTiles>(out);
     const int64_t lower = x.lower != nullptr ? x.lower - x.upper : 0;
-    for (int group = 0; group < chunk.num_steps; group += kGroupSteps) {
-        MOESAIC_UNROLL  // so that a step's place in its block is a constant
-            for (int s = 0; s < kGroupSteps; ++s) {
-            if (group + s == chunk.num_steps) break;
-            prepare(group, s, 0);
-            multiply_first_panel<kTiles>(step);
-            prepare(group, s, 1);
-            multiply_second_panel<kTiles>(step);
-            if (lower != 0) {
-                TileStep rest = step;
-                for (const uint16_t*& values : rest.tokens) values += lower;
-                multiply_first_panel<kTiles>(rest);
-                multiply_second_panel<kTiles>(rest);
-            }
-            for (const uint8_t*& weights : step.weights) weights += kStepBytes;
-            for (const uint16_t*& values : step.tokens) values += kTileValues;
+    MOESAIC_UNROLL  // so that a step's place in its block is a constant
+        for (int s = 0; s < kChunkSteps; ++s) {
+        if (s == chunk.num_steps) break;
+        prepare(s, 0);
+        multiply_first_panel<kTiles>(step);
+        prepare(s, 1);
+        multiply_second_panel<kTiles>(step);
+        if (lower != 0) {
+            TileStep rest = step;
+            for (const uint16_t*& values : rest.tokens) values += lower;
+            multiply_first_panel<kTiles>(rest);
+            multiply_second_panel<kTiles>(rest);
         }
+        for (const uint8_t*& weights : step.weights) weights += kStepBytes;
+        for (const uint16_t*& values : step.tokens) values += kTileValues;
     }
     if (chunk.stores_sums) store_sums<kTiles>(out);
 }
@@ -114,14 +112,14 @@ template <class Panels>
 void tile_blocks(const TileChunk& chunk, const Bf16Tokens& x, int64_t num_tiles, float* out, Panels& panels) {
     for (int64_t i = 0; i < num_tiles; i += 2) {
         const bool first = i == 0, last = i + 2 >= num_tiles;
-        const auto prepare = [&](int group, int s, int panel)
-                                 __attribute__((always_inline)) { panels.prepare(group, s, panel, first, last); };
+        const auto prepare = [&](int s, int panel)
+                                 __attribute__((always_inline)) { panels.prepare(s, panel, first, last); };
         if (i + 1 == num_tiles) {
             tile_block<1>(chunk, x, i, out, prepare);
         } else if (first || last) {
             tile_block<2>(chunk, x, i, out, prepare);
         } else {
-            tile_block<2>(chunk, x, i, out, [](int, int, int) {});
+            tile_block<2>(chunk, x, i, out, [](int, int) {});
         }
     }
 }
@@ -138,28 +136,22 @@ MOESAIC_INLINE int64_t configure_for(int64_t num_tokens) {
 // Activations of a block of columns stay in the second-level cache while several pairs of panels use them.
 constexpr int64_t kBlockTokenBytes = 512 << 10;
 
-// How columns are gone through, in 32s: in blocks, all pairs of panels, and each of these in chunks.
-struct ColumnParts {
-    int64_t block;
-    int chunk;
+// 32s of columns in such a block, whole chunks. Sums of two tiles of tokens stay in tiles: there all columns are one
+// block.
+MOESAIC_INLINE int64_t steps_of_block(const Bf16Tokens& x, int64_t num_tiles, int num_panels, int64_t total_steps) {
+    if (num_tiles <= 2 || num_panels <= kMaxPanels) return total_steps;
+    const int64_t step_bytes = num_tiles * kTileValues * (x.lower != nullptr ? 4 : 2);
+    const int64_t chunks = kBlockTokenBytes / (step_bytes * kChunkSteps);
+    return chunks > 1 ? chunks * kChunkSteps : kChunkSteps;
+}
 
-    ColumnParts(const Bf16Tokens& x, int64_t num_tiles, int num_panels, int64_t total)
-        : block(total), chunk(kGroupSteps) {
-        if (num_tiles <= 2) return;  // sums stay in tiles from chunk to chunk
-        chunk = kMaxChunkSteps;      // sums are loaded and stored for each
-        const int64_t step_bytes = num_tiles * kTileValues * (x.lower != nullptr ? 4 : 2);
-        const int64_t chunks = kBlockTokenBytes / (step_bytes * chunk);
-        if (num_panels > kMaxPanels) block = chunks > 1 ? chunks * chunk : chunk;
-    }
-};
-
-// Columns [begin, end) in 32s of one or two panels, of which `tile` is the first. `then`: what is read afterwards.
+// Columns [begin, end) in 32s of the one or two panels that were started.
 template <class Panels>
-void multiply_block(Panels& panels, const ColumnParts& parts, int64_t begin, int64_t end, int64_t total,
-                    const Bf16Tokens& x, int64_t num_tiles, float* out) {
-    const bool in_tiles = num_tiles <= 2;
-    for (int64_t first = begin; first < end; first += parts.chunk) {
-        const int64_t after = first + parts.chunk < end ? first + parts.chunk : end;
+void multiply_block(Panels& panels, int64_t begin, int64_t end, int64_t total, const Bf16Tokens& x, int64_t num_tiles,
+                    float* out) {
+    const bool in_tiles = num_tiles <= 2;  // sums stay there from chunk to chunk
+    for (int64_t first = begin; first < end; first += kChunkSteps) {
+        const int64_t after = first + kChunkSteps < end ? first + kChunkSteps : end;
         const TileChunk chunk{{panels.weights(0), panels.weights(1)},
                               first,
                               total,
@@ -177,10 +169,10 @@ void tile_matmul(const uint8_t* panels, int num_panels, int64_t cols, const Bf16
                  float* out, const uint8_t* next) {
     const int64_t num_tiles = configure_for(num_tokens), total = cols / 32;
     const int64_t panel_bytes = total * kPackedStepBytes<F>;
-    const ColumnParts parts(x, num_tiles, num_panels, total);
-    Panels source(x.upper, panel_bytes, parts.chunk);
-    for (int64_t begin = 0; begin < total; begin += parts.block) {
-        const int64_t end = begin + parts.block < total ? begin + parts.block : total;
+    const int64_t block = steps_of_block(x, num_tiles, num_panels, total);
+    Panels source(x.upper, panel_bytes);
+    for (int64_t begin = 0; begin < total; begin += block) {
+        const int64_t end = begin + block < total ? begin + block : total;
         float* sums = out;
         for (int p = 0; p < num_panels; p += kMaxPanels, sums += num_tiles * kTileTokens * kOutputStride) {
             const uint8_t* tile = panels + p * panel_bytes + begin * kPackedStepBytes<F>;
@@ -188,7 +180,7 @@ void tile_matmul(const uint8_t* panels, int num_panels, int64_t cols, const Bf16
                                   : end < total               ? panels + end * kPackedStepBytes<F>
                                                               : next;
             source.start(tile, num_panels - p < kMaxPanels ? 1 : kMaxPanels, end - begin, then);
-            multiply_block(source, parts, begin, end, total, x, num_tiles, sums);
+            multiply_block(source, begin, end, total, x, num_tiles, sums);
         }
     }
     release_tiles();

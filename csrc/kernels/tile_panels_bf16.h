@@ -8,9 +8,9 @@
 // (if their bytes are small, see PlacedBytes): the stretch is less than the distance to the next.
 constexpr float kCutStretch = 1.0f + 0x1p-8f * 0.72f;
 
-// A step is 32 columns x 16 rows of weights. Steps come in groups, whole blocks of any format, and groups in chunks.
+// A step is 32 columns x 16 rows of weights. Steps come in chunks, whole blocks of any format.
 constexpr int kStepBytes = 1024;
-constexpr int kGroupSteps = 8, kMaxChunkSteps = 16;
+constexpr int kChunkSteps = 8;
 template <class F>
 constexpr int64_t kPackedStepBytes = 32 * 16 * F::kBlockBytes / F::kBlock;
 
@@ -103,7 +103,7 @@ template <class F>
 class ExpandedPanels {
   public:
     // Stores of a step shall not have the lower address bits of the tokens that are loaded meanwhile.
-    ExpandedPanels(const uint16_t* tokens, int64_t panel_bytes, int chunk) : panel_bytes_(panel_bytes), chunk_(chunk) {
+    ExpandedPanels(const uint16_t* tokens, int64_t panel_bytes) : panel_bytes_(panel_bytes) {
         const auto at = reinterpret_cast<uintptr_t>(memory_), like = reinterpret_cast<uintptr_t>(tokens);
         weights_ = memory_ + ((like - at) & (kPageBytes - 64));
     }
@@ -115,38 +115,38 @@ class ExpandedPanels {
         then_ = then;
         MOESAIC_UNROLL
         for (int s = 0; s < kExpandAhead; ++s) {
-            expand(0, s, 0);
-            if (num_panels == 2) expand(0, s, 1);
+            expand(s, 0);
+            if (num_panels == 2) expand(s, 1);
         }
     }
-    // Before step group + s of a chunk is multiplied with a panel, in the first pass over tokens and in the last: no
-    // pass needs what the next chunk overwrites.
-    __attribute__((always_inline)) void prepare(int group, int s, int panel, bool first_pass, bool last_pass) {
+    // Before step s of a chunk is multiplied with a panel, in the first pass over tokens and in the last: no pass needs
+    // what the next chunk overwrites.
+    __attribute__((always_inline)) void prepare(int s, int panel, bool first_pass, bool last_pass) {
         if (panel >= num_panels_) return;
-        if (group + s + kExpandAhead < chunk_ ? first_pass : last_pass) expand(group, s + kExpandAhead, panel);
+        if (s + kExpandAhead < kChunkSteps ? first_pass : last_pass) expand(s + kExpandAhead, panel);
         if (first_pass) {
-            const uint8_t* next = num_left_ > chunk_ ? tile_ + chunk_ * kPackedStepBytes<F> : then_;
-            prefetch_step<kPackedStepBytes<F>>(next + panel * panel_bytes_, group + s);
+            const uint8_t* next = num_left_ > kChunkSteps ? tile_ + kChunkSteps * kPackedStepBytes<F> : then_;
+            prefetch_step<kPackedStepBytes<F>>(next + panel * panel_bytes_, s);
         }
     }
     // To the next chunk.
     void advance() {
-        tile_ += chunk_ * kPackedStepBytes<F>;
-        num_left_ -= chunk_;
+        tile_ += kChunkSteps * kPackedStepBytes<F>;
+        num_left_ -= kChunkSteps;
     }
     const uint8_t* weights(int panel) const {
-        return weights_ + (panel < num_panels_ ? panel : 0) * chunk_ * kStepBytes;
+        return weights_ + (panel < num_panels_ ? panel : 0) * kChunkSteps * kStepBytes;
     }
 
   private:
     static constexpr int kPageBytes = 4096;
 
-    // Step group + s of this chunk or, from chunk_ on, of the next; s says its place in its block.
-    __attribute__((always_inline)) void expand(int group, int s, int p) {
+    // Step s of this chunk or, from kChunkSteps on, of the next.
+    __attribute__((always_inline)) void expand(int s, int p) {
         constexpr int kGroups = F::kBlock / 32;
-        if (group + s >= num_left_) return;
-        const uint8_t* tile = tile_ + p * panel_bytes_ + (group + s / kGroups * kGroups) * kPackedStepBytes<F>;
-        uint8_t* out = weights_ + (p * chunk_ + ((group + s) & (chunk_ - 1))) * kStepBytes;
+        if (s >= num_left_) return;
+        const uint8_t* tile = tile_ + p * panel_bytes_ + s / kGroups * kGroups * kPackedStepBytes<F>;
+        uint8_t* out = weights_ + (p * kChunkSteps + s % kChunkSteps) * kStepBytes;
         if constexpr (F::kQuantized) {
             if (s % kGroups == 0) scales_[p] = F::load_scales(tile);
             expand_bf16_group<F>(tile, scales_[p], s % kGroups, out);
@@ -158,35 +158,35 @@ class ExpandedPanels {
 
     const uint8_t *tile_, *then_;
     int64_t panel_bytes_, num_left_;
-    int num_panels_, chunk_;  // steps of a chunk, a power of two
+    int num_panels_;
     uint8_t* weights_;
     ScalesOf<F> scales_[2];
-    alignas(64) uint8_t memory_[2 * kMaxChunkSteps * kStepBytes + kPageBytes];
+    alignas(64) uint8_t memory_[2 * kChunkSteps * kStepBytes + kPageBytes];
 };
 
 // BF16 weights lie as tiles want them.
 class PackedPanels {
   public:
-    PackedPanels(const uint16_t*, int64_t panel_bytes, int chunk) : panel_bytes_(panel_bytes), chunk_(chunk) {}
+    PackedPanels(const uint16_t*, int64_t panel_bytes) : panel_bytes_(panel_bytes) {}
     void start(const uint8_t* tile, int num_panels, int64_t num_steps, const uint8_t* then) {
         tile_ = tile;
         num_panels_ = num_panels;
         num_left_ = num_steps;
         then_ = then;
     }
-    __attribute__((always_inline)) void prepare(int group, int s, int panel, bool first_pass, bool) {
+    __attribute__((always_inline)) void prepare(int s, int panel, bool first_pass, bool) {
         if (!first_pass || panel >= num_panels_) return;
-        const uint8_t* next = num_left_ > chunk_ ? tile_ + chunk_ * kStepBytes : then_;
-        prefetch_step<kStepBytes>(next + panel * panel_bytes_, group + s);
+        const uint8_t* next = num_left_ > kChunkSteps ? tile_ + kChunkSteps * kStepBytes : then_;
+        prefetch_step<kStepBytes>(next + panel * panel_bytes_, s);
     }
     void advance() {
-        tile_ += chunk_ * kStepBytes;
-        num_left_ -= chunk_;
+        tile_ += kChunkSteps * kStepBytes;
+        num_left_ -= kChunkSteps;
     }
     const uint8_t* weights(int panel) const { return tile_ + (panel < num_panels_ ? panel : 0) * panel_bytes_; }
 
   private:
     const uint8_t *tile_, *then_;
     int64_t panel_bytes_, num_left_;
-    int num_panels_, chunk_;
+    int num_panels_;
 };

@@ -46,14 +46,15 @@ class Forward {
     struct Buffers {
         AlignedArray<float> gate, up;  // [pairs, tokens of the expert, 32]
         AlignedArray<float> sums;      // [num_tokens, rows]
+        ExpertRows input;              // of gate and up
         std::vector<const void*> tokens;
     };
     struct alignas(64) Arrivals {
         std::atomic<std::size_t> count{0};
     };
 
-    int most_inner(std::int64_t num_threads) const;
-    int most_outer(std::int64_t num_threads) const;
+    int most_inner() const;
+    int most_outer() const;
     std::int64_t end_of_expert(std::int64_t item) const;
     void expand_items(WorkQueue::Range items, const std::uint8_t* next, Buffers& buffers);
     void contract_items(WorkQueue::Range items, Buffers& buffers);
@@ -138,17 +139,14 @@ ReadAhead Forward::first_outer(std::int64_t item) const {
     return ahead;
 }
 
-// How many items a thread takes at a time. Where experts have many tokens, several: these come from the second-level
-// cache for all items but the first. Not more than half of what a thread has, so that others can help.
-int Forward::most_inner(std::int64_t num_threads) const {
-    const bool many = static_cast<std::int64_t>(a_.slots.size()) > 2 * kTokenPadding * a_.num_active();
-    return many ? static_cast<int>(std::clamp<std::int64_t>(num_items_ / num_threads / 2, 1, kMaxTilePairs)) : 1;
+// How many items a thread takes at most. Where experts have many tokens, several: these come from the second-level
+// cache for all items but the first.
+int Forward::most_inner() const {
+    return static_cast<std::int64_t>(a_.slots.size()) > 2 * kTokenPadding * a_.num_active() ? kMaxTilePairs : 1;
 }
-int Forward::most_outer(std::int64_t num_threads) const {
-    const bool many = static_cast<std::int64_t>(a_.slots.size()) > kTokenPadding / 2 * a_.num_active();
-    const std::int64_t panels = static_cast<std::int64_t>(slices_.size()) * num_panels_ / num_threads;
-    const std::int64_t pairs = std::clamp<std::int64_t>(panels / kMaxPanels / 2, 1, kMaxTilePairs);
-    return static_cast<int>((many ? pairs : 1) * kMaxPanels);
+int Forward::most_outer() const {
+    return static_cast<std::int64_t>(a_.slots.size()) > kTokenPadding / 2 * a_.num_active() ? kMaxPanels * kMaxTilePairs
+                                                                                            : kMaxPanels;
 }
 
 // Where the items of the expert end to which this one belongs.
@@ -166,7 +164,7 @@ void Forward::expand_items(WorkQueue::Range items, const std::uint8_t* next, Buf
     const std::int64_t count = a_.num_slots(active), first = a_.first[active], size = pair_size(count);
     const Rows rows{pair * kPair, std::min(num_pairs * kPair, w.slice.intermediate - pair * kPair), e_.hidden};
     auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
-        const ExpertTokens tokens = input_.of_expert(active, m.format->quantized, buffers.tokens);
+        const ExpertTokens tokens = input_.of_expert(active, *m.format, buffers.input);
         multiply_rows(m, kernels_[m.format->index], rows, a_.experts[active], tokens, out, then);
     };
     float* up = buffers.up.reserve(static_cast<std::size_t>(num_pairs * size));
@@ -258,13 +256,14 @@ void Forward::run() {
     for (std::size_t s = 0; s < slices_.size(); ++s) inner[s] = a_.num_active() * slices_[s].num_pairs;
     ThreadPool& pool = thread_pool();
     WorkQueue inner_items = queue_of(inner, pool), outer_items = queue_of(outer, pool);
-    const int most_inner = this->most_inner(pool.num_threads()), most_outer = this->most_outer(pool.num_threads());
+    const int most_inner = this->most_inner(), most_outer = this->most_outer();
     pool.run([&](Team& team) {
         static thread_local Buffers buffers;
+        buffers.input.active = -1;  // of another call
         const std::int64_t inner_end = inner_items.share(team.thread()).end;
         const std::int64_t outer_first = std::min(outer_items.share(team.thread()).begin,
                                                   static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
-        for (WorkQueue::Range taken; inner_items.next(team.thread(), most_inner, taken);) {
+        for (WorkQueue::Range taken; inner_items.next_part(team.thread(), 4, 1, most_inner, taken);) {
             for (std::int64_t item = taken.begin, end; item < taken.end; item = end) {
                 end = std::min(taken.end, end_of_expert(item));
                 // Where its share ends, a thread hardly ever finds more to do before the barrier.
@@ -274,7 +273,7 @@ void Forward::run() {
         }
         ReadAhead outer = first_outer(outer_first);
         team.barrier(outer);
-        for (WorkQueue::Range items; outer_items.next(team.thread(), most_outer, items);) {
+        for (WorkQueue::Range items; outer_items.next_part(team.thread(), 2, kMaxPanels, most_outer, items);) {
             for (std::int64_t item = items.begin, end; item < items.end; item = end) {
                 end = std::min(items.end, (item / num_panels_ + 1) * num_panels_);  // of the slice
                 contract_items({item, end}, buffers);

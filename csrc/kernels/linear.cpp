@@ -50,12 +50,10 @@ struct Pairs {
     std::int64_t first, count;
 };
 
-// How many pairs a thread takes at a time: by tiles, activations of many tokens come from the second-level cache for
-// all but the first. Not more than half of what a thread has, so that others can help.
-std::int64_t pairs_at_a_time(const TokenForms& forms, std::int64_t num_tokens, std::int64_t num_pairs,
-                             std::int64_t num_threads) {
-    if (!forms.bf16 || num_tokens <= 2 * kTokenPadding) return 1;
-    return std::clamp<std::int64_t>(num_pairs / num_threads / 2, 1, kMaxTilePairs);
+// How many pairs a thread takes at most: by tiles, activations of many tokens come from the second-level cache for all
+// but the first.
+int most_pairs(const TokenForms& forms, std::int64_t num_tokens) {
+    return forms.bf16 && num_tokens > 2 * kTokenPadding ? kMaxTilePairs : 1;
 }
 
 // Sums of some tokens and rows [top, end) of the matrix, in pairs of panels, into the job's output.
@@ -143,11 +141,10 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
     const TokenParts parts(num_tokens, first_item.back(), pool.num_threads());
     WorkQueue items(first_item.back() * parts.count, pool.num_threads());
     // Parts of tokens follow each other: where there are several, the pairs of two items are the same ones.
-    const auto most = static_cast<int>(
-        parts.count == 1 ? pairs_at_a_time(forms, num_tokens, first_item.back(), pool.num_threads()) : 1);
+    const int most = parts.count == 1 ? most_pairs(forms, num_tokens) : 1;
     pool.run([&](Team& team) {
         static thread_local AlignedArray<float> sums;
-        for (WorkQueue::Range taken; items.next(team.thread(), most, taken);) {
+        for (WorkQueue::Range taken; items.next_part(team.thread(), 4, 1, most, taken);) {
             const std::int64_t part = taken.begin % parts.count;
             const TokenRange range{part * parts.size, std::min(num_tokens, (part + 1) * parts.size)};
             const std::int64_t end = taken.begin / parts.count + (taken.end - taken.begin);

@@ -11,6 +11,7 @@
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
 #include "moe_assignment.h"
+#include "moe_rows.h"
 #include "moe_tokens.h"
 #include "read_ahead.h"
 #include "thread_pool.h"
@@ -19,34 +20,6 @@
 namespace moesaic {
 
 namespace {
-
-constexpr std::int64_t kPanel = 16;  // rows of an item of down, which threads take in pairs
-
-// Up to 32 rows of a matrix, from a panel's first on.
-struct Rows {
-    std::int64_t first, count, cols;
-    int num_panels() const { return static_cast<int>((count + kPanel - 1) / kPanel); }
-};
-
-// out[t][0..31] = those rows of an expert's matrix times the tokens, plus the bias. `next`: what this thread will
-// probably read afterwards.
-void multiply_rows(const ExpertMatrices& m, const MatmulKernels& kernels, const Rows& rows, std::int64_t expert,
-                   const ExpertTokens& tokens, float* out, const std::uint8_t* next) {
-    const std::uint8_t* panels =
-        m.weights + expert * m.matrix_bytes + rows.first / kPanel * m.format->panel_bytes(rows.cols);
-    if (wants_bf16(kernels, rows.cols, tokens.count)) {
-        kernels.matmul_bf16(panels, rows.num_panels(), rows.cols, tokens.bf16, tokens.count, out, next);
-    } else {
-        kernels.matmul(panels, rows.num_panels(), rows.cols, tokens.rows, tokens.count, out, next);
-    }
-    for (std::int64_t t = 0; t < tokens.count; ++t) {
-        float* y = out + t * kOutputStride;
-        std::fill(y + kPanel * rows.num_panels(), y + kOutputStride, 0.0f);
-        if (m.bias == nullptr) continue;
-        const float* bias = m.bias + expert * m.bias_stride + rows.first;
-        for (std::int64_t r = 0; r < rows.count; ++r) y[r] += bias[r];
-    }
-}
 
 // A slice in one call: its items of gate and up, and what they leave for down.
 struct SliceWork {
@@ -71,17 +44,21 @@ class Forward {
 
   private:
     struct Buffers {
-        AlignedArray<float> gate, up;  // [tokens of the expert, 32]
-        AlignedArray<float> sums;      // [num_tokens, 32]
+        AlignedArray<float> gate, up;  // [pairs, tokens of the expert, 32]
+        AlignedArray<float> sums;      // [num_tokens, rows]
+        ExpertRows input;              // of gate and up
         std::vector<const void*> tokens;
     };
     struct alignas(64) Arrivals {
         std::atomic<std::size_t> count{0};
     };
 
-    void expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers);
+    int most_inner() const;
+    int most_outer() const;
+    std::int64_t end_of_expert(std::int64_t item) const;
+    void expand_items(WorkQueue::Range items, const std::uint8_t* next, Buffers& buffers);
     void contract_items(WorkQueue::Range items, Buffers& buffers);
-    void store(std::size_t slice, const Rows& rows, const float* sums);
+    void store(std::size_t slice, const Rows& rows, const float* sums, std::int64_t stride);
     void add_slices(std::int64_t panel);
 
     std::size_t slice_of(std::int64_t item) const;
@@ -162,71 +139,94 @@ ReadAhead Forward::first_outer(std::int64_t item) const {
     return ahead;
 }
 
-// 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
-void Forward::expand_item(std::int64_t item, const std::uint8_t* next, Buffers& buffers) {
-    SliceWork& w = slices_[slice_of(item)];
+// How many items a thread takes at most. Where experts have many tokens, several: these come from the second-level
+// cache for all items but the first.
+int Forward::most_inner() const {
+    return static_cast<std::int64_t>(a_.slots.size()) > 2 * kTokenPadding * a_.num_active() ? kMaxTilePairs : 1;
+}
+int Forward::most_outer() const {
+    return static_cast<std::int64_t>(a_.slots.size()) > kTokenPadding / 2 * a_.num_active() ? kMaxPanels * kMaxTilePairs
+                                                                                            : kMaxPanels;
+}
+
+// Where the items of the expert end to which this one belongs.
+std::int64_t Forward::end_of_expert(std::int64_t item) const {
+    const SliceWork& w = slices_[slice_of(item)];
+    return item + w.num_pairs - (item - w.first_item) % w.num_pairs;
+}
+
+// Pairs of 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
+void Forward::expand_items(WorkQueue::Range items, const std::uint8_t* next, Buffers& buffers) {
+    SliceWork& w = slices_[slice_of(items.begin)];
     const ActivationKernels& kernels = activation_kernels();
-    const std::int64_t active = (item - w.first_item) / w.num_pairs, pair = (item - w.first_item) % w.num_pairs;
-    const std::int64_t count = a_.num_slots(active), first = a_.first[active];
-    const Rows rows{pair * kPair, std::min(kPair, w.slice.intermediate - pair * kPair), e_.hidden};
+    const std::int64_t active = (items.begin - w.first_item) / w.num_pairs;
+    const std::int64_t pair = (items.begin - w.first_item) % w.num_pairs, num_pairs = items.end - items.begin;
+    const std::int64_t count = a_.num_slots(active), first = a_.first[active], size = pair_size(count);
+    const Rows rows{pair * kPair, std::min(num_pairs * kPair, w.slice.intermediate - pair * kPair), e_.hidden};
     auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
-        const ExpertTokens tokens = input_.of_expert(active, m.format->quantized, buffers.tokens);
+        const ExpertTokens tokens = input_.of_expert(active, *m.format, buffers.input);
         multiply_rows(m, kernels_[m.format->index], rows, a_.experts[active], tokens, out, then);
     };
-    float* up = buffers.up.reserve(output_size(count));
+    float* up = buffers.up.reserve(static_cast<std::size_t>(num_pairs * size));
     float* gate = nullptr;
     if (w.slice.gate.format != nullptr) {
         const ExpertMatrices& m = w.slice.up;
-        gate = buffers.gate.reserve(output_size(count));
+        gate = buffers.gate.reserve(static_cast<std::size_t>(num_pairs * size));
         project(w.slice.gate, gate,
                 m.weights + a_.experts[active] * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden));
     }
     project(w.slice.up, up, next);
-    kernels.activate(e_.activation, gate, up, count * kPair, up);
-    for (std::int64_t i = 0; i < count; ++i) w.inner.store(first + i, pair, up + i * kPair, count);
+    for (std::int64_t p = 0; p < num_pairs; ++p, up += size) {
+        kernels.activate(e_.activation, gate != nullptr ? gate + p * size : nullptr, up, count * kPair, up);
+        for (std::int64_t i = 0; i < count; ++i) w.inner.store(first + i, pair + p, up + i * kPair, count);
+    }
 }
 
-// One or two panels of the output: the weighted sum of a slice of down over all experts.
+// Some panels of the output: the weighted sum of a slice of down over all experts.
 void Forward::contract_items(WorkQueue::Range items, Buffers& buffers) {
     const auto slice = static_cast<std::size_t>(items.begin / num_panels_);
     const SliceWork& w = slices_[slice];
     const std::int64_t panel = items.begin % num_panels_, num_active = a_.num_active();
     const std::int64_t num_rows = std::min((items.end - items.begin) * kPanel, e_.hidden - panel * kPanel);
     const Rows rows{panel * kPanel, num_rows, w.slice.intermediate};
+    const std::int64_t stride = rows.num_pairs() * kPair;
     const ActivationKernels& kernels = activation_kernels();
     // Summed apart: the rows of out are often a power of two apart, where caches hold few of them.
-    float* sums = buffers.sums.reserve(static_cast<std::size_t>(num_tokens_ * kPair));
-    std::fill_n(sums, num_tokens_ * kPair, 0.0f);
+    float* sums = buffers.sums.reserve(static_cast<std::size_t>(num_tokens_ * stride));
+    std::fill_n(sums, num_tokens_ * stride, 0.0f);
     for (std::int64_t i = 0; i < num_active; ++i) {
         const std::int64_t active = a_.by_number[i];
-        const std::int64_t count = a_.num_slots(active), first = a_.first[active];
+        const std::int64_t count = a_.num_slots(active), first = a_.first[active], size = pair_size(count);
         const ExpertTokens tokens = w.inner.of_expert(first, count, buffers.tokens);
-        float* y = buffers.up.reserve(output_size(count));
+        float* y = buffers.up.reserve(static_cast<std::size_t>(rows.num_pairs() * size));
         const bool last = i + 1 == num_active;
         multiply_rows(w.slice.down, kernels_[w.slice.down.format->index], rows, a_.experts[active], tokens, y,
                       last ? down_address(slice, a_.by_number[0], panel + rows.num_panels())
                            : down_address(slice, a_.by_number[i + 1], panel));
         for (std::int64_t t = 0; t < count; ++t) {
             const Slot& slot = a_.slots[first + t];
-            kernels.add_scaled(y + t * kPair, slot.weight, kPair, sums + slot.token * kPair);
+            for (std::int64_t p = 0; p < rows.num_pairs(); ++p) {
+                kernels.add_scaled(y + p * size + t * kPair, slot.weight, kPair,
+                                   sums + slot.token * stride + p * kPair);
+            }
         }
     }
-    store(slice, rows, sums);
+    store(slice, rows, sums, stride);
 }
 
-// Rows of the output, or of a slice's part of it.
-void Forward::store(std::size_t slice, const Rows& rows, const float* sums) {
+// Rows of the output, or of a slice's part of it, whose sums are `stride` floats apart from token to token.
+void Forward::store(std::size_t slice, const Rows& rows, const float* sums, std::int64_t stride) {
     if (slices_.size() == 1) {
         for (std::int64_t t = 0; t < num_tokens_; ++t) {
-            std::copy_n(sums + t * kPair, rows.count, out_ + t * e_.hidden + rows.first);
+            std::copy_n(sums + t * stride, rows.count, out_ + t * e_.hidden + rows.first);
         }
         return;
     }
-    for (int p = 0; p < rows.num_panels(); ++p) {
+    for (std::int64_t p = 0; p < rows.num_panels(); ++p) {
         const std::int64_t panel = rows.first / kPanel + p;
         float* part = partial(panel, slice);
         for (std::int64_t t = 0; t < num_tokens_; ++t)
-            std::copy_n(sums + t * kPair + p * kPanel, kPanel, part + t * kPanel);
+            std::copy_n(sums + t * stride + p * kPanel, kPanel, part + t * kPanel);
         const std::size_t arrived =
             arrivals_[static_cast<std::size_t>(panel)].count.fetch_add(1, std::memory_order_acq_rel);
         if (arrived + 1 == slices_.size()) add_slices(panel);
@@ -256,22 +256,28 @@ void Forward::run() {
     for (std::size_t s = 0; s < slices_.size(); ++s) inner[s] = a_.num_active() * slices_[s].num_pairs;
     ThreadPool& pool = thread_pool();
     WorkQueue inner_items = queue_of(inner, pool), outer_items = queue_of(outer, pool);
+    const int most_inner = this->most_inner(), most_outer = this->most_outer();
     pool.run([&](Team& team) {
         static thread_local Buffers buffers;
+        buffers.input.active = -1;  // of another call
         const std::int64_t inner_end = inner_items.share(team.thread()).end;
         const std::int64_t outer_first = std::min(outer_items.share(team.thread()).begin,
                                                   static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
-        for (std::int64_t item; (item = inner_items.next(team.thread())) >= 0;) {
-            // Where its share ends, a thread hardly ever finds more to do before the barrier.
-            const bool more = item + 1 != inner_end && item + 1 < num_items_;
-            expand_item(item, more ? inner_address(item + 1) : outer_address(outer_first), buffers);
+        for (WorkQueue::Range taken; inner_items.next_part(team.thread(), 4, 1, most_inner, taken);) {
+            for (std::int64_t item = taken.begin, end; item < taken.end; item = end) {
+                end = std::min(taken.end, end_of_expert(item));
+                // Where its share ends, a thread hardly ever finds more to do before the barrier.
+                const bool more = end != inner_end && end < num_items_;
+                expand_items({item, end}, more ? inner_address(end) : outer_address(outer_first), buffers);
+            }
         }
         ReadAhead outer = first_outer(outer_first);
         team.barrier(outer);
-        for (WorkQueue::Range items; outer_items.next(team.thread(), kMaxPanels, items);) {
-            const std::int64_t end_of_slice = (items.begin / num_panels_ + 1) * num_panels_;
-            contract_items({items.begin, std::min(items.end, end_of_slice)}, buffers);
-            if (items.end > end_of_slice) contract_items({end_of_slice, items.end}, buffers);
+        for (WorkQueue::Range items; outer_items.next_part(team.thread(), 2, kMaxPanels, most_outer, items);) {
+            for (std::int64_t item = items.begin, end; item < items.end; item = end) {
+                end = std::min(items.end, (item / num_panels_ + 1) * num_panels_);  // of the slice
+                contract_items({item, end}, buffers);
+            }
         }
     });
 }

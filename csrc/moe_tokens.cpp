@@ -1,6 +1,9 @@
 #include "moe_tokens.h"
 
+#include <algorithm>
 #include <cstring>
+
+#include "kernels/activations.h"
 
 namespace moesaic {
 
@@ -26,15 +29,40 @@ TokenForms SlotTokens::forms_of_all(const Assignment& assignment, std::initializ
     return all;
 }
 
-ExpertTokens SlotTokens::of_expert(std::int64_t active, bool quantized, std::vector<const void*>& pointers) const {
-    const std::int64_t count = a_.num_slots(active), first = a_.first[static_cast<std::size_t>(active)];
-    const void* const* all = rows_.tokens(quantized);
-    if (by_slot_) return {count, all + first, rows_.bf16(a_.tiled_slots[static_cast<std::size_t>(first)])};
-    pointers.resize(static_cast<std::size_t>(count));
-    for (std::int64_t i = 0; i < count; ++i) {
-        pointers[static_cast<std::size_t>(i)] = all[a_.slots[static_cast<std::size_t>(first + i)].token];
+// In the thread's own memory, unless they are there. Tile by tile and 256 columns at a time, so that what is written
+// stays in the first-level cache until it is full lines.
+Bf16Tokens SlotTokens::tiles_of(std::int64_t active, ExpertRows& own) const {
+    constexpr std::int64_t kSteps = 8;
+    const std::int64_t count = a_.num_slots(active), size = padded_tokens(count) * cols_;
+    std::uint16_t* upper = own.tiles.reserve(static_cast<std::size_t>(size * (forms_.bf16_lower ? 2 : 1)));
+    const Bf16Tokens tiles{upper, forms_.bf16_lower ? upper + size : nullptr};
+    if (own.active == active) return tiles;
+    own.active = active;
+    const ActivationKernels& kernels = activation_kernels();
+    const Slot* slots = &a_.slots[static_cast<std::size_t>(a_.first[static_cast<std::size_t>(active)])];
+    for (std::int64_t tile = 0; tile < count; tile += kTokenPadding) {
+        for (std::int64_t step = 0; step < cols_ / kBf16Step; step += kSteps) {
+            for (std::int64_t i = tile; i < std::min(count, tile + kTokenPadding); ++i) {
+                const auto* x = static_cast<const float*>(rows_.tokens(false)[slots[i].token]) + step * kBf16Step;
+                std::uint16_t* to = upper + bf16_offset(i, step, cols_);
+                kernels.to_bf16(x, std::min(kSteps, cols_ / kBf16Step - step), kTokenPadding * kBf16Step, to,
+                                tiles.lower != nullptr ? to + size : nullptr);
+            }
+        }
     }
-    return {count, pointers.data(), {}};
+    return tiles;
+}
+
+ExpertTokens SlotTokens::of_expert(std::int64_t active, const FormatInfo& format, ExpertRows& own) const {
+    const std::int64_t count = a_.num_slots(active), first = a_.first[static_cast<std::size_t>(active)];
+    const void* const* all = rows_.tokens(format.quantized);
+    if (by_slot_) return {count, all + first, rows_.bf16(a_.tiled_slots[static_cast<std::size_t>(first)])};
+    if (wants_bf16(kernels_[format.index], cols_, count)) return {count, nullptr, tiles_of(active, own)};
+    own.pointers.resize(static_cast<std::size_t>(count));
+    for (std::int64_t i = 0; i < count; ++i) {
+        own.pointers[static_cast<std::size_t>(i)] = all[a_.slots[static_cast<std::size_t>(first + i)].token];
+    }
+    return {count, own.pointers.data(), {}};
 }
 
 InnerTokens::InnerTokens(const FormatInfo& format, std::int64_t cols, const Assignment& assignment)

@@ -58,6 +58,15 @@ class WorkQueue {
         return false;
     }
 
+    // The same, of the thread's own share at most one of so many parts of what is left, but `least`: the fewer are
+    // left, the fewer it takes, so that others can help a slow one.
+    bool next_part(int thread, int parts, int least, int most, Range& range) {
+        const Range own = share(thread);
+        const std::int64_t left = own.end - own.begin, wanted = left / parts / least * least;
+        const std::int64_t count = left <= 0 ? most : wanted < least ? least : wanted < most ? wanted : most;
+        return next(thread, static_cast<int>(count), range);
+    }
+
     // What is left of a thread's share: before anybody took anything, all of it.
     Range share(int thread) const {
         const std::uint64_t range = shares_[thread].range.load(std::memory_order_relaxed);

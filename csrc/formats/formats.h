@@ -12,7 +12,8 @@
 //   block;
 //                        q may be 2^n times what the file has if scale() is as much smaller; scales of formats with
 //                        offsets have at most 22 significant bits
-//                        (kGroupPeriod: groups after which quad() repeats its instructions, if it does inside a block)
+//                        (kGroupPeriod: groups after which quad() repeats its instructions, if it does inside a block;
+//                        largest(g): of the bytes of group g, if that is less than kLargest for some)
 //   or, where a group is best made at once, group(tile, scales, g, quads): its 8 quads
 //   plus_group(tile, scales, g, x, sum): optional, sum + the products of group g with one token's where that is quicker
 //                        without quads; the same to the bit as with them

@@ -36,7 +36,8 @@ struct RaisedBits {
         const int at = kBits * k;
         return kMask << at <= kMost ? at : kMask << at % 4 <= kMost ? at % 4 : 0;
     }
-    static constexpr int kLargest = kMask << raise(8 / kBits - 1);
+    static constexpr int largest(int k) { return kMask << raise(k); }
+    static constexpr int kLargest = largest(8 / kBits - 1);
     static constexpr float unit(int k) { return 1.0f / static_cast<float>(1 << raise(k)); }
     MOESAIC_INLINE vb of(vb x, int k) {
         return and_b(shr_16(x, kBits * k - raise(k)), set1_b(static_cast<uint8_t>(kMask << raise(k))));

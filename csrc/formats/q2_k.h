@@ -27,6 +27,7 @@ struct Q2_K {
     static constexpr int kTileQs = 0, kTileScales = 1024, kTileD = 1280, kTileDmin = 1312;
     static constexpr int kScaleGroup = 16, kZeroShift = -1, kLargest = TwoBits::kLargest;
     static constexpr int kGroupPeriod = 4;
+    static constexpr int largest(int g) { return TwoBits::largest(g % 4); }  // byte of group g
     static constexpr bool kHasOffset = true;
     struct Scales {
         Factor d[4], negated_dmin;  // d for groups g % 4; of minima in the upper nibbles of bytes

@@ -29,6 +29,7 @@ struct Q4_K {
     static constexpr int kTileQs = 0, kTileScales = 2048, kTileD = 2240, kTileDmin = 2272;
     static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = Nibbles::kLargest;
     static constexpr int kGroupPeriod = 2;
+    static constexpr int largest(int g) { return Nibbles::largest(g % 2); }  // byte of group g
     static constexpr bool kHasOffset = true;
     struct Scales {
         Factor d[2], negated_dmin;  // d for groups g % 2

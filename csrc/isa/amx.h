@@ -52,22 +52,31 @@ MOESAIC_INLINE void release_tiles() { _tile_release(); }
     } while (false)
 #define MOESAIC_TILE_DOT_BF16(sum, activations, weights) _tile_dpbf16ps(sum, activations, weights)
 
-// 256 + byte `kByte` of each lane's four: the byte becomes the top of the mantissa of a float of [256, 512).
-template <int kByte>
-MOESAIC_INLINE vf byte_of_lane_plus_256(vb x) {
-    constexpr int kLeft = 15 - 8 * kByte;
-    __m512i at = x.v;
-    if constexpr (kLeft > 0) at = _mm512_slli_epi32(at, kLeft > 0 ? kLeft : 0);
-    if constexpr (kLeft < 0) at = _mm512_srli_epi32(at, kLeft < 0 ? -kLeft : 0);
-    // (at & mask) | exponent
-    return _mm512_castsi512_ps(
-        _mm512_ternarylogic_epi32(at, _mm512_set1_epi32(0x007f8000), _mm512_set1_epi32(0x43800000), 0xea));
+// Byte `from` of each lane's four as a float, plus a constant: bytes up to 127 as the top of a mantissa, plus 128; any
+// byte in the middle of one, plus 2^15. No shift: a mask if the byte is there, else a permute of bytes between the
+// constant's.
+struct PlacedBytes {
+    bool small;
+    constexpr float plus() const { return small ? 128.0f : 32768.0f; }
+};
+MOESAIC_INLINE vf byte_of_lane_as_float(PlacedBytes place, vb x, int from) {
+    const int to = place.small ? 2 : 1;
+    const __m512i constant = _mm512_set1_epi32(place.small ? 0x43000000 : 0x47000000);
+    if (from == to) {  // (x & mask) | constant
+        const __m512i mask = _mm512_set1_epi32(0xff << (8 * to));
+        return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(x.v, mask, constant, 0xea));
+    }
+    const int all = 0x01010101 * from;
+    const __m512i bytes = _mm512_set4_epi32(all + 0x0c0c0c0c, all + 0x08080808, all + 0x04040404, all);
+    const __mmask64 where = place.small ? 0x4444444444444444ull : 0x2222222222222222ull;
+    return _mm512_castsi512_ps(_mm512_mask_shuffle_epi8(constant, where, x.v, bytes));
 }
 
 // Pairs of bfloat16 (even, odd), lane by lane, cut off and not rounded.
 MOESAIC_INLINE vb cut_to_bf16_pairs(vf even, vf odd) {
-    const __m512i down = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
-    return {_mm512_mask_blend_epi16(0xaaaaaaaau, down, _mm512_castps_si512(odd))};
+    const __m512i upper = _mm512_set4_epi32(0x00000f0e, 0x00000b0a, 0x00000706, 0x00000302);
+    return {
+        _mm512_mask_shuffle_epi8(_mm512_castps_si512(odd), 0x3333333333333333ull, _mm512_castps_si512(even), upper)};
 }
 
 // The same, rounded to nearest (halves away from zero).

@@ -45,20 +45,47 @@ struct TokenParts {
     }
 };
 
-// One pair of panels of a job for some of its num_tokens tokens. `next`: what this thread will probably read
-// afterwards.
-void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int64_t pair,
-                   const PreparedTokens& prepared, std::int64_t num_tokens, TokenRange range, AlignedArray<float>& sums,
-                   const std::uint8_t* next) {
+// Pairs of panels of a job, as many as a call of its kernel takes.
+struct Pairs {
+    std::int64_t first, count;
+};
+
+// How many pairs a thread takes at most: by tiles, activations of many tokens come from the second-level cache for all
+// but the first.
+int most_pairs(const TokenForms& forms, std::int64_t num_tokens) {
+    return forms.bf16 && num_tokens > 2 * kTokenPadding ? kMaxTilePairs : 1;
+}
+
+// Sums of some tokens and rows [top, end) of the matrix, in pairs of panels, into the job's output.
+void store_sums(const LinearJob& job, std::int64_t top, std::int64_t end, const float* sums, std::int64_t first_token,
+                std::int64_t num_tokens) {
+    const std::int64_t pair_size = static_cast<std::int64_t>(output_size(num_tokens));
+    for (std::int64_t t = 0; t < num_tokens; ++t) {
+        float* out = job.out + (first_token + t) * job.out_stride - job.first_row;
+        const float* sum = sums + t * kOutputStride;
+        for (std::int64_t first = top; first < end; first += kOutputStride, sum += pair_size) {
+            const std::int64_t from = std::max(first, job.first_row), to = std::min(first + kOutputStride, end);
+            if (job.bias == nullptr) {
+                std::copy(sum + (from - first), sum + (to - first), out + from);
+            } else {
+                for (std::int64_t r = from; r < to; ++r) out[r] = sum[r - first] + job.bias[r - job.first_row];
+            }
+        }
+    }
+}
+
+// Pairs of panels of a job for some of its num_tokens tokens; several only by tiles. `next`: what this thread will
+// probably read afterwards.
+void multiply_pairs(const LinearJob& job, const MatmulKernels& kernels, Pairs pairs, const PreparedTokens& prepared,
+                    std::int64_t num_tokens, TokenRange range, AlignedArray<float>& sums, const std::uint8_t* next) {
     const bool bf16 = wants_bf16(kernels, job.cols, num_tokens);
-    const std::int64_t top = job.first_row / 16 * 16 + pair * kOutputStride;  // row of the matrix
-    const std::int64_t begin = std::max(top, job.first_row);
-    const std::int64_t end = std::min(top + kOutputStride, job.first_row + job.num_rows);
-    const std::uint8_t* panels = pair_address(job, pair);
+    const std::int64_t top = job.first_row / 16 * 16 + pairs.first * kOutputStride;  // row of the matrix
+    const std::int64_t end = std::min(top + pairs.count * kOutputStride, job.first_row + job.num_rows);
+    const std::uint8_t* panels = pair_address(job, pairs.first);
     const int num_panels = static_cast<int>((end - top + 15) / 16);
     for (std::int64_t first = range.begin; first < range.end; first += kTokensPerPass) {
         const std::int64_t here = std::min(kTokensPerPass, range.end - first);
-        float* y = sums.reserve(output_size(here));
+        float* y = sums.reserve(output_size(here) * static_cast<std::size_t>(pairs.count));
         const bool last = first + here == range.end;
         if (bf16) {
             kernels.matmul_bf16(panels, num_panels, job.cols,
@@ -69,15 +96,7 @@ void multiply_pair(const LinearJob& job, const MatmulKernels& kernels, std::int6
                            prepared.tokens(job.format->quantized) + job.input * num_tokens + first, here, y,
                            last ? next : panels);
         }
-        for (std::int64_t t = 0; t < here; ++t) {
-            float* out = job.out + (first + t) * job.out_stride - job.first_row;
-            const float* sum = y + t * kOutputStride - top;
-            if (job.bias == nullptr) {
-                std::copy(sum + begin, sum + end, out + begin);
-            } else {
-                for (std::int64_t r = begin; r < end; ++r) out[r] = sum[r] + job.bias[r - job.first_row];
-            }
-        }
+        store_sums(job, top, end, y, first, here);
     }
 }
 
@@ -121,19 +140,26 @@ void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::in
     ThreadPool& pool = thread_pool();
     const TokenParts parts(num_tokens, first_item.back(), pool.num_threads());
     WorkQueue items(first_item.back() * parts.count, pool.num_threads());
+    // Parts of tokens follow each other: where there are several, the pairs of two items are the same ones.
+    const int most = parts.count == 1 ? most_pairs(forms, num_tokens) : 1;
     pool.run([&](Team& team) {
         static thread_local AlignedArray<float> sums;
-        for (std::int64_t part_item; (part_item = items.next(team.thread())) >= 0;) {
-            const std::int64_t item = part_item / parts.count, part = part_item % parts.count;
+        for (WorkQueue::Range taken; items.next_part(team.thread(), 4, 1, most, taken);) {
+            const std::int64_t part = taken.begin % parts.count;
             const TokenRange range{part * parts.size, std::min(num_tokens, (part + 1) * parts.size)};
-            const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
-            const LinearJob& job = jobs[static_cast<std::size_t>(after - first_item.begin() - 1)];
-            const std::int64_t pair = item - *(after - 1);
-            // The item after this one: usually the next pair, else the first of the next job.
-            const bool last = item + 1 == *after;
-            const std::uint8_t* next =
-                last && after + 1 != first_item.end() ? pair_address((&job)[1], 0) : pair_address(job, pair + 1);
-            multiply_pair(job, kernels[job.format->index], pair, prepared, num_tokens, range, sums, next);
+            const std::int64_t end = taken.begin / parts.count + (taken.end - taken.begin);
+            for (std::int64_t item = taken.begin / parts.count, count; item < end; item += count) {
+                const auto after = std::upper_bound(first_item.begin(), first_item.end(), item);
+                const LinearJob& job = jobs[static_cast<std::size_t>(after - first_item.begin() - 1)];
+                const MatmulKernels& its = kernels[job.format->index];
+                count = wants_bf16(its, job.cols, num_tokens) ? std::min(end, *after) - item : 1;
+                const std::int64_t pair = item - *(after - 1);
+                // The item after these: usually the next pair, else the first of the next job.
+                const bool last = item + count == *after;
+                const std::uint8_t* next = last && after + 1 != first_item.end() ? pair_address((&job)[1], 0)
+                                                                                 : pair_address(job, pair + count);
+                multiply_pairs(job, its, {pair, count}, prepared, num_tokens, range, sums, next);
+            }
         }
     });
 }

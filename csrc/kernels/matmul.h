@@ -9,6 +9,7 @@ namespace moesaic {
 
 constexpr int kMaxPanels = 2;                   // panels of 16 rows that one call takes
 constexpr int kOutputStride = 16 * kMaxPanels;  // floats between the tokens of its output
+constexpr int kMaxTilePairs = 4;                // pairs of panels that one call by tiles takes
 constexpr int kMaxTransposedTokens = 4;
 constexpr int kTransposedCols = 256;
 
@@ -42,10 +43,9 @@ struct MatmulKernels {
                    std::int64_t num_tokens, float* out, const std::uint8_t* next);
 
     // The same from bfloat16 activations, with weights rounded to bfloat16 if they have more bits; `cols` is a multiple
-    // of
-    // 32. If wants_lower, the lower parts of activations are wanted too. out has output_size(num_tokens) floats, of
-    // which those beyond the tokens become undefined. Null where there is none, else the faster one from bf16_from
-    // tokens on.
+    // of 32. If wants_lower, the lower parts of activations are wanted too. Up to 2 kMaxTilePairs panels: out has
+    // output_size(num_tokens) floats for each pair of them, of which those beyond the tokens become undefined. Null
+    // where there is none, else the faster one from bf16_from tokens on.
     void (*matmul_bf16)(const std::uint8_t* panels, int num_panels, std::int64_t cols, const Bf16Tokens& tokens,
                         std::int64_t num_tokens, float* out, const std::uint8_t* next);
     std::int64_t bf16_from;

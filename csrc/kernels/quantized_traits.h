@@ -63,6 +63,17 @@ struct MixedOrder {
 };
 template <class F>
 constexpr MixedOrder<F> kMixedOrder{};
+
+// Where the bytes of a quad are: in mixed quads 4 h to 4 h + 3, in byte t of each, as 4 h + t.
+template <class F>
+struct MixedPlaces {
+    uint8_t of_quad[8] = {};
+    constexpr MixedPlaces() {
+        for (int i = 0; i < 8; ++i) of_quad[F::kQuadOrder[i]] = static_cast<uint8_t>(i);
+    }
+};
+template <class F>
+constexpr MixedPlaces<F> kMixedPlaces{};
 #endif
 
 // The 8 quads of group g of a tile.

@@ -26,3 +26,10 @@ MOESAIC_INLINE void prefetch_bytes(const uint8_t* p) {
 void prefetch_chunk(const uint8_t* p, int64_t num_bytes) {
     for (int64_t i = 0; i < num_bytes; i += 64) prefetch_far(p + i);
 }
+
+// The same in steps of kBytes: one of them. Many prefetches at once hold up what follows, since only so many misses can
+// be in flight.
+template <int64_t kBytes>
+MOESAIC_INLINE void prefetch_step(const uint8_t* p, int64_t step) {
+    for (int64_t i = (step * kBytes + 63) / 64 * 64; i < (step + 1) * kBytes; i += 64) prefetch_far(p + i);
+}

@@ -94,6 +94,21 @@ def test_few_tokens_are_one_by_one_to_the_bit(name, each_isa):
         assert torch.equal(linear(x[:num_tokens], weight), one_by_one[:num_tokens]), num_tokens
 
 
+@pytest.mark.parametrize("name", ["BF16", "FP8", "Q2_K", "Q4_K", "Q8_0", "IQ2_S"])
+def test_many_rows_of_many_tokens_are_what_a_few_rows_are(name, each_isa):
+    """By tiles, several pairs of panels share blocks of columns and passes over tokens; alone a pair does not."""
+    cols = 1280 if FORMATS[name].block_size > 32 else 1312
+    weight, values = packed(name, 600, cols)
+    x = tokens(280, cols)
+    for num_tokens in (40, 280):
+        whole = linear(x[:num_tokens], weight, rows=slice(5, 597))
+        for start in (5, 37, 210, 580):
+            rows = slice(start, min(start + 17, 597))
+            assert torch.equal(whole[:, start - 5 : rows.stop - 5], linear(x[:num_tokens], weight, rows=rows))
+    exact = seen_by(name, x.numpy(), 280) @ values[0, 5:597].T
+    assert relative_error(whole, exact) < (5e-3 if multiplies_bfloat16(name, cols, 280) else FLOAT32_SUMS)
+
+
 @pytest.mark.parametrize("name", ["F32", "BF16", "Q4_K", "Q8_0"])
 def test_linear_writes_only_its_rows_into_strided_memory(name, each_isa):
     weight, values = packed(name, 70, 256, num_matrices=3)

@@ -115,6 +115,15 @@ def test_formats_of_gate_up_and_down_are_independent(formats, each_isa):
         check(layer, num_tokens)
 
 
+@pytest.mark.parametrize(
+    "formats", [("Q4_K", "Q2_K", "Q6_K"), ("Q8_0", "BF16", "Q8_0"), ("F32", "FP8", "IQ3_S")], ids="-".join
+)
+def test_many_tokens_an_expert(formats, each_isa):
+    """Threads then take several items at once: pairs of rows of gate and up, and up to eight panels of down."""
+    check(Layer(formats, biased=True, sizes=(768, 512)), 100)
+    check(Layer(("Q8_0", "Q8_0", "Q5_0"), biased=True, sizes=(288, 480)), 90)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("activation", [*ACTIVATIONS, "swiglu_oai"])
 def test_activations_with_biases(activation, gated, each_isa):
@@ -151,9 +160,9 @@ def test_an_id_outside_the_experts_adds_nothing(each_isa):
 def test_results_do_not_depend_on_the_batch(each_isa):
     """A token's result is the same bits alone as beside others that share its experts (up to the order of sums)."""
     layer = Layer(("Q4_K", "Q5_K", "Q6_K"))
-    x, (index, weights) = tokens(24, HIDDEN), routing(24, 3)
+    x, (index, weights) = tokens(16, HIDDEN), routing(16, 3)
     together = moe_forward(x, index, weights, layer.packed)
-    for t in (0, 7, 23):
+    for t in (0, 7, 15):
         alone = moe_forward(x[t : t + 1], index[t : t + 1], weights[t : t + 1], layer.packed)
         assert relative_error(together[t : t + 1], alone.numpy().astype(np.float64)) < 1e-5
 

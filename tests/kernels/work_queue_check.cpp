@@ -63,6 +63,20 @@ void decode_is_balanced() {
     require(loss(2048, 768, 8, 16) == 0.0 && loss(2048, 512, 10, 16) == 0.0, "nothing lost on 16 threads");
 }
 
+// The less a thread has left, the less it takes; who has nothing takes of others, at most half. Every item once.
+void parts_become_smaller() {
+    WorkQueue queue(128, 2);
+    std::vector<int> taken(128, 0);
+    std::vector<std::int64_t> sizes;
+    for (WorkQueue::Range range; queue.next_part(0, 4, 2, 8, range);) {
+        for (std::int64_t i = range.begin; i < range.end; ++i) ++taken[static_cast<std::size_t>(i)];
+        if (range.end <= 64) sizes.push_back(range.end - range.begin);
+    }
+    require(std::all_of(taken.begin(), taken.end(), [](int times) { return times == 1; }), "every item once");
+    require(sizes.front() == 8 && sizes.back() == 2, "eight at first, two at last");
+    require(std::is_sorted(sizes.rbegin(), sizes.rend()), "never more than before");
+}
+
 void groups_join_parts_and_nodes() {
     const auto check = [](std::vector<std::int64_t> items, std::vector<int> threads, std::vector<WorkGroup> expected) {
         const auto groups = moesaic::group_work(items, threads);
@@ -148,6 +162,7 @@ void a_team_gives_itself_shares(int num_threads, std::int64_t most_items) {
 }  // namespace
 
 int main() {
+    parts_become_smaller();
     decode_is_balanced();
     groups_join_parts_and_nodes();
     own_group_first();

@@ -28,7 +28,13 @@ struct GroupBytes {
 
     MOESAIC_INLINE GroupBytes of(const uint8_t* tile, const typename F::Scales& scales, int g) {
         GroupBytes bytes;
-        direct_quads<F>(tile, scales, g, bytes.quads);
+#ifdef MOESAIC_HAS_BYTE_TABLES
+        if constexpr (kMixesQuads<F>) {
+            F::mixed_group(tile, scales, g, bytes.quads);
+            return bytes;
+        }
+#endif
+        quads_of_group<F>(tile, scales, g, bytes.quads);
         return bytes;
     }
     // Byte b of quad i of 16 rows, as a float plus a constant.

@@ -1,7 +1,8 @@
 """Activations in the orders in which the products read them. It knows no weights, only how a format walks a row.
 
-`lanes`: `[tokens][blocks of 8 items][item + sums][8]`, for kernels whose lanes have an item each: what lanes want at
-the same time lies side by side. Behind the activations of 8 items are their sums, one for each offset of the item.
+`lanes`: `[tokens][blocks of 8 items]`, of which each is `[item / 4][8][4]`, then `[sums][8]`, for kernels whose lanes
+have an item each: what lanes want at the same time lies side by side, four activations a lane. Behind the activations
+of 8 items are their sums, one for each offset of the item. `lane_place` in `expert_kernels` says where a column lies.
 `operands`: `[blocks of 16 items][chunks][tokens][16 items][8]`, tiles of matrix products: a chunk is 8 activations of
 an item, of a few steps and planes.
 """
@@ -21,7 +22,6 @@ __all__ = ["Lanes", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
 
 _LANE_ITEMS = 8
 _OPERAND_ITEMS = 16
-_PADDED_ITEMS = 64  # the most items that a program of eight warps has at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class Lanes:
             hold is undefined.
         num_tokens: of them.
         cols: activations of a token.
-        order: `DeviceFormat.order`.
+        order: `DeviceFormat.order` of the form for few tokens.
     """
 
     values: torch.Tensor
@@ -45,7 +45,7 @@ class Lanes:
     def empty(cls, num_tokens: int, cols: int, form: DeviceFormat, device: torch.device) -> Lanes:
         """To be written by a kernel, what pads a row included."""
         shape = triton.next_power_of_2(num_tokens), lanes_size(form, cols)
-        return cls(torch.empty(shape, dtype=torch.float32, device=device), num_tokens, cols, form.order)
+        return cls(torch.empty(shape, dtype=torch.float32, device=device), num_tokens, cols, form.lanes.order)
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
     e = tl.arange(0, size)[:, None]
     k = column(block * 8 + lane, e, F)
     values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=k < cols, other=0.0)
-    at = out + (token * num_blocks + block) * ((size + sums) * 8) + lane
-    tl.store(at + e * 8, values)
+    at = out + (token * num_blocks + block) * ((size + sums) * 8)
+    tl.store(at + e // 4 * 32 + lane * 4 + e % 4, values)
     if sums > 0:
         groups = tl.sum(tl.reshape(values, (sums, size // sums, 8)), axis=1)
-        tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8, groups)
+        tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8 + lane, groups)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -97,13 +97,15 @@ def _operands_kernel(x, out, num_tokens, cols, x_stride, F: tl.constexpr, TOKENS
 
 def lanes_size(form: DeviceFormat, cols: int) -> int:
     """Floats of one token."""
-    padded = -(-form.num_items(cols) // _PADDED_ITEMS) * _PADDED_ITEMS
+    form = form.lanes
+    padded = -(-form.num_items(cols) // _LANE_ITEMS) * _LANE_ITEMS
     return padded * (form.item + form.num_sums)
 
 
 def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:
     """Activations float32 `[tokens, cols]`, rows any distance apart, as `lanes`."""
     num_tokens, cols = x.shape
+    form = form.lanes
     lanes = Lanes.empty(num_tokens, cols, form, x.device)
     num_blocks = lanes.values.shape[1] // ((form.item + form.num_sums) * _LANE_ITEMS)
     _lanes_kernel[(num_blocks, num_tokens)](x, lanes.values, cols, num_blocks, x.stride(0), form)

@@ -18,7 +18,7 @@ from moesaic.kernels.experts import Activation
 from moesaic.kernels.triton.activations import lanes_size, to_lanes
 from moesaic.kernels.triton.expert_kernels import decode_down_kernel, decode_up_kernel
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
-from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows, program_warps
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows, program_warps, warps_at_a_time
 from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, views_of
 from moesaic.quant import WeightFormat
 
@@ -252,7 +252,7 @@ def experts_decode(
     down, form = layout.down, layout.down.form.lanes
     offset, stride, panel, items = units_of(down, form)
     num_panels = -(-layout.hidden // 16)
-    warps = program_warps(num_tokens * num_panels, top_k * items, form)
+    warps = program_warps(num_tokens * num_panels, top_k * items, min(warps_at_a_time(form, 1), 12))
     bias, has_bias = bias_of(down, inner)
     decode_down_kernel[(num_panels, num_tokens)](
         inner, inner.stride(0), slots, experts, weights, views.words, views.halves, grid_of(form, views),
@@ -280,8 +280,8 @@ def _decode_up(
     gate_offset, gate_stride, gate_panel, gate_items = units_of(gate, gate_form)
     up_offset, up_stride, up_panel, up_items = units_of(up, up_form)
     num_panels = -(-layout.intermediate // 16)
-    programs, widest = num_tokens * top_k * num_panels, max(gate_form, up_form, key=lambda form: form.item)
-    warps = program_warps(programs, 2 * min(gate_items, up_items), widest)
+    at_a_time = min(warps_at_a_time(gate_form, 1), warps_at_a_time(up_form, 1))
+    warps = program_warps(num_tokens * top_k * num_panels, 2 * min(gate_items, up_items), at_a_time)
     gate_bias, has_gate_bias = bias_of(layout.gate, inner)
     up_bias, has_up_bias = bias_of(up, inner)
     decode_up_kernel[(num_panels, num_tokens * top_k)](

@@ -30,7 +30,6 @@ _MOST_PRODUCTS = 256
 the tokens are the next programs', which find the weights in the second-level cache."""
 
 _MULTIPROCESSORS = 132  # of a large GPU
-_WARPS_AT_A_TIME, _FEWER = 16, 8  # on each, by the registers of a program that has 128 and of one that has 255 at most
 
 
 @triton.jit(do_not_specialize=["split_stride", "num_tokens", "num_items", "iterations"])
@@ -139,21 +138,26 @@ def _tiles_kernel(
     tl.store(out + token.to(tl.int64) * out_stride + r, total, mask=(token < num_tokens) & (r < rows))
 
 
-def program_warps(programs: int, num_items: int, form: DeviceFormat, tokens: int = 1) -> int:
+def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
+    """Of programs for few tokens on a multiprocessor, by the registers that they need."""
+    if form.item > 64:
+        return 8
+    return 16 if tokens == 1 else 12
+
+
+def program_warps(programs: int, num_items: int, at_a_time: int) -> int:
     """Warps of each program for few tokens: as many as keep all programs on a large GPU at a time."""
-    is_small = form.item * tokens <= 64
-    most = _MULTIPROCESSORS * (_WARPS_AT_A_TIME if is_small else _FEWER)
-    warps = 1
-    while warps < (16 if is_small else 8) and 8 * warps < num_items and 2 * programs * warps <= most:
+    warps, most = 1, 16 if at_a_time == 16 else 8
+    while warps < most and 8 * warps < num_items and 2 * programs * warps <= _MULTIPROCESSORS * at_a_time:
         warps *= 2
     return warps
 
 
-def decode_shape(num_panels: int, num_items: int, form: DeviceFormat, tokens: int = 1) -> tuple[int, int, int]:
+def decode_shape(num_panels: int, num_items: int, at_a_time: int) -> tuple[int, int, int]:
     """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
-    warps = program_warps(num_panels, num_items, form, tokens)
+    warps = program_warps(num_panels, num_items, at_a_time)
     iterations = -(-num_items // (8 * warps))
-    splits = max(1, min(iterations, _MULTIPROCESSORS * _FEWER // (num_panels * warps)))
+    splits = max(1, min(iterations, _MULTIPROCESSORS * 8 // (num_panels * warps)))
     iterations = -(-iterations // splits)
     return warps, -(-num_items // (8 * warps * iterations)), iterations
 
@@ -165,7 +169,7 @@ def _few_tokens(
     form = form.lanes
     num_panels, num_items = -(-rows // 16), form.num_items(cols)
     tokens = min(triton.next_power_of_2(num_tokens), max(1, _MOST_PRODUCTS // form.item))
-    warps, splits, iterations = decode_shape(num_panels, num_items, form, tokens)
+    warps, splits, iterations = decode_shape(num_panels, num_items, warps_at_a_time(form, tokens))
     parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=lanes.device)
     inner_bias = bias if splits == 1 else None
     _panels_kernel[(triton.cdiv(num_tokens, tokens), num_panels, splits)](

@@ -34,8 +34,8 @@ class GpuLinear:
 
     @property
     def form(self) -> DeviceFormat:
-        """How kernels read it."""
-        return device_format(self.weight.format, self.weight.cols)
+        """How kernels read it for few tokens."""
+        return device_format(self.weight.format, self.weight.cols).lanes
 
     def __call__(self, x: torch.Tensor | Lanes, out: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]`."""
@@ -81,7 +81,7 @@ class GpuLinears:
     def form(self) -> DeviceFormat | None:
         """How kernels read all of them, if they read activations in one order; None if not."""
         forms = [part.form for part in self.parts]
-        return forms[0] if all(form.lanes.order == forms[0].lanes.order for form in forms) else None
+        return forms[0] if all(form.order == forms[0].order for form in forms) else None
 
     def __call__(self, x: torch.Tensor | Lanes) -> tuple[torch.Tensor, ...]:
         """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]` each.

@@ -27,7 +27,7 @@ _RAISED: tl.constexpr = tl.constexpr(80)
 _ACTIVATIONS: tl.constexpr = tl.constexpr(32)
 """That a lane has in registers at a time."""
 
-CONSTANTS = (MAGIC, 127 + _RAISED.value << 23, 0)
+CONSTANTS = (MAGIC, 127 + _RAISED.value << 23, 0, 127 << 23)
 """What `constants` points to, as int32: numbers that a kernel reads only when its other loads are under way."""
 
 
@@ -112,6 +112,8 @@ def _add_step(
                         value = values[j]
                         if len(bits) > 0:
                             value = value * (raised * _power(-bits[p * four + quad + j]))
+                        elif F.scales is None:  # codes are what is loaded: one, only to wait
+                            value = value * raised
                         part = tl.fma(codes[p * four + quad + j], tl.broadcast_to(value, part.shape), part)
             new_parts = new_parts + (part,)
             new_sums = new_sums + (total,)
@@ -185,7 +187,7 @@ def _item_products(
             # and wait for one after the other. What is computed from them needs what is loaded after the barrier.
             tl.debug_barrier()
             magic = tl.load(constants)
-            raised = tl.load(constants + 1).to(tl.float32, bitcast=True)
+            raised = tl.load(constants + (1 if len(F.bits) > 0 else 3)).to(tl.float32, bitcast=True)
             zero = tl.load(constants + 2)
             for first in tl.static_range(begin, begin + phase, span):
                 codes = ()

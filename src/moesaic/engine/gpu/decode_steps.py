@@ -174,8 +174,11 @@ class DecodeSteps:
         decoder = self._decoder
         with torch.no_grad():
             hidden = bucket.buffers.hidden.clone()  # a graph is replayed on the same input
-            decoder.run(hidden, GpuStep(bucket.buffers.input, self._caches, decoder.angles, 1, path))
-            bucket.out.copy_(hidden if decoder.tail is not None else decoder.logits(hidden))
+            normed = decoder.run(hidden, GpuStep(bucket.buffers.input, self._caches, decoder.angles, 1, path))
+            if decoder.tail is not None:
+                bucket.out.copy_(hidden)
+            else:
+                decoder.logits(hidden, normed, bucket.out)
             self._hand_off.end_step()
             if brings and self.uploads is not None:
                 self.uploads.report()

@@ -20,6 +20,7 @@ from moesaic.kernels.triton.elementwise import check_parts, combine
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.norm import norm_lanes
+from moesaic.kernels.triton.read_ahead import ReadAhead
 
 __all__ = ["NormBefore", "combine_norm"]
 
@@ -34,11 +35,13 @@ class NormBefore(NamedTuple):
         weight: float32 `[width]`.
         eps: added to the mean square.
         form: of the matrices.
+        ahead: weights that will be needed then, for whoever has to wait first; None: none in particular.
     """
 
     weight: torch.Tensor
     eps: float
     form: DeviceFormat
+    ahead: ReadAhead | None = None
 
 
 def combine_norm(
@@ -123,8 +126,9 @@ def _combine_norm_kernel(
     GATED: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
+    size: tl.constexpr = F.item
     item = tl.arange(0, BLOCKS)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
-    k = column(item, tl.arange(0, F.item)[None, :, None], F)
+    k = column(item, tl.arange(0, size)[None, :, None], F)
     inside = k < cols
     if FROM_CPU:
         answer = tl.load(from_cpu + token * cpu_stride + k, mask=inside, other=0.0)
@@ -137,7 +141,7 @@ def _combine_norm_kernel(
         from_cache = tl.load(cached + token * cached_stride + k, mask=inside, other=0.0)
     factors = tl.load(weight + k, mask=inside, other=0.0)
     tl.debug_barrier()  # or the compiler puts some of these loads off until others are there
-    total = tl.zeros([BLOCKS, F.item, 8], tl.float32)
+    total = tl.zeros([BLOCKS, size, 8], tl.float32)
     if SHARED:
         if GATED:
             part *= 1.0 / (1.0 + tl.exp(-factor))
@@ -148,5 +152,5 @@ def _combine_norm_kernel(
         total += answer
     values += scale * total
     tl.store(hidden + token * hidden_stride + k, values, mask=inside)
-    squares = tl.sum(tl.reshape(values * values, (BLOCKS * F.item * 8,)), 0)
+    squares = tl.sum(tl.reshape(values * values, (BLOCKS * size * 8,)), 0)
     store_blocks(lanes, token, num_blocks, values * (1.0 / tl.sqrt(squares / cols + eps)) * factors, F, BLOCKS)

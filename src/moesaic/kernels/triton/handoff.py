@@ -68,8 +68,9 @@ def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _advance(base_ptr, count):
+def _advance(base_ptr, failed_ptr, report_ptr, count):
     tl.store(base_ptr, tl.load(base_ptr) + count)
+    tl.store(report_ptr, tl.load(failed_ptr))
 
 
 class Exchange:
@@ -159,6 +160,8 @@ class Exchange:
         answer = None
         if position is not None:
             box = self._box()
+            if then is not None and then.ahead is not None:
+                then.ahead.launch()
             _wait[(1,)](box.answered, self.base, self.failed, position, self.max_polls, num_warps=1)
             answer = box.output[: len(hidden)]
         if then is not None:
@@ -166,9 +169,14 @@ class Exchange:
         combine(hidden, shared, cached, answer, scale, shared_gate)
         return None
 
-    def advance(self, count: int) -> None:
-        """Count the requests of a step; the last thing that a step does."""
-        _advance[(1,)](self.base, count)
+    def advance(self, count: int, report: torch.Tensor | None = None) -> None:
+        """Count the requests of a step; the last thing that a step does.
+
+        Args:
+            count: how many there were.
+            report: int32 `[1]` in page-locked memory, which gets what `failed` is.
+        """
+        _advance[(1,)](self.base, self.failed, self.failed if report is None else report, count)
 
     def restart(self) -> None:
         """Begin to count anew after a failure, together with the server."""

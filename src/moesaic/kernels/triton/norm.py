@@ -168,6 +168,8 @@ def _norm_kernel(
     values = tl.load(x + row * x_stride + cols, mask=inside, other=0.0)
     if ADDS:
         old = tl.load(residual + row * residual_stride + cols, mask=inside, other=0.0)
+    tl.debug_barrier()  # or the compiler puts some of these loads off until others are there
+    if ADDS:
         values = old + scale * values
         tl.store(residual + row * residual_stride + cols, values, mask=inside)
     values *= 1.0 / tl.sqrt(tl.sum(values * values, 0) / WIDTH + eps)
@@ -189,7 +191,7 @@ def _norm_lanes_kernel(
     values = tl.load(row + k, mask=k < cols, other=0.0)
     n = tl.arange(0, PAD)
     whole = tl.load(row + n, mask=n < cols, other=0.0)
-    tl.debug_barrier()  # or the compiler puts some of these loads off until others are there
+    tl.debug_barrier()
     values *= 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / cols + eps)
     if WEIGHTED:
         values *= factors

@@ -60,6 +60,11 @@ class GpuGqaAttention:
         """See `GpuNorm.before`."""
         return self.norm.before(self.qkv.form)
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order."""
+        return [self.norm.weight, *self.qkv.data, self.o.weight.data]
+
     def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.
 
@@ -137,6 +142,12 @@ class GpuMlaAttention:
     def norm_before(self) -> NormBefore | None:
         """See `GpuNorm.before`."""
         return self.norm.before(self.first.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order, up to what is large."""
+        second = [] if self.q_a_norm is None or self.q_b is None else [self.q_a_norm.weight, self.q_b.weight.data]
+        return [self.norm.weight, *self.first.data, self.kv_a_norm.weight, *second, self.k_b, self.v_b]
 
     def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.

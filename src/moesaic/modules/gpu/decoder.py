@@ -18,6 +18,7 @@ from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.read_ahead import ReadAhead, cache_share
 from moesaic.kernels.triton.rotary import RotaryTable
 from moesaic.modules.ends import DecoderEnds
 from moesaic.modules.gpu.attention import GpuAttention, gpu_attention
@@ -104,12 +105,28 @@ class GpuDecoder:
         self.tail: CpuTail | None = None
         if num_layers is not None and num_layers < len(decoder.layers):
             self.tail = CpuTail(model, num_layers)
+            self._after = [*self._norms(), None]
             return
         self.norm = GpuNorm.of(Norm(decoder.norm.weight, decoder.norm.eps), device)
         head = model.get_output_embeddings()
         self.head = GpuLinear.of(Linear(head.packed, head.bias), device)
         if head.packed is not self.embedding.packed:
             head.packed = None
+        self._after = [*self._norms(), self._norm_of_head()]
+
+    def _norm_of_head(self) -> NormBefore | None:
+        norm = self.norm.before(self.head.form)
+        ahead = ReadAhead([self.norm.weight, self.head.weight.data], cache_share(self.device))
+        return None if norm is None else norm._replace(ahead=ahead)
+
+    def _norms(self) -> list[NormBefore | None]:
+        """In front of each layer but the first, with weights that are worth reading while the layer before waits."""
+        norms = []
+        for layer in self.layers[1:]:
+            norm = layer.attention.norm_before
+            ahead = ReadAhead([*layer.attention.weights, *layer.feed_forward.weights], cache_share(self.device))
+            norms.append(None if norm is None else norm._replace(ahead=ahead))
+        return norms
 
     def _take(self, parts: LayerParts, dtype: torch.dtype) -> GpuLayer:
         attention = gpu_attention(parts.attention, self.config, self.device, dtype)
@@ -133,9 +150,9 @@ class GpuDecoder:
             if each.feed_forward.routed is experts:
                 each.feed_forward.routed = None
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
-        return self.ends.embed(token_ids)
+    def embed(self, token_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, in `out` if it is given."""
+        return self.ends.embed(token_ids, out)
 
     def run(self, hidden: torch.Tensor, step: GpuStep, first: int = 0, count: int | None = None) -> Lanes | None:
         """All layers, or `count` from `first` on, on float32 `[tokens, hidden_size]`, contiguous, in place.
@@ -147,15 +164,9 @@ class GpuDecoder:
         last = len(self.layers) if count is None else first + count
         for index in range(first, last):
             follows = index + 1 < last or last == len(self.layers)
-            then = self._norm_after(index) if follows and 0 < len(hidden) <= MAX_DECODE_TOKENS else None
+            then = self._after[index] if follows and 0 < len(hidden) <= MAX_DECODE_TOKENS else None
             normed = self.layers[index](hidden, step, normed, then)
         return normed
-
-    def _norm_after(self, layer: int) -> NormBefore | None:
-        """That of the next layer, or of the head."""
-        if layer + 1 < len(self.layers):
-            return self.layers[layer + 1].attention.norm_before
-        return self.norm.before(self.head.form) if self.tail is None else None
 
     def logits(
         self, hidden: torch.Tensor, normed: Lanes | None = None, out: torch.Tensor | None = None

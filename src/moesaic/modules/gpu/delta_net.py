@@ -41,6 +41,11 @@ class GpuDeltaNet:
         """See `GpuNorm.before`."""
         return self.norm.before(self.projections.form)
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order."""
+        return [self.norm.weight, *self.projections.data, self.output.weight.data]
+
     def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
         """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous.
 

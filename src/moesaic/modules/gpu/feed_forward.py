@@ -74,6 +74,11 @@ class GpuFeedForward:
                 self.shared_gate = GpuLinear.of(source.shared_gate, device)
         self.dense = None if dense is None else ResidentExperts.of(dense, device)
 
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read before routed experts are chosen, in order."""
+        return [self.norm.weight] if self.router is None else [self.norm.weight, self.router.weight]
+
     def __call__(
         self,
         x: torch.Tensor,

@@ -90,6 +90,11 @@ class GpuLinears:
         return cls(parts, rows)
 
     @property
+    def data(self) -> list[torch.Tensor]:
+        """The packed bytes of all."""
+        return [part.weight.data for part in self.parts]
+
+    @property
     def form(self) -> DeviceFormat | None:
         """How kernels read all of them, if they read activations in one order; None if not."""
         forms = [part.form for part in self.parts]

@@ -41,6 +41,12 @@ class Lanes:
     cols: int
     order: tuple[int, ...]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of 8 items, which a token's row has."""
+        planes, steps, width, _, num_sums = self.order
+        return int(self.values.shape[1]) // ((planes * steps * width + num_sums) * _LANE_ITEMS)
+
     @classmethod
     def empty(cls, num_tokens: int, cols: int, form: DeviceFormat, device: torch.device) -> Lanes:
         """To be written by a kernel, what pads a row included."""
@@ -58,19 +64,39 @@ def column(n, e, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
+def store_block(lanes, token, block, num_blocks, values, F: tl.constexpr) -> None:
+    """Write activations [item, 8] of a block of a token, and their sums."""
     size: tl.constexpr = F.item
     sums: tl.constexpr = F.num_sums
-    block, token = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, 8)[None, :]
     e = tl.arange(0, size)[:, None]
-    k = column(block * 8 + lane, e, F)
-    values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=k < cols, other=0.0)
-    at = out + (token * num_blocks + block) * ((size + sums) * 8)
+    at = lanes + (token * num_blocks + block) * ((size + sums) * 8)
     tl.store(at + e // 4 * 32 + lane * 4 + e % 4, values)
     if sums > 0:
         groups = tl.sum(tl.reshape(values, (sums, size // sums, 8)), axis=1)
         tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8 + lane, groups)
+
+
+@triton.jit
+def store_blocks(lanes, token, num_blocks, values, F: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+    """Write activations [BLOCKS, item, 8] of a token, and their sums; blocks from `num_blocks` on are not there."""
+    size: tl.constexpr = F.item
+    sums: tl.constexpr = F.num_sums
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    lane, e = tl.arange(0, 8)[None, None, :], tl.arange(0, size)[None, :, None]
+    at = lanes + (token * num_blocks + block) * ((size + sums) * 8)
+    tl.store(at + e // 4 * 32 + lane * 4 + e % 4, values, mask=block < num_blocks)
+    if sums > 0:
+        groups = tl.sum(tl.reshape(values, (BLOCKS, sums, size // sums, 8)), axis=2)
+        tl.store(at + (size + tl.arange(0, sums)[None, :, None]) * 8 + lane, groups, mask=block < num_blocks)
+
+
+@triton.jit
+def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
+    block, token = tl.program_id(0), tl.program_id(1)
+    k = column(block * 8 + tl.arange(0, 8)[None, :], tl.arange(0, F.item)[:, None], F)
+    values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=k < cols, other=0.0)
+    store_block(out, token, block, num_blocks, values, F)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -107,7 +133,7 @@ def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:
     num_tokens, cols = x.shape
     form = form.lanes
     lanes = Lanes.empty(num_tokens, cols, form, x.device)
-    num_blocks = lanes.values.shape[1] // ((form.item + form.num_sums) * _LANE_ITEMS)
+    num_blocks = lanes.num_blocks
     _lanes_kernel[(num_blocks, num_tokens)](x, lanes.values, cols, num_blocks, x.stride(0), form)
     return lanes
 

@@ -12,9 +12,10 @@ import torch
 
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
+from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.elementwise import gate_heads_
-from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
 from moesaic.modules.delta_net import DeltaNetParts
@@ -54,10 +55,23 @@ class GpuGqaAttention:
         kv_heads = key_rows // self.head_dim
         self.cache_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(normed))
+    @property
+    def norm_before(self) -> NormBefore | None:
+        """See `GpuNorm.before`."""
+        return self.norm.before(self.qkv.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order."""
+        return [self.norm.weight, *self.qkv.data, self.o.weight.data]
+
+    def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.
+
+        `normed` is x after the norm, if somebody has made it as `norm_before` says.
+        """
+        rows = self.norm(x, self.qkv.form) if normed is None else normed
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(rows))
         gate = None
         if self.output_gate:  # every head has a query and then its gate
             q, gate = q[:, ::2], q[:, 1::2]
@@ -124,13 +138,26 @@ class GpuMlaAttention:
         self.k_b, self.v_b = _halves(source, device, dtype)
         self.cache_shape = KvShape.latent(self.latent_dim, self.rope_dim)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
+    @property
+    def norm_before(self) -> NormBefore | None:
+        """See `GpuNorm.before`."""
+        return self.norm.before(self.first.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order, up to what is large."""
+        second = [] if self.q_a_norm is None or self.q_b is None else [self.q_a_norm.weight, self.q_b.weight.data]
+        return [self.norm.weight, *self.first.data, self.kv_a_norm.weight, *second, self.k_b, self.v_b]
+
+    def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.
+
+        `normed` is x after the norm, if somebody has made it as `norm_before` says.
+        """
         tokens, pool, where = len(x), step.pool(self.layer_idx), step.input
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        query, compressed = self.first(normed)
+        query, compressed = self.first(self.norm(x, self.first.form) if normed is None else normed)
         if self.q_b is not None and self.q_a_norm is not None:
-            query = self.q_b(rms_norm(query, self.q_a_norm.weight, self.q_a_norm.eps))
+            query = self.q_b(self.q_a_norm(query, self.q_b.form))
         heads = query.unflatten(1, (self.num_heads, -1))
         q_rope = latent_rotate_append(
             compressed,

@@ -10,9 +10,11 @@ import torch
 from moesaic.kernels import PackedTensor
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
-from moesaic.kernels.triton.linear import linear
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, linear
+from moesaic.kernels.triton.norm import norm_lanes, rms_norm
 
 __all__ = ["GpuLinear", "GpuLinears", "GpuNorm", "dense_heads"]
 
@@ -54,6 +56,16 @@ class GpuNorm:
         """A copy."""
         return cls(source.weight.detach().to(device), source.eps)
 
+    def __call__(self, x: torch.Tensor, form: DeviceFormat | None) -> torch.Tensor | Lanes:
+        """Float32 `[tokens, width]`, normalised for products with matrices of `form` (see `GpuLinears.form`)."""
+        if form is None or not 0 < len(x) <= MAX_DECODE_TOKENS:
+            return rms_norm(x, self.weight, self.eps)
+        return norm_lanes(x, self.weight, self.eps, form)
+
+    def before(self, form: DeviceFormat | None) -> NormBefore | None:
+        """For whoever ends the layer before; None if it cannot, as matrices read activations in different orders."""
+        return None if form is None else NormBefore(self.weight, self.eps, form)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GpuLinears:
@@ -76,6 +88,11 @@ class GpuLinears:
         if len(formats) == 1 and not any(count % PANEL_ROWS for count in rows):
             parts = (_joined(parts),)
         return cls(parts, rows)
+
+    @property
+    def data(self) -> list[torch.Tensor]:
+        """The packed bytes of all."""
+        return [part.weight.data for part in self.parts]
 
     @property
     def form(self) -> DeviceFormat | None:

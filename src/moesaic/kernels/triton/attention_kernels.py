@@ -2,7 +2,7 @@
 
 A program serves a tile of rows, a row being a query token and a head, of one sequence and the keys' head that these
 heads share; it walks its share of the keys with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). With
-several shares each leaves its result and the logarithm of its weight, which `merge_kernel` adds up (flash decoding).
+several shares each leaves its result and the logarithm of its weight, which `merge_kernels` add up (flash decoding).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from moesaic.kernels.triton._dot import dot
 
-__all__ = ["attend_kernel", "merge_kernel"]
+__all__ = ["attend_kernel"]
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -24,7 +24,7 @@ def _blocks(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(table + index // BLOCK_SIZE, mask=index < end, other=0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["table_row", "lse_split", "num_splits"])
+@triton.jit(do_not_specialize=["table_row", "lse_split", "num_splits", "all_splits", "above", "up_to"])
 def attend_kernel(
     q,
     q_rope,
@@ -55,6 +55,9 @@ def attend_kernel(
     out_head,
     lse_split,
     num_splits,
+    all_splits,
+    above,
+    up_to,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -72,16 +75,20 @@ def attend_kernel(
     SINKS: tl.constexpr,
     LATENT: tl.constexpr,
 ):
-    """See `attention.paged_attention`. With ROPE_DIM keys have a second part; LATENT: the first is the value."""
+    """See `attention.paged_attention`. With ROPE_DIM keys have a second part; LATENT: the first is the value.
+
+    IS_SPLIT: sequences of `above` keys and fewer or more than `up_to` are those of another launch. Where `lse` has room
+    for more shares, these have seen nothing.
+    """
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
     seq = tl.program_id(1) // KV_HEADS
     kv_head = tl.program_id(1) % KV_HEADS
     split = tl.program_id(2)
     first_token = tl.load(query_start + seq)
     num_new = tl.load(query_start + seq + 1) - first_token
+    num_past = tl.load(seq_lens + seq) - num_new  # negative in padding: then nothing is seen
     if row_block * BLOCK_M >= num_new * GROUP:
         return
-    num_past = tl.load(seq_lens + seq) - num_new  # negative in padding: then nothing is seen
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     alive = row < num_new * GROUP
     position = num_past + row // GROUP
@@ -94,9 +101,18 @@ def attend_kernel(
     if WINDOWED:
         begin = tl.maximum(num_past + row_block * BLOCK_M // GROUP + 1 - window, 0) // BLOCK_N * BLOCK_N
     if IS_SPLIT:
+        length = num_past + num_new
+        if (length <= above) | (length > up_to):
+            return
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
         begin = begin + split * share
         end = tl.minimum(end, begin + share)
+        own_log = lse + token * (KV_HEADS * GROUP) + head
+        for other in range(split + num_splits, all_splits, num_splits):
+            tl.store(own_log + tl.cast(other, tl.int64) * lse_split, float("-inf"), mask=alive)
+        if begin >= end:
+            tl.store(own_log + split.to(tl.int64) * lse_split, float("-inf"), mask=alive)
+            return
 
     key_dims = tl.arange(0, KEY_PAD)
     value_dims = tl.arange(0, VALUE_PAD)
@@ -169,8 +185,8 @@ def attend_kernel(
     seen = total > 0.0
     written = alive
     if IS_SPLIT:
-        own_lse = tl.where(seen, highest + tl.log2(total), float("-inf"))
-        tl.store(lse + split.to(tl.int64) * lse_split + token * (KV_HEADS * GROUP) + head, own_lse, mask=alive)
+        log = tl.where(seen, highest + tl.log2(total), float("-inf"))
+        tl.store(own_log + split.to(tl.int64) * lse_split, log, mask=alive)
         written = alive & seen  # what has no weight is not read
     result = sums * tl.where(seen, 1.0 / total, 0.0)[:, None]
     tl.store(
@@ -182,48 +198,3 @@ def attend_kernel(
         result,
         mask=written[:, None] & (value_dims < VALUE_DIM)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def merge_kernel(
-    parts,
-    lse,
-    sinks,
-    out,
-    out_token,
-    out_head,
-    num_rows,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Columns of a row, a token and a head, of `parts` [splits, tokens, heads, value_dim] and `lse` [.., heads]."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = token * NUM_HEADS + head
-    splits = tl.arange(0, SPLITS_PAD)
-    logs = tl.load(lse + splits.to(tl.int64) * num_rows + row, mask=splits < num_splits, other=float("-inf"))
-    base = tl.max(logs, 0)
-    if SINKS:
-        sink = tl.load(sinks + head) * _LOG2_E
-        base = tl.maximum(base, sink)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(tl.exp2(logs - base), 0)
-    if SINKS:
-        total += tl.exp2(sink - base)
-    dims = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    sums = tl.zeros([VALUE_BLOCK], tl.float32)
-    for first in tl.static_range(0, SPLITS_PAD, CHUNK):  # unrolled, so that all loads are under way at once
-        split = first + tl.arange(0, CHUNK)
-        log = tl.load(lse + split.to(tl.int64) * num_rows + row, mask=split < num_splits, other=float("-inf"))
-        part = tl.load(
-            parts + (split.to(tl.int64) * num_rows + row)[:, None] * VALUE_DIM + dims[None, :],
-            mask=(log > float("-inf"))[:, None] & (dims < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        sums += tl.sum(part * tl.exp2(log - base)[:, None], 0)
-    result = sums * tl.where(total > 0.0, 1.0 / total, 0.0)
-    tl.store(out + token * out_token + head * out_head + dims, result, mask=dims < VALUE_DIM)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import triton
 
-__all__ = ["Tiles", "choose_tiles", "padded"]
+__all__ = ["MAX_SPLITS", "Tiles", "choose_short_tiles", "choose_tiles", "padded"]
 
-_MAX_SPLITS = 64
+MAX_SPLITS = 64
 _LARGE_SHARED = 160 * 1024  # bytes; data centre cards have that, others about 99 KiB
 
 
@@ -78,7 +78,34 @@ def choose_tiles(
     used = (stages - in_registers) * tile_keys * key_bytes + query_bytes
     programs = triton.cdiv(rows, tile_rows) * columns
     wanted = max(1, min(2, shared // used) * processors // programs)
-    return Tiles(tile_rows, tile_keys, warps, stages, min(_MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), wanted))
+    return Tiles(tile_rows, tile_keys, warps, stages, min(MAX_SPLITS, triton.cdiv(longest, 2 * tile_keys), wanted))
+
+
+_SHORT_ROWS, _SHORT_KEYS, _SHORT_TILES = 16, 32, 8
+
+
+def choose_short_tiles(
+    rows: int, columns: int, longest: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tiles, int] | None:
+    """How to cut up latent attention of the sequences of a call that are short, and how long these are at most.
+
+    Small tiles are on their way sooner and keep more of the card busy, but read each key more often: measured on an
+    H200, a program's first 32 keys for 16 rows take 5 us and the next 2, the first 64 for 64 rows 14 and the next 7.
+    None where tiles are small anyway.
+
+    Args:
+        rows: see `choose_tiles`, like the others.
+        columns: sequences.
+        longest: positions that a sequence can have.
+        dtype: of the cache.
+        device: where it runs.
+    """
+    processors, shared = _device_limits(device)
+    if dtype == torch.float32 or shared < _LARGE_SHARED or rows <= _SHORT_ROWS:
+        return None
+    programs = triton.cdiv(rows, _SHORT_ROWS) * columns
+    splits = max(1, min(MAX_SPLITS, 2 * processors // programs, triton.cdiv(longest, _SHORT_KEYS)))
+    return Tiles(_SHORT_ROWS, _SHORT_KEYS, 4, 2, splits), _SHORT_TILES * _SHORT_KEYS * splits
 
 
 @lru_cache

@@ -7,8 +7,15 @@ import torch
 from tests.kernels.triton.paged_oracle import DEVICE, Case, attended, error_of, latent_attended
 
 from moesaic.errors import KernelError
-from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles
+from moesaic.kernels.triton import attention_launch, attention_tiles
+from moesaic.kernels.triton.attention import (
+    attention_parts,
+    latent_attention_parts,
+    paged_attention,
+    paged_latent_attention,
+)
+from moesaic.kernels.triton.attention_tiles import Tiles, choose_short_tiles, choose_tiles
+from moesaic.kernels.triton.merge import merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -122,6 +129,51 @@ def test_latent_attention_in_prefill():
     cache = case.pool(None, 56)
     actual = paged_latent_attention(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=13)
     assert error_of(actual, latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
+
+
+@pytest.mark.parametrize("tiles", [None, Tiles(16, 16, 4, 1, 5)])
+def test_parts_of_grouped_queries_add_up(tiles):
+    case = Case([(90, 1), (9, 3), (0, 1), (1, 1)], 16)
+    q, keys, values, sinks = case.random(6, 4, 32), case.pool(2, 32), case.pool(2, 32), case.random(4) * 3
+    options = {"scale": 0.2, "max_query_len": 3, "sliding_window": 40}
+    parts = attention_parts(q, keys, values, *case.step, **options, tiles=tiles)
+    expected = attended(case, q, keys, values, 0.2, sliding_window=40, sinks=sinks)
+    assert error_of(merge(parts, sinks), expected) < 2e-6
+
+
+@pytest.mark.parametrize("most", [0, 32, 33, 100, 101])
+@pytest.mark.parametrize("splits", [(2, 5), (7, 3), (1, 1)])
+def test_short_and_long_sequences_in_launches_of_their_own(splits, most, monkeypatch):
+    case = Case([(101, 1), (33, 2), (0, 1), (1, 1), (32, 1)], 16)
+    q_latent, q_rope, cache = case.random(6, 9, 64), case.random(6, 9, 16), case.pool(None, 80)
+    short, long = Tiles(16, 16, 4, 1, splits[0]), Tiles(32, 16, 4, 1, splits[1])
+    monkeypatch.setattr(attention_launch, "choose_short_tiles", lambda *sizes: (short, most))
+    monkeypatch.setattr(attention_launch, "choose_tiles", lambda *sizes: long)
+    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=2)
+    assert len(parts.logs) == max(splits)  # the table has room for 112 positions
+    assert error_of(merge(parts), latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
+
+
+def test_a_launch_for_short_sequences_is_the_only_one_if_there_can_be_no_others(monkeypatch):
+    case = Case([(20, 1)], 16)
+    q_latent, q_rope, cache = case.random(1, 3, 64), case.random(1, 3, 16), case.pool(None, 80)
+    monkeypatch.setattr(attention_launch, "choose_short_tiles", lambda *sizes: (Tiles(16, 16, 4, 1, 2), 48))
+    monkeypatch.setattr(attention_launch, "choose_tiles", None)
+    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=1)
+    assert error_of(merge(parts), latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
+
+
+def test_tiles_of_short_sequences(monkeypatch):
+    device = torch.device("cpu")
+    assert choose_short_tiles(128, 1, 4096, torch.bfloat16, device) is None  # all tiles of such a card are small
+    monkeypatch.setattr(attention_tiles, "_device_limits", lambda device: (132, 227 << 10))
+    tiles, most = choose_short_tiles(128, 1, 65536, torch.bfloat16, device)
+    assert (tiles.rows, tiles.splits) == (16, 33) and most == 33 * 8 * tiles.keys
+    tiles, most = choose_short_tiles(128, 8, 65536, torch.bfloat16, device)
+    assert tiles.splits == 4 and most == 4 * 8 * tiles.keys
+    assert choose_short_tiles(128, 1, 64, torch.bfloat16, device)[0].splits == 2
+    assert choose_short_tiles(128, 1, 4096, torch.float32, device) is None
+    assert choose_short_tiles(16, 1, 4096, torch.bfloat16, device) is None
 
 
 def test_keys_in_two_parts_with_values_of_their_own():

@@ -74,7 +74,7 @@ def test_values(tokens, heads, latent, value, dtype):
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 32, 128), (3, 16, 256)])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(3, 32, 128)])
 def test_values_in_the_order_of_the_next_product(name, tokens, heads, dim):
     form = form_of(name, heads * dim)
     x, weight = random(tokens, heads, 16), random(heads, 16, dim, dtype=torch.bfloat16)
@@ -119,7 +119,7 @@ def test_shares_are_added_up_into_memory_of_the_caller():
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(1, 32, 128), (3, 16, 256)])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(2, 16, 256)])
 def test_shares_are_added_up_in_the_order_of_the_next_product(name, tokens, heads, dim):
     form, parts = form_of(name, heads * dim), parts_of(4, tokens, heads, dim, [4] * tokens)
     assert same_lanes(merge(parts, form=form), merge(parts).flatten(1), form)

@@ -7,14 +7,14 @@ import torch
 from tests.kernels.triton.paged_oracle import DEVICE, Case, attended, error_of, latent_attended
 
 from moesaic.errors import KernelError
-from moesaic.kernels.triton import attention_launch, attention_tiles
+from moesaic.kernels.triton import attention_tiles
 from moesaic.kernels.triton.attention import (
     attention_parts,
     latent_attention_parts,
     paged_attention,
     paged_latent_attention,
 )
-from moesaic.kernels.triton.attention_tiles import Tiles, choose_short_tiles, choose_tiles
+from moesaic.kernels.triton.attention_tiles import LatentTiles, Tiles, choose_latent_tiles, choose_tiles
 from moesaic.kernels.triton.merge import merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -141,39 +141,31 @@ def test_parts_of_grouped_queries_add_up(tiles):
     assert error_of(merge(parts, sinks), expected) < 2e-6
 
 
-@pytest.mark.parametrize("most", [0, 32, 33, 100, 101])
-@pytest.mark.parametrize("splits", [(2, 5), (7, 3), (1, 1)])
-def test_short_and_long_sequences_in_launches_of_their_own(splits, most, monkeypatch):
-    case = Case([(101, 1), (33, 2), (0, 1), (1, 1), (32, 1)], 16)
-    q_latent, q_rope, cache = case.random(6, 9, 64), case.random(6, 9, 16), case.pool(None, 80)
-    short, long = Tiles(16, 16, 4, 1, splits[0]), Tiles(32, 16, 4, 1, splits[1])
-    monkeypatch.setattr(attention_launch, "choose_short_tiles", lambda *sizes: (short, most))
-    monkeypatch.setattr(attention_launch, "choose_tiles", lambda *sizes: long)
-    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=2)
-    assert len(parts.logs) == max(splits)  # the table has room for 112 positions
+@pytest.mark.parametrize("few", [0, 32, 33, 100, 101])
+@pytest.mark.parametrize(("heads", "splits", "latent", "rope"), [(9, 8, 64, 16), (40, 4, 48, 24)])
+def test_latent_attention_of_short_and_long_sequences_in_a_launch(heads, splits, latent, rope, few):
+    case = Case([(101, 1), (33, 2), (0, 1), (1, 1), (32, 1)], 32)
+    q_latent, q_rope, cache = case.random(6, heads, latent), case.random(6, heads, rope), case.pool(None, latent + rope)
+    tiles = LatentTiles(64, 16, 4, 2, splits, 16, few)
+    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=2, tiles=tiles)
     assert error_of(merge(parts), latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
+    if few == 100:  # the others have a share each at least, and no more than there are programs for few rows
+        assert bool((parts.logs[splits // 4 :, 1:] == -torch.inf).all()) and bool(parts.logs[:, 0].isfinite().any())
 
 
-def test_a_launch_for_short_sequences_is_the_only_one_if_there_can_be_no_others(monkeypatch):
-    case = Case([(20, 1)], 16)
-    q_latent, q_rope, cache = case.random(1, 3, 64), case.random(1, 3, 16), case.pool(None, 80)
-    monkeypatch.setattr(attention_launch, "choose_short_tiles", lambda *sizes: (Tiles(16, 16, 4, 1, 2), 48))
-    monkeypatch.setattr(attention_launch, "choose_tiles", None)
-    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=1)
-    assert error_of(merge(parts), latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
-
-
-def test_tiles_of_short_sequences(monkeypatch):
-    device = torch.device("cpu")
-    assert choose_short_tiles(128, 1, 4096, torch.bfloat16, device) is None  # all tiles of such a card are small
+def test_tiles_of_latent_attention_of_few_tokens(monkeypatch):
+    device, dims = torch.device("cpu"), (512, 64)
+    assert choose_latent_tiles(128, 128, 1, 4096, dims, torch.bfloat16, device) is None  # not on such a card
     monkeypatch.setattr(attention_tiles, "_device_limits", lambda device: (132, 227 << 10))
-    tiles, most = choose_short_tiles(128, 1, 65536, torch.bfloat16, device)
-    assert (tiles.rows, tiles.splits) == (16, 33) and most == 33 * 8 * tiles.keys
-    tiles, most = choose_short_tiles(128, 8, 65536, torch.bfloat16, device)
-    assert tiles.splits == 4 and most == 4 * 8 * tiles.keys
-    assert choose_short_tiles(128, 1, 64, torch.bfloat16, device)[0].splits == 2
-    assert choose_short_tiles(128, 1, 4096, torch.float32, device) is None
-    assert choose_short_tiles(16, 1, 4096, torch.bfloat16, device) is None
+    tiles = choose_latent_tiles(128, 128, 1, 65536, dims, torch.bfloat16, device)
+    assert (tiles.splits, tiles.few) == (64, 16 * 6 * 64)
+    tiles = choose_latent_tiles(128, 128, 3, 65536, dims, torch.bfloat16, device)
+    assert (tiles.splits, tiles.few) == (20, 5 * 6 * 64)
+    assert choose_latent_tiles(128, 8 * 128, 8, 65536, dims, torch.bfloat16, device).splits == 4
+    assert choose_latent_tiles(128, 128, 1, 100, dims, torch.bfloat16, device).splits == 8
+    assert choose_latent_tiles(128, 128, 1, 65536, dims, torch.float32, device) is None
+    assert choose_latent_tiles(16, 16, 1, 65536, dims, torch.bfloat16, device) is None
+    assert choose_latent_tiles(128, 128, 1, 65536, (1024, 64), torch.bfloat16, device) is None
 
 
 def test_keys_in_two_parts_with_values_of_their_own():
@@ -191,9 +183,9 @@ def test_keys_in_two_parts_with_values_of_their_own():
 def test_the_tiles_chosen_fit_and_fill():
     device = torch.device("cpu")
     decode = choose_tiles(8, 4, 4096, (128, 0, 128), torch.bfloat16, device)
-    assert decode.rows == 16 and decode.splits == 1  # a program for each of 4 processors
-    assert choose_tiles(8, 1, 4096, (128, 0, 128), torch.bfloat16, device).splits == 4
-    assert choose_tiles(8, 1, 100, (128, 0, 128), torch.bfloat16, device).splits == 1
+    assert decode.rows == 16 and decode.splits == 2  # two programs for each of 4 processors
+    assert choose_tiles(8, 1, 4096, (128, 0, 128), torch.bfloat16, device).splits == 8
+    assert choose_tiles(8, 1, 60, (128, 0, 128), torch.bfloat16, device).splits == 1
     assert choose_tiles(8, 64, 4096, (128, 0, 128), torch.bfloat16, device).splits == 1
     latent = choose_tiles(128, 1, 4096, (512, 64, 512), torch.bfloat16, device, True)
     assert (16 + (latent.stages - 1) * latent.keys) * 576 * 2 <= 99 * 1024

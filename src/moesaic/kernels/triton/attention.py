@@ -150,9 +150,9 @@ def latent_attention_parts(
     max_query_len: int,
     tiles: Tiles | None = None,
 ) -> Parts:
-    """What shares of the keys leave of `paged_latent_attention`, whose arguments these are.
+    """What shares of the keys leave of `paged_latent_attention`, whose arguments these are, of few tokens.
 
-    Long and short sequences are the work of a launch each, whose tiles suit them.
+    Whether a sequence is short decides on the device how its rows and keys are cut, so one graph serves all lengths.
 
     Raises:
         KernelError: a tensor has another shape, type or layout than said there.

@@ -24,7 +24,7 @@ def _blocks(table, start, end, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     return tl.load(table + index // BLOCK_SIZE, mask=index < end, other=0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["table_row", "lse_split", "num_splits", "all_splits", "above", "up_to"])
+@triton.jit(do_not_specialize=["table_row", "lse_split", "num_splits"])
 def attend_kernel(
     q,
     q_rope,
@@ -55,9 +55,6 @@ def attend_kernel(
     out_head,
     lse_split,
     num_splits,
-    all_splits,
-    above,
-    up_to,
     GROUP: tl.constexpr,
     KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
@@ -75,11 +72,7 @@ def attend_kernel(
     SINKS: tl.constexpr,
     LATENT: tl.constexpr,
 ):
-    """See `attention.paged_attention`. With ROPE_DIM keys have a second part; LATENT: the first is the value.
-
-    IS_SPLIT: sequences of `above` keys and fewer or more than `up_to` are those of another launch. Where `lse` has room
-    for more shares, these have seen nothing.
-    """
+    """See `attention.paged_attention`. With ROPE_DIM keys have a second part; LATENT: the first is the value."""
     row_block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first
     seq = tl.program_id(1) // KV_HEADS
     kv_head = tl.program_id(1) % KV_HEADS
@@ -101,17 +94,12 @@ def attend_kernel(
     if WINDOWED:
         begin = tl.maximum(num_past + row_block * BLOCK_M // GROUP + 1 - window, 0) // BLOCK_N * BLOCK_N
     if IS_SPLIT:
-        length = num_past + num_new
-        if (length <= above) | (length > up_to):
-            return
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
         begin = begin + split * share
         end = tl.minimum(end, begin + share)
-        own_log = lse + token * (KV_HEADS * GROUP) + head
-        for other in range(split + num_splits, all_splits, num_splits):
-            tl.store(own_log + tl.cast(other, tl.int64) * lse_split, float("-inf"), mask=alive)
+        own_log = lse + split.to(tl.int64) * lse_split + token * (KV_HEADS * GROUP) + head
         if begin >= end:
-            tl.store(own_log + split.to(tl.int64) * lse_split, float("-inf"), mask=alive)
+            tl.store(own_log, float("-inf"), mask=alive)
             return
 
     key_dims = tl.arange(0, KEY_PAD)
@@ -186,7 +174,7 @@ def attend_kernel(
     written = alive
     if IS_SPLIT:
         log = tl.where(seen, highest + tl.log2(total), float("-inf"))
-        tl.store(own_log + split.to(tl.int64) * lse_split, log, mask=alive)
+        tl.store(own_log, log, mask=alive)
         written = alive & seen  # what has no weight is not read
     result = sums * tl.where(seen, 1.0 / total, 0.0)[:, None]
     tl.store(

@@ -1,4 +1,4 @@
-"""Attention over a paged cache as launches: one for all shares of the keys, or one for each kind of tile."""
+"""Attention over a paged cache as launches: which kernel, and how its work is cut up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import triton
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.triton.attention_kernels import attend_kernel
-from moesaic.kernels.triton.attention_tiles import Tiles, choose_short_tiles, choose_tiles, padded
+from moesaic.kernels.triton.attention_tiles import LatentTiles, Tiles, choose_latent_tiles, choose_tiles, padded
+from moesaic.kernels.triton.latent_attend_kernels import latent_attend_kernel
 from moesaic.kernels.triton.merge import Parts, merge
 
 __all__ = ["AttentionCall"]
-
-_ANY_LENGTH = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,32 +76,23 @@ class AttentionCall:
         if tiles.splits == 1:
             self._launch(tiles, out.unsqueeze(0), out, is_split=False)
         else:
-            merge(self.parts((tiles,)), self.sinks, out=out)
+            merge(self.attend_parts(tiles), self.sinks, out=out)
         return out
 
     def attend_parts(self, tiles: Tiles | None) -> Parts:
         """What shares of the keys leave, sinks not among them."""
-        if tiles is not None or self.is_empty:
-            return self.parts(() if tiles is None else (tiles,))
-        short = None
-        if self.latent and self.sliding_window is None:
-            rows, longest = self._sizes()
-            short = choose_short_tiles(rows, len(self.step[1]), longest, self.pool[0].dtype, self.pool[0].device)
-        if short is None:
-            return self.parts((self._tiles(),))
-        few, most = short
-        return self.parts((few,) if longest <= most else (few, self._tiles()), most)
-
-    def parts(self, tiles: tuple[Tiles, ...], most: int = 0) -> Parts:
-        """The same, with the tiles of all sequences; or those of sequences of up to `most` keys, and of the others."""
-        q, value_dim = self.queries[0], self.dims[2]
-        splits = max((each.splits for each in tiles), default=1)
-        parts = Parts.empty(splits, q.shape[0], q.shape[1], value_dim, q.device)
-        if len(tiles) == 1:
-            self._launch(tiles[0], parts.sums, parts.logs, is_split=True)
-        elif tiles:
-            self._launch(tiles[0], parts.sums, parts.logs, is_split=True, up_to=most)
-            self._launch(tiles[1], parts.sums, parts.logs, is_split=True, above=most)
+        if tiles is None and self.latent:
+            tiles = self._latent_tiles()
+        if tiles is None:
+            tiles = self._tiles()
+        q = self.queries[0]
+        parts = Parts.empty(tiles.splits, q.shape[0], q.shape[1], self.dims[2], q.device)
+        if self.is_empty:
+            return parts
+        if isinstance(tiles, LatentTiles):
+            self._launch_latent(tiles, parts)
+        else:
+            self._launch(tiles, parts.sums, parts.logs, is_split=True)
         return parts
 
     def _sizes(self) -> tuple[int, int]:
@@ -119,6 +109,47 @@ class AttentionCall:
         keys, columns = self.pool[0], len(self.step[1]) * self.kv_heads
         return choose_tiles(rows, columns, longest, sizes, keys.dtype, keys.device, self.latent)
 
+    def _latent_tiles(self) -> LatentTiles | None:
+        """Where the kernel for few tokens has no restriction that matters: whole rows, whole tiles in a block."""
+        is_plain = self.sliding_window is None and not self.softcap and all(q.is_contiguous() for q in self.queries)
+        if not is_plain:
+            return None
+        rows, longest = self._sizes()
+        dims, cache = (padded(self.dims[0]), padded(self.dims[1])), self.pool[0]
+        heads, columns = self.queries[0].shape[1], len(self.step[1])
+        tiles = choose_latent_tiles(heads, rows, columns, longest, dims, cache.dtype, cache.device)
+        return None if tiles is None or self.block_size % tiles.keys else tiles
+
+    def _launch_latent(self, tiles: LatentTiles, parts: Parts) -> None:
+        (latent_dim, rope_dim, _), cache = self.dims, self.pool[0]
+        num_tokens, heads = self.queries[0].shape[:2]
+        rows = triton.cdiv(self.max_query_len * heads, tiles.rows)
+        latent_attend_kernel[(rows, len(self.step[1]), tiles.splits)](
+            *self.queries,
+            cache,
+            *self.step,
+            parts.sums,
+            parts.logs,
+            self.scale,
+            cache.stride(0),
+            self.step[0].stride(0),
+            num_tokens,
+            tiles.splits,
+            tiles.few,
+            HEADS=heads,
+            LATENT_DIM=latent_dim,
+            LATENT_PAD=padded(latent_dim),
+            ROPE_DIM=rope_dim,
+            ROPE_PAD=padded(rope_dim),
+            CACHE_SLOT=cache.stride(1),
+            BLOCK_SIZE=self.block_size,
+            BLOCK_M=tiles.rows,
+            FEW_M=tiles.few_rows,
+            BLOCK_N=tiles.keys,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+        )
+
     def _launch(
         self,
         tiles: Tiles,
@@ -126,8 +157,6 @@ class AttentionCall:
         logs: torch.Tensor,
         *,
         is_split: bool,
-        above: int = -1,
-        up_to: int = _ANY_LENGTH,
     ) -> None:
         q = self.queries[0]
         num_tokens, heads = q.shape[:2]
@@ -148,9 +177,6 @@ class AttentionCall:
             *target.stride()[:3],
             num_tokens * heads,
             tiles.splits,
-            len(target),
-            above,
-            up_to,
             GROUP=group,
             KV_HEADS=self.kv_heads,
             KEY_DIM=key_dim,
@@ -165,7 +191,7 @@ class AttentionCall:
             IS_SPLIT=is_split,
             WINDOWED=self.sliding_window is not None,
             SOFTCAP=bool(self.softcap),
-            SINKS=self.sinks is not None,
+            SINKS=self.sinks is not None and not is_split,
             LATENT=self.latent,
             num_warps=tiles.warps,
             num_stages=tiles.stages,

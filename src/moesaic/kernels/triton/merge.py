@@ -21,8 +21,7 @@ from moesaic.kernels.triton.merge_kernels import merge_kernel
 __all__ = ["Parts", "fits_lanes", "lanes_of_heads", "merge"]
 
 _MOST_LANES = 8  # tokens that products take as `lanes`
-_COLS = 128  # of a program, a warp: four of a thread
-_AT_ONCE = 16  # shares whose rows are on their way together
+_MANY_HEADS = 96  # of which 128 columns a warp are enough programs to be quick
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +105,7 @@ def merge(
         raise KernelError(f"{splits} shares of the keys: expected at most {MAX_SPLITS}.")
     target = out if lanes is None else lanes.values
     assert target is not None
-    cols = min(padded(dim), _COLS)
+    cols, at_once = _shape(heads, dim, form)
     if num_tokens > 0:
         merge_kernel[(num_tokens, heads, triton.cdiv(dim, cols))](
             parts.sums,
@@ -121,9 +120,16 @@ def merge(
             DIM=dim,
             COLS=cols,
             SPLITS_PAD=MAX_SPLITS,
-            CHUNK=_AT_ONCE,
+            CHUNK=at_once,
             F=form,
             SINKS=sinks is not None,
             num_warps=1,
         )
     return target if lanes is None else lanes
+
+
+def _shape(heads: int, dim: int, form: DeviceFormat | None) -> tuple[int, int]:
+    """Columns of a program, which is a warp, and shares whose rows it has on their way together: 64 floats a thread."""
+    together = 1 if form is None or form.num_sums == 0 else form.interleave * form.item
+    cols = 128 if heads * triton.cdiv(dim, 128) >= _MANY_HEADS else 64
+    return min(padded(dim), max(cols, together)), 16 if cols == 128 else 32

@@ -30,13 +30,11 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.upload_shares import UploadShares
 from moesaic.engine.gpu.uploads import MissUploads
-from moesaic.kernels.triton import attention_tiles
 from moesaic.kernels.triton.ahead import KernelsAhead
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.landing import LandingSlots
 
 device = torch.device("cpu")
-attention_tiles._device_limits = lambda device: (132, 227 << 10)  # as large as they come
 decoder = GpuDecoder(load_tiny(FAMILY), device, max_positions=512)
 experts = [each for each in decoder.routed if each is not None]
 slots = ExpertSlots(cache=ExpertCache(experts, 5, device))

@@ -36,15 +36,17 @@ def store_columns(
         place = lane_place(head * DIM + cols, F)
         tl.store(rows + place[None, :], values, mask=alive[:, None] & (cols < DIM)[None, :])
         if F.num_sums > 0:
-            whole: tl.constexpr = F.interleave * F.item
-            planes: tl.constexpr = F.planes // F.num_sums
-            count: tl.constexpr = COLS // whole * F.num_sums * F.interleave
-            shape: tl.constexpr = (TOKENS * (COLS // whole) * F.num_sums, planes, F.interleave, F.steps * F.width)
-            sums = tl.reshape(tl.sum(tl.sum(tl.reshape(values, shape), 3), 1), (TOKENS, count))
+            # A sum is of planes that follow each other, or of a part of the steps of one.
+            apart: tl.constexpr = min(F.num_sums, F.planes)
+            parts: tl.constexpr = F.num_sums // apart
+            rows_of: tl.constexpr = TOKENS * (COLS // (F.interleave * F.item)) * apart
+            shape: tl.constexpr = (rows_of, F.planes // apart, F.interleave, parts, F.steps * F.width // parts)
+            count: tl.constexpr = COLS // F.item * F.num_sums
+            sums = tl.reshape(tl.sum(tl.sum(tl.reshape(values, shape), 4), 1), (TOKENS, count))
             index = tl.arange(0, count)
             item = (head * DIM + first) // F.item + index // (F.num_sums * F.interleave) * F.interleave
-            item += index % F.interleave
-            group = index // F.interleave % F.num_sums
+            item += index // parts % F.interleave
+            group = index // (parts * F.interleave) % apart * parts + index % parts
             at = item // 8 * ((F.item + F.num_sums) * 8) + (F.item + group) * 8 + item % 8
             tl.store(rows + at[None, :], sums, mask=alive[:, None])
 

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from moesaic.kernels.triton.formats import DeviceFormat
 
-__all__ = ["Lanes", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
+__all__ = ["Lanes", "is_unpadded", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
 
 _LANE_ITEMS = 8
 _OPERAND_ITEMS = 16
@@ -126,6 +126,11 @@ def lanes_size(form: DeviceFormat, cols: int) -> int:
     form = form.lanes
     padded = -(-form.num_items(cols) // _LANE_ITEMS) * _LANE_ITEMS
     return padded * (form.item + form.num_sums)
+
+
+def is_unpadded(form: DeviceFormat, cols: int) -> bool:
+    """Whether a row of `lanes` has nothing behind the activations: who writes those has written all."""
+    return cols % form.item == 0 and form.num_items(cols) % _PADDED_ITEMS == 0
 
 
 def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:

@@ -130,7 +130,8 @@ def lanes_size(form: DeviceFormat, cols: int) -> int:
 
 def is_unpadded(form: DeviceFormat, cols: int) -> bool:
     """Whether a row of `lanes` has nothing behind the activations: who writes those has written all."""
-    return cols % form.item == 0 and form.num_items(cols) % _PADDED_ITEMS == 0
+    form = form.lanes
+    return cols % form.item == 0 and form.num_items(cols) % _LANE_ITEMS == 0
 
 
 def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:

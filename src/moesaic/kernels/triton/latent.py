@@ -18,7 +18,7 @@ from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.attention_tiles import padded
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.latent_kernels import absorb_kernel, values_kernel
-from moesaic.kernels.triton.merge import lanes_of_heads
+from moesaic.kernels.triton.merge import columns_together, lanes_of_heads
 from moesaic.kernels.triton.rotary import HEADS_AT_ONCE, RotaryTable, check_latents
 
 __all__ = ["MAX_LATENT_TOKENS", "absorb_and_append", "latent_values"]
@@ -139,7 +139,7 @@ def latent_values(x: torch.Tensor, weight: torch.Tensor, *, form: DeviceFormat |
     lanes = None if form is None else lanes_of_heads(form, tokens, heads, value_dim, x.device)
     out = torch.empty(tokens, heads, value_dim, device=x.device) if lanes is None else lanes.values
     if tokens > 0:
-        together = 1 if form is None or form.num_sums == 0 else form.interleave * form.item
+        together = 1 if form is None else columns_together(form)
         cols, latent_pad = min(padded(value_dim), max(_VALUE_COLS, together)), padded(latent_dim)
         values_kernel[(heads, triton.cdiv(value_dim, cols))](
             x,
@@ -153,7 +153,7 @@ def latent_values(x: torch.Tensor, weight: torch.Tensor, *, form: DeviceFormat |
             VALUE_DIM=value_dim,
             COLS=cols,
             TOKENS=max(_LEAST_TOKENS, triton.next_power_of_2(tokens)),
-            F=form,
+            F=None if form is None else form.lanes,
             num_warps=_warps(latent_pad * cols),
         )
     return out if lanes is None else lanes

@@ -18,7 +18,7 @@ from moesaic.kernels.triton.attention_tiles import MAX_SPLITS, padded
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.merge_kernels import merge_kernel
 
-__all__ = ["Parts", "fits_lanes", "lanes_of_heads", "merge"]
+__all__ = ["Parts", "columns_together", "fits_lanes", "lanes_of_heads", "merge"]
 
 _MOST_LANES = 8  # tokens that products take as `lanes`
 _MANY_HEADS = 96  # of which 128 columns a warp are enough programs to be quick
@@ -52,7 +52,12 @@ def fits_lanes(form: DeviceFormat | None, num_tokens: int, heads: int, dim: int)
     """
     if form is None or not 0 < num_tokens <= _MOST_LANES or not is_unpadded(form, heads * dim):
         return False
-    return form.num_sums == 0 or dim % (form.interleave * form.item) == 0
+    return form.lanes.num_sums == 0 or dim % columns_together(form) == 0
+
+
+def columns_together(form: DeviceFormat) -> int:
+    """Columns of which a kernel must have all to make the sums that the order has."""
+    return form.lanes.interleave * form.lanes.item if form.lanes.num_sums else 1
 
 
 def lanes_of_heads(form: DeviceFormat, num_tokens: int, heads: int, dim: int, device: torch.device) -> Lanes:
@@ -121,7 +126,7 @@ def merge(
             COLS=cols,
             SPLITS_PAD=MAX_SPLITS,
             CHUNK=at_once,
-            F=form,
+            F=None if form is None else form.lanes,
             SINKS=sinks is not None,
             num_warps=1,
         )
@@ -130,6 +135,6 @@ def merge(
 
 def _shape(heads: int, dim: int, form: DeviceFormat | None) -> tuple[int, int]:
     """Columns of a program, which is a warp, and shares whose rows it has on their way together: 64 floats a thread."""
-    together = 1 if form is None or form.num_sums == 0 else form.interleave * form.item
+    together = 1 if form is None else columns_together(form)
     cols = 128 if heads * triton.cdiv(dim, 128) >= _MANY_HEADS else 64
     return min(padded(dim), max(cols, together)), 16 if cols == 128 else 32

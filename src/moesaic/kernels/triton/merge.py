@@ -48,11 +48,12 @@ def fits_lanes(form: DeviceFormat | None, num_tokens: int, heads: int, dim: int)
     """Whether kernels that have a head's `dim` columns at a time can write them in the order of a format.
 
     Not of more tokens than products take in that order, not where rows are padded, nor where one of the sums that the
-    order has is of two heads.
+    order has is of two heads or of some steps of an item.
     """
     if form is None or not 0 < num_tokens <= _MOST_LANES or not is_unpadded(form, heads * dim):
         return False
-    return form.lanes.num_sums == 0 or dim % columns_together(form) == 0
+    few = form.lanes
+    return few.num_sums == 0 or (few.num_sums <= few.planes and dim % columns_together(form) == 0)
 
 
 def columns_together(form: DeviceFormat) -> int:

@@ -190,24 +190,28 @@ def linear_transposed_heads(
     return _heads(_native.linear_transposed_heads, x, w, rows, out, transposed=True)
 
 
-def gather_rows(ids: torch.Tensor, w: PackedTensor, index: int = 0) -> torch.Tensor:
+def gather_rows(ids: torch.Tensor, w: PackedTensor, index: int = 0, out: torch.Tensor | None = None) -> torch.Tensor:
     """Rows of a packed matrix, as an embedding looks them up.
 
     Args:
         ids: int64 of any shape, each in `[0, rows)`.
         w: the weights.
         index: which matrix of the stack.
+        out: float32 `[*ids.shape, cols]`, contiguous, to write to.
 
     Returns:
-        float32 `[*ids.shape, cols]`, bit-exact with the format's definition.
+        float32 `[*ids.shape, cols]`, bit-exact with the format's definition; out if it was given.
 
     Raises:
-        KernelError: an id is outside the matrix, or not int64 on the CPU.
+        KernelError: an id is outside the matrix, or not int64 on the CPU; out is not as described.
     """
     if ids.dtype != torch.int64 or ids.device.type != "cpu":
         raise KernelError(f"ids are {describe(ids)}: expected int64 on the CPU.")
     ids = ids.contiguous()
-    out = torch.empty(*ids.shape, w.cols)
+    if out is None:
+        out = torch.empty(*ids.shape, w.cols)
+    elif out.dtype != torch.float32 or out.shape != (*ids.shape, w.cols) or not out.is_contiguous() or out.is_cuda:
+        raise KernelError(f"out is {describe(out)}: expected float32 {[*ids.shape, w.cols]} on the CPU, contiguous.")
     try:
         _native.gather_rows(
             w.format.ggml_type, w.rows, w.cols, w.address(index), ids.data_ptr(), ids.numel(), out.data_ptr()

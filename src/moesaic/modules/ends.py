@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moesaic.errors import UnsupportedModelError
+from moesaic.kernels import gather_rows
 from moesaic.modules.embedding import PackedEmbedding
 from moesaic.modules.linear import PackedLinear
 from moesaic.modules.norm import RMSNorm
@@ -72,10 +73,10 @@ class DecoderEnds:
             int(head.packed.rows),
         )
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states of int64 `[tokens]`: float32 `[tokens, hidden_size]`, in memory of their own."""
-        hidden: torch.Tensor = self.embedding(token_ids)
-        return hidden if self.embedding_scale == 1.0 else hidden * self.embedding_scale
+    def embed(self, token_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of int64 `[tokens]`: float32 `[tokens, hidden_size]`, in `out` or memory of their own."""
+        hidden = gather_rows(token_ids, self.embedding.packed, out=out)
+        return hidden if self.embedding_scale == 1.0 else hidden.mul_(self.embedding_scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Last norm and head: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""

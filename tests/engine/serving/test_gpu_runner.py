@@ -81,11 +81,11 @@ def test_more_sequences_than_a_graph_holds(monkeypatch: pytest.MonkeyPatch) -> N
     last = [int(row[-1]) for row in rows]
     decode, calls = runner._runner.decode, list[int]()
 
-    def fail_second(*args: object) -> torch.Tensor:
+    def fail_second(*args: object, **options: bool) -> torch.Tensor:
         calls.append(len(args))
         if len(calls) == 2:
             raise ExpertTimeoutError("too slow")
-        return decode(*args)  # type: ignore[arg-type]
+        return decode(*args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(runner._runner, "decode", fail_second)
     with pytest.raises(ExpertTimeoutError):

@@ -39,10 +39,12 @@ def test_what_pads_rows_is_zero_and_sums_are_those_of_the_groups(fmt):
     cols = 256 if FORMATS[fmt].block_size > 1 else 40
     form = device_format(FORMATS[fmt], cols)
     x = torch.ones(2, cols, device=DEVICE)
-    lanes = to_lanes(x, form).values[0].view(-1, form.item + form.num_sums, 8).cpu().numpy()
-    assert lanes[:, : form.item].sum() == cols and lanes.size == lanes_size(form, cols)
-    if form.num_sums:
-        assert np.array_equal(np.unique(lanes[:, form.item :]), [0, form.item // form.num_sums])
+    few = form.lanes
+    lanes = to_lanes(x, form).values[0].view(-1, few.item + few.num_sums, 8).cpu().numpy()
+    assert lanes[:, : few.item].sum() == cols and lanes.size == lanes_size(form, cols)
+    if few.num_sums:
+        assert set(np.unique(lanes[:, few.item :])) <= {0, few.item // few.num_sums}
+        assert lanes[:, few.item :].sum() == cols / few.item * few.num_sums * (few.item // few.num_sums)
     operands = to_operands(x, form, torch.float32)
     assert tuple(operands.shape) == operands_shape(form, 2, cols)
     assert float(operands[:, :, 0].sum()) == cols

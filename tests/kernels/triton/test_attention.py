@@ -7,8 +7,15 @@ import torch
 from tests.kernels.triton.paged_oracle import DEVICE, Case, attended, error_of, latent_attended
 
 from moesaic.errors import KernelError
-from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
-from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles
+from moesaic.kernels.triton import attention_tiles
+from moesaic.kernels.triton.attention import (
+    attention_parts,
+    latent_attention_parts,
+    paged_attention,
+    paged_latent_attention,
+)
+from moesaic.kernels.triton.attention_tiles import LatentTiles, Tiles, choose_latent_tiles, choose_tiles
+from moesaic.kernels.triton.merge import merge
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 
@@ -124,6 +131,43 @@ def test_latent_attention_in_prefill():
     assert error_of(actual, latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
 
 
+@pytest.mark.parametrize("tiles", [None, Tiles(16, 16, 4, 1, 5)])
+def test_parts_of_grouped_queries_add_up(tiles):
+    case = Case([(90, 1), (9, 3), (0, 1), (1, 1)], 16)
+    q, keys, values, sinks = case.random(6, 4, 32), case.pool(2, 32), case.pool(2, 32), case.random(4) * 3
+    options = {"scale": 0.2, "max_query_len": 3, "sliding_window": 40}
+    parts = attention_parts(q, keys, values, *case.step, **options, tiles=tiles)
+    expected = attended(case, q, keys, values, 0.2, sliding_window=40, sinks=sinks)
+    assert error_of(merge(parts, sinks), expected) < 2e-6
+
+
+@pytest.mark.parametrize("few", [0, 32, 33, 100, 101])
+@pytest.mark.parametrize(("heads", "splits", "latent", "rope"), [(9, 8, 64, 16), (40, 4, 48, 24)])
+def test_latent_attention_of_short_and_long_sequences_in_a_launch(heads, splits, latent, rope, few):
+    case = Case([(101, 1), (33, 2), (0, 1), (1, 1), (32, 1)], 32)
+    q_latent, q_rope, cache = case.random(6, heads, latent), case.random(6, heads, rope), case.pool(None, latent + rope)
+    tiles = LatentTiles(64, 16, 4, 2, splits, 16, few)
+    parts = latent_attention_parts(q_latent, q_rope, cache, *case.step, scale=0.1, max_query_len=2, tiles=tiles)
+    assert error_of(merge(parts), latent_attended(case, q_latent, q_rope, cache, 0.1)) < 2e-6
+    if few == 100:  # the others have a share each at least, and no more than there are programs for few rows
+        assert bool((parts.logs[splits // 4 :, 1:] == -torch.inf).all()) and bool(parts.logs[:, 0].isfinite().any())
+
+
+def test_tiles_of_latent_attention_of_few_tokens(monkeypatch):
+    device, dims = torch.device("cpu"), (512, 64)
+    assert choose_latent_tiles(128, 128, 1, 4096, dims, torch.bfloat16, device) is None  # not on such a card
+    monkeypatch.setattr(attention_tiles, "_device_limits", lambda device: (132, 227 << 10))
+    tiles = choose_latent_tiles(128, 128, 1, 65536, dims, torch.bfloat16, device)
+    assert (tiles.splits, tiles.few) == (64, 16 * 6 * 64)
+    tiles = choose_latent_tiles(128, 128, 3, 65536, dims, torch.bfloat16, device)
+    assert (tiles.splits, tiles.few) == (20, 5 * 6 * 64)
+    assert choose_latent_tiles(128, 8 * 128, 8, 65536, dims, torch.bfloat16, device).splits == 4
+    assert choose_latent_tiles(128, 128, 1, 100, dims, torch.bfloat16, device).splits == 8
+    assert choose_latent_tiles(128, 128, 1, 65536, dims, torch.float32, device) is None
+    assert choose_latent_tiles(16, 16, 1, 65536, dims, torch.bfloat16, device) is None
+    assert choose_latent_tiles(128, 128, 1, 65536, (1024, 64), torch.bfloat16, device) is None
+
+
 def test_keys_in_two_parts_with_values_of_their_own():
     case = Case([(30, 13), (5, 5), (44, 2)], 16)
     query = case.random(20, 4, 24 + 40)
@@ -139,9 +183,9 @@ def test_keys_in_two_parts_with_values_of_their_own():
 def test_the_tiles_chosen_fit_and_fill():
     device = torch.device("cpu")
     decode = choose_tiles(8, 4, 4096, (128, 0, 128), torch.bfloat16, device)
-    assert decode.rows == 16 and decode.splits == 1  # a program for each of 4 processors
-    assert choose_tiles(8, 1, 4096, (128, 0, 128), torch.bfloat16, device).splits == 4
-    assert choose_tiles(8, 1, 100, (128, 0, 128), torch.bfloat16, device).splits == 1
+    assert decode.rows == 16 and decode.splits == 2  # two programs for each of 4 processors
+    assert choose_tiles(8, 1, 4096, (128, 0, 128), torch.bfloat16, device).splits == 8
+    assert choose_tiles(8, 1, 60, (128, 0, 128), torch.bfloat16, device).splits == 1
     assert choose_tiles(8, 64, 4096, (128, 0, 128), torch.bfloat16, device).splits == 1
     latent = choose_tiles(128, 1, 4096, (512, 64, 512), torch.bfloat16, device, True)
     assert (16 + (latent.stages - 1) * latent.keys) * 576 * 2 <= 99 * 1024

@@ -69,6 +69,21 @@ def test_few_tokens(fmt, num_tokens):
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
+@pytest.mark.parametrize(("fmt", "num_tokens"), [("Q4_K", 5), ("TQ2_0", 3), ("IQ1_S_TERNARY", 3)])
+def test_more_tokens_than_a_program_has(fmt, num_tokens):
+    check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
+
+
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q2_K", "IQ1_S_TERNARY"])
+@pytest.mark.parametrize("scale", [1e-14, 1e14])
+def test_codes_that_are_subnormal_floats_lose_nothing(fmt, scale):
+    weight, values = packed(fmt, 16, 512)
+    x = tokens(1, 512)
+    x *= scale / x.abs().max()
+    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE))
+    assert error_of(result, x.double().numpy() @ values[0].T) < FLOAT_TOLERANCE
+
+
 def test_matrices_are_expanded_in_parts(monkeypatch):
     monkeypatch.setattr(subject, "_EXPAND_FROM", 9)
     monkeypatch.setattr(subject, "EXPANDED_WEIGHTS", 32 * 16 + 5)
@@ -91,9 +106,9 @@ def test_rows_may_be_any_distance_apart_and_a_bias_is_added(num_tokens):
 
 def test_columns_are_split_where_rows_are_few():
     """One panel cannot keep a GPU busy: parts of its columns are summed by a second kernel."""
-    fmt, rows, cols = "F32", 16, 16 * 8 * 8 * 2
+    fmt, rows, cols = "F32", 16, 16 * 8 * 16 * 2
     form = device_format(FORMATS[fmt], cols)
-    assert decode_shape(1, form.num_items(cols)) == (8, 2, 1)
+    assert decode_shape(1, form.num_items(cols), 16) == (16, 2, 1)
     weight, values = packed(fmt, rows, cols)
     x = tokens(2, cols)
     bias = torch.ones(rows, device=DEVICE)
@@ -103,10 +118,11 @@ def test_columns_are_split_where_rows_are_few():
 
 @pytest.mark.parametrize("num_panels", [1, 7, 16, 128, 448, 8080])
 @pytest.mark.parametrize("num_items", [1, 12, 28, 112, 448])
-def test_parts_of_columns_are_all_of_them(num_panels, num_items):
-    warps, splits, iterations = decode_shape(num_panels, num_items)
+@pytest.mark.parametrize("at_a_time", [8, 12, 16])
+def test_parts_of_columns_are_all_of_them(num_panels, num_items, at_a_time):
+    warps, splits, iterations = decode_shape(num_panels, num_items, at_a_time)
     done = splits * iterations * 8 * warps
-    assert warps in (1, 2, 4, 8)
+    assert warps in (1, 2, 4, 8, 16)
     assert num_items <= done and (splits - 1) * iterations * 8 * warps < num_items
 
 

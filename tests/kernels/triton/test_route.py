@@ -11,7 +11,7 @@ from tests.kernels.triton.conftest import DEVICE
 from moesaic.errors import KernelError
 from moesaic.kernels import ops
 from moesaic.kernels.block_parts import RouteOptions
-from moesaic.kernels.triton.route import route, router_logits
+from moesaic.kernels.triton.route import Request, route, router_logits
 
 DEEPSEEK_V3 = RouteOptions(
     8, "sigmoid", group_score="sum_of_two", num_groups=8, topk_groups=4, normalize=True, sum_offset=1e-20, scale=2.5
@@ -143,3 +143,53 @@ def test_wrong_arguments_are_refused():
     for message, call in bad:
         with pytest.raises(KernelError, match=message):
             call()
+
+
+def a_request(tokens, hidden, top_k, num_before, position):
+    """A request to write, and a mailbox with room for two tokens more."""
+
+    def zeros(*shape, dtype=torch.int64):
+        return torch.zeros(shape, dtype=dtype, device=DEVICE)
+
+    rows = tokens + 2
+    return Request(
+        zeros(rows, hidden, dtype=torch.float32),
+        zeros(rows, top_k),
+        zeros(rows, top_k),
+        zeros(rows, top_k, dtype=torch.float32),
+        zeros(1),
+        torch.full((1,), num_before, device=DEVICE),
+        zeros(1, dtype=torch.int32),
+        position,
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("looks_up", [False, True])
+def test_a_router_asks_the_cpu(tokens, looks_up):
+    logits = torch.randn(tokens, 40, device=DEVICE)
+    table = torch.arange(-25, 15, dtype=torch.int32, device=DEVICE).clamp(min=-1) if looks_up else None
+    request = a_request(tokens, 8, 6, num_before=70, position=4)
+    for repeat in (1, 2):  # the counter of programs is back where it was
+        routed = route(logits, RouteOptions(6), slot_of_expert=table, request=request)
+        plain = route(logits, RouteOptions(6), slot_of_expert=table)
+        assert torch.equal(routed.experts, plain.experts) and torch.equal(routed.weights, plain.weights)
+        assert torch.equal(request.chosen[:tokens], plain.experts) and torch.equal(
+            request.weights[:tokens], plain.weights
+        )
+        assert torch.equal(request.experts[:tokens], plain.experts if plain.misses is None else plain.misses)
+        assert request.requested.item() == 70 * repeat + 5 and not request.arrivals.item()
+        assert not request.experts[tokens:].any() and not request.hidden.any()
+        request.base.add_(70)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize(("num_experts", "hidden"), [(32, 64), (7, 2880)])
+def test_what_goes_into_the_product_is_sent_to_the_cpu(tokens, num_experts, hidden):
+    x, weight = torch.randn(tokens, hidden + 4, device=DEVICE)[:, :hidden], torch.randn(num_experts, hidden).to(DEVICE)
+    box = torch.zeros(tokens + 1, hidden, device=DEVICE)
+    assert torch.equal(router_logits(x, weight, box_hidden=box), router_logits(x, weight))
+    assert torch.equal(box[:tokens], x) and not box[tokens:].any()
+    for bad in (box[: tokens - 1], box.double(), box.t()):
+        with pytest.raises(KernelError, match="box_hidden is"):
+            router_logits(x, weight, box_hidden=bad)

@@ -195,9 +195,10 @@ class GpuCausalLM:
     def _moesaic_step(self, sequences: list[PagedSequence], tokens: list[int]) -> torch.Tensor:
         size = self.runner.options.max_batch
         parts = [
-            self.runner.decode(sequences[i : i + size], tokens[i : i + size]).cpu() for i in range(0, len(tokens), size)
+            self.runner.decode(sequences[i : i + size], tokens[i : i + size], to_host=True).clone()
+            for i in range(0, len(tokens), size)
         ]
-        return torch.cat(parts).unsqueeze(1)
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(1)
 
     def _moesaic_prompt(
         self, sequences: list[PagedSequence], rows: list[torch.Tensor], columns: int, kept: torch.Tensor

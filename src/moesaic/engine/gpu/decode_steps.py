@@ -19,6 +19,7 @@ from moesaic.engine.gpu.runner_options import RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.step_buffers import StepBuffers
 from moesaic.engine.gpu.uploads import MissUploads
+from moesaic.kernels.triton.argmax import argmax
 from moesaic.kvcache.paged import PagedSequence, PoolLayer
 from moesaic.kvcache.states import StateLayer
 from moesaic.modules.gpu.decoder import GpuDecoder
@@ -33,6 +34,8 @@ class Bucket:
 
     buffers: StepBuffers
     out: torch.Tensor  # logits, or what the tail goes on with
+    likeliest: torch.Tensor  # tokens, by the logits; like host in page-locked memory
+    host: torch.Tensor | None = None  # a copy of out, once somebody has asked for one
     graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # without uploads, and with
 
 
@@ -68,6 +71,7 @@ class DecodeSteps:
         self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
         self._hand_off, self._slots, self._uploads, self.lending = hand_off, slots, uploads, lending
         self.buckets: dict[int, Bucket] = {}
+        self._token_ids = torch.zeros(options.max_batch, dtype=torch.int64)
 
     @property
     def slots(self) -> ExpertSlots:
@@ -87,8 +91,13 @@ class DecodeSteps:
     def uploads(self, uploads: MissUploads | None) -> None:
         self._uploads, self.buckets = uploads, {}
 
-    def run(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+    def run(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int], to_host: bool = False) -> torch.Tensor:
         """Append one token to each of 1 to `max_batch` sequences.
+
+        Args:
+            sequences: each of them once.
+            token_ids: one for each.
+            to_host: bring the result to the CPU.
 
         Returns:
             float32 `[sequences, vocab_size]`, or `[sequences, hidden_size]` for the decoder's tail; the next call may
@@ -103,15 +112,20 @@ class DecodeSteps:
         bucket = self.bucket(count)
         bucket.buffers.append(sequences)
         try:
-            bucket.buffers.set_hidden(self._decoder.embed(torch.as_tensor(token_ids, dtype=torch.int64)))
-            bucket.buffers.upload()
-            self._run(bucket, count)
+            self._token_ids.numpy()[:count] = token_ids
+            self._decoder.embed(self._token_ids[:count], bucket.buffers.rows(count))
+            self._run(bucket, count, to_host)
         except BaseException:
             self._hand_off.recover()
             for sequence in sequences:
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
-        return bucket.out[:count]
+        return (bucket.host if to_host and bucket.host is not None else bucket.out)[:count]
+
+    def likeliest(self, count: int) -> list[int]:
+        """The likeliest token of each of the last step's `count` sequences; without a tail."""
+        tokens: list[int] = self.bucket(count).likeliest[:count].tolist()
+        return tokens
 
     def bucket(self, count: int) -> Bucket:
         """The smallest one with room for `count` sequences; made if need be."""
@@ -139,7 +153,7 @@ class DecodeSteps:
         if server is not None and uses is not None:
             server.uses.copy_(uses)
 
-    def _run(self, bucket: Bucket, count: int) -> None:
+    def _run(self, bucket: Bucket, count: int, to_host: bool) -> None:
         hand_off, cache, uploads, began = self._hand_off, self.slots.cache, self._uploads_of(count), time.perf_counter()
         if cache is not None:
             cache.before_step()
@@ -157,6 +171,8 @@ class DecodeSteps:
         if cache is not None and hand_off.server is not None:  # while the GPU computes what follows the last layer
             uses, way = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
             cache.after_step(hand_off.served, uses, count, way)
+        if to_host:
+            self._fetch(bucket, count)
         if bucket.out.is_cuda:
             torch.cuda.current_stream().synchronize()
         hand_off.check()
@@ -164,6 +180,12 @@ class DecodeSteps:
             uploads.after_step(time.perf_counter() - began, is_quiet)
         if self.lending is not None:
             self.lending.after_step()
+
+    def _fetch(self, bucket: Bucket, count: int) -> None:
+        """Begin to copy the result; pages of memory that was never used would take longer than the copy."""
+        if bucket.host is None:
+            bucket.host = torch.zeros(bucket.out.shape, pin_memory=bucket.out.is_cuda)
+        bucket.host[:count].copy_(bucket.out[:count], non_blocking=True)
 
     def _uploads_of(self, num_tokens: int) -> MissUploads | None:
         """Who brings misses in steps of so many tokens."""
@@ -173,9 +195,13 @@ class DecodeSteps:
         """What a graph holds."""
         decoder = self._decoder
         with torch.no_grad():
-            hidden = bucket.buffers.hidden.clone()  # a graph is replayed on the same input
-            decoder.run(hidden, GpuStep(bucket.buffers.input, self._caches, decoder.angles, 1, path))
-            bucket.out.copy_(hidden if decoder.tail is not None else decoder.logits(hidden))
+            bucket.buffers.upload()
+            hidden = bucket.buffers.hidden
+            normed = decoder.run(hidden, GpuStep(bucket.buffers.input, self._caches, decoder.angles, 1, path))
+            if decoder.tail is not None:
+                bucket.out.copy_(hidden)
+            else:
+                argmax(decoder.logits(hidden, normed, bucket.out), bucket.likeliest)
             self._hand_off.end_step()
             if brings and self.uploads is not None:
                 self.uploads.report()
@@ -197,7 +223,8 @@ class DecodeSteps:
         decoder = self._decoder
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         buffers = StepBuffers(size, self._max_blocks, decoder.hidden_size, decoder.device)
-        return Bucket(buffers, torch.zeros(size, width, device=decoder.device))
+        likeliest = torch.zeros(size, dtype=torch.int64, pin_memory=decoder.device.type == "cuda")
+        return Bucket(buffers, torch.zeros(size, width, device=decoder.device), likeliest)
 
     def _make_bucket(self, size: int) -> Bucket:
         bucket = self._new_bucket(size)

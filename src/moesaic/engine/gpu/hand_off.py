@@ -74,8 +74,7 @@ class HandOff:
 
     def end_step(self) -> None:
         """The last thing that a step's GPU does: count its requests, and let the CPU see whether all were answered."""
-        self.exchange.advance(0 if self.server is None else len(self.server.layers))
-        self._failed.copy_(self.exchange.failed, non_blocking=True)
+        self.exchange.advance(0 if self.server is None else len(self.server.layers), self._failed)
 
     def serve(self, num_tokens: int) -> None:
         """Answer all requests of a step of so many tokens.

@@ -11,7 +11,10 @@ import torch
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.kernels.handoff import ExpertServer
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kernels.triton.route import Request
 from moesaic.modules.gpu.step import Routed
 
 __all__ = ["EagerPath", "GraphPath"]
@@ -41,15 +44,22 @@ class GraphPath:
         table = self._slots.table(layer)
         return self._uploads.landing.nowhere(layer) if table is None and self._uploads is not None else table
 
+    def request(self, layer: int) -> Request | None:
+        """As `ExpertPath`; with uploads, the choices of all tokens are looked at together before the CPU is asked."""
+        position = self._positions[layer]
+        if position is None:
+            return None
+        return self._exchange.request(position)._replace(completes=self._uploads is None)
+
     def start(self, routed: Routed) -> None:
-        """Ask the CPU."""
+        """Ask the CPU, unless the router has."""
         position = self._positions[routed.layer]
         if position is None:
             return
-        if self._uploads is None:
-            self._exchange.hand_off(position, routed.hidden, routed.chosen, routed.misses, routed.weights)
-        else:
+        if self._uploads is not None:
             self._uploads.hand_off(self._exchange, position, routed)
+        elif routed.request is None:
+            self._exchange.hand_off(position, routed.hidden, routed.chosen, routed.misses, routed.weights)
 
     def finish(
         self,
@@ -58,14 +68,17 @@ class GraphPath:
         shared: torch.Tensor | None,
         shared_gate: torch.Tensor | None,
         scale: float,
-    ) -> None:
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
         """Compute what lies on the GPU, and add everything up."""
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
         if self._uploads is not None and position is not None:
             cached = self._uploads.compute(routed, cached)
         self._answer(position)
-        self._exchange.take_back(position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale)
+        return self._exchange.take_back(
+            position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale, then=then
+        )
 
     def _answer(self, position: int | None) -> None:
         """The CPU answers when the graph runs."""

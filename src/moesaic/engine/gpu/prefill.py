@@ -8,7 +8,10 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.streams import Mark, SideStream
 from moesaic.kernels import moe_forward
 from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kernels.triton.route import Request
 from moesaic.modules.gpu.step import Routed
 
 __all__ = ["ChunkBuffers", "ChunkPath"]
@@ -100,6 +103,10 @@ class ChunkPath:
         """As `ExpertPath`."""
         return self._slots.table(layer)
 
+    def request(self, layer: int) -> Request | None:
+        """As `ExpertPath`: the CPU is asked otherwise."""
+        return None
+
     def start(self, routed: Routed) -> None:
         """Begin to copy the inputs."""
         if not self._slots.has_all(routed.layer):
@@ -114,14 +121,17 @@ class ChunkPath:
         shared: torch.Tensor | None,
         shared_gate: torch.Tensor | None,
         scale: float,
-    ) -> None:
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
         """Compute and add."""
         if self._slots.has_all(routed.layer):
             total = self._slots.compute(routed)
         else:
             total = self._compute(routed)
             self._buffers.release()
-        self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
+        return self._exchange.take_back(
+            None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale, then=then
+        )
 
     def interrupted(self) -> None:
         """Something else was computed since the last layer: the time since then says nothing."""

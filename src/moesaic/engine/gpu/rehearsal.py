@@ -17,9 +17,12 @@ from tqdm import tqdm
 
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.packing import Progress
+from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.ahead import KernelsAhead
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.loading import kernel_folder
+from moesaic.kernels.triton.route import Request
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.step import GpuStep, Routed
 from moesaic.placement.vram import PREFILL_CHUNK
@@ -105,7 +108,11 @@ def rehearse_prefill(runner: ModelRunner, num_tokens: int, num_blocks: int) -> N
     step_input = StepInput.empty(num_tokens, 1, num_blocks).to(device)
     hidden = torch.zeros(num_tokens, decoder.hidden_size, device=device)
     path = _Rehearsed(runner)
-    decoder.run(hidden, GpuStep(step_input, runner.caches, decoder.angles, num_tokens, path))
+    step = GpuStep(step_input, runner.caches, decoder.angles, num_tokens, path)
+    decoder.run(hidden, step)
+    if num_tokens == 1:  # few tokens end a layer otherwise if what follows is not the next one
+        for layer in range(len(decoder.layers)):
+            decoder.run(hidden, step, layer, 1)
     if decoder.tail is None:
         decoder.logits(hidden[-1:].contiguous())
 
@@ -120,6 +127,10 @@ class _Rehearsed:
         """As `ExpertPath`."""
         return self._slots.table(layer)
 
+    def request(self, layer: int) -> Request | None:
+        """As `ExpertPath`: the CPU is asked otherwise."""
+        return None
+
     def start(self, routed: Routed) -> None:
         """As `ExpertPath`."""
 
@@ -130,13 +141,16 @@ class _Rehearsed:
         shared: torch.Tensor | None,
         shared_gate: torch.Tensor | None,
         scale: float,
-    ) -> None:
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
         """As `ExpertPath`."""
         total = self._slots.compute(routed)
         if total is None or not self._slots.is_complete(routed.layer):
             self._stream(routed)
             total = torch.zeros_like(residual)
-        self._exchange.take_back(None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale)
+        return self._exchange.take_back(
+            None, residual, shared=shared, shared_gate=shared_gate, cached=total, scale=scale, then=then
+        )
 
     def _stream(self, routed: Routed) -> None:
         """As `StreamingPath`, with one group."""

@@ -24,6 +24,7 @@ from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.streaming import StreamingPath
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.errors import GenerationError, KernelError
+from moesaic.kernels import ops
 from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
@@ -145,11 +146,19 @@ class ModelRunner:
         step = GpuStep(step_input, self.caches, self.decoder.angles, longest, path)
         return PartialPrefill(self.decoder, step, path, cut, hidden, on_end)
 
-    def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+    def decode(
+        self, sequences: Sequence[PagedSequence], token_ids: Sequence[int], to_host: bool = False
+    ) -> torch.Tensor:
         """Append one token to each sequence.
 
+        Args:
+            sequences: each of them once.
+            token_ids: one for each.
+            to_host: bring logits to the CPU.
+
         Returns:
-            float32 `[sequences, vocab_size]` where the head is; the next call of the same batch size may overwrite it.
+            float32 `[sequences, vocab_size]` where the head is, or on the CPU; the next call of the same batch size may
+            overwrite it.
 
         Raises:
             GenerationError: the cache is full.
@@ -161,12 +170,20 @@ class ModelRunner:
         if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
             raise KernelError(f"{count} sequences, {len(token_ids)} tokens: expected 1 to {self.options.max_batch}.")
         self._check_lengths([sequence.length + 1 for sequence in sequences])
-        out = self.steps.run(sequences, token_ids)
         tail = self.decoder.tail
+        out = self.steps.run(sequences, token_ids, to_host or tail is not None)
         if tail is None:
             return out
-        rows = out.cpu().split(1)
+        rows = out.split(1)
         return tail.logits(torch.cat([tail(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]))
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `decode`, and the likeliest next token of each sequence, which the GPU has found where it has the head."""
+        logits = self.decode(sequences, token_ids)
+        if self.decoder.tail is None:
+            return self.steps.likeliest(len(sequences))
+        tokens: list[int] = ops.argmax(logits).tolist()
+        return tokens
 
     def head_seconds(self, batch: int, repeat: int = 5) -> float:
         """Seconds that last norm and head take for `batch` tokens; 0 if they are on the CPU."""

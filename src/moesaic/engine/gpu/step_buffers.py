@@ -1,4 +1,4 @@
-"""The inputs of decode steps: filled on the CPU, brought to the GPU by one copy, read by a graph at fixed addresses.
+"""The inputs of decode steps: filled on the CPU, brought to the GPU by one copy, each at fixed addresses.
 
 It knows sequences and hidden states, and nothing of what is computed from them.
 """
@@ -77,9 +77,9 @@ class StepBuffers:
         self._states[len(sequences) :] = -1
         self._lengths[len(sequences) :] = 0
 
-    def set_hidden(self, hidden: torch.Tensor) -> None:
-        """The tokens' embeddings, float32 `[sequences, hidden_size]` on the CPU."""
-        self._hidden[: len(hidden)].copy_(hidden)
+    def rows(self, count: int) -> torch.Tensor:
+        """Where the embeddings of so many tokens belong: float32 `[count, hidden_size]` on the CPU."""
+        return self._hidden[:count]
 
     def upload(self) -> None:
         """Bring all of it to the device, in the order of the current stream."""

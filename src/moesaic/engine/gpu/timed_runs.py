@@ -151,8 +151,7 @@ class GpuTimedRuns:
         return tokens
 
     def _step(self, sequences: list[PagedSequence], tokens: list[int]) -> list[int]:
-        chosen: list[int] = self.runner.decode(sequences, tokens).argmax(-1).tolist()
-        return chosen
+        return self.runner.decode_likeliest(sequences, tokens)
 
 
 class _Sequences:

@@ -98,7 +98,8 @@ class MissUploads:
     def hand_off(self, exchange: Exchange, position: int, routed: Routed) -> None:
         """Hand a layer's misses to the CPU but for some, which set out for the GPU."""
         picks = self.landing.picks(len(routed.hidden))
-        exchange.hand_off(position, routed.hidden, routed.chosen, routed.misses, routed.weights, picks)
+        hidden = routed.hidden if routed.request is None else None  # the router has written them
+        exchange.hand_off(position, hidden, routed.chosen, routed.misses, routed.weights, picks)
         self.landing.bring(routed.layer)
 
     def compute(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:

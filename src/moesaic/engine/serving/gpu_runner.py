@@ -53,8 +53,8 @@ class GpuStepRunner:
         try:
             for first in range(0, len(sequences), size):
                 batch = slice(first, first + size)
-                rows = self._runner.decode(sequences[batch], token_ids[batch])
-                logits.append(rows.to("cpu", copy=True))
+                rows = self._runner.decode(sequences[batch], token_ids[batch], to_host=True)
+                logits.append(rows if len(sequences) <= size else rows.clone())
         except BaseException:
             for sequence in sequences[: len(logits) * size]:  # the others are as they were, by the runner's care
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)

@@ -1,7 +1,8 @@
 """Activations in the orders in which the products read them. It knows no weights, only how a format walks a row.
 
-`lanes`: `[tokens][blocks of 8 items][item + sums][8]`, for kernels whose lanes have an item each: what lanes want at
-the same time lies side by side. Behind the activations of 8 items are their sums, one for each offset of the item.
+`lanes`: `[tokens][blocks of 8 items]`, of which each is `[item / 4][8][4]`, then `[sums][8]`, for kernels whose lanes
+have an item each: what lanes want at the same time lies side by side, four activations a lane. Behind the activations
+of 8 items are their sums, one for each offset of the item. `lane_place` in `expert_kernels` says where a column lies.
 `operands`: `[blocks of 16 items][chunks][tokens][16 items][8]`, tiles of matrix products: a chunk is 8 activations of
 an item, of a few steps and planes.
 """
@@ -17,11 +18,10 @@ import triton.language as tl
 
 from moesaic.kernels.triton.formats import DeviceFormat
 
-__all__ = ["Lanes", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
+__all__ = ["Lanes", "is_unpadded", "lanes_size", "operands_shape", "to_lanes", "to_operands"]
 
 _LANE_ITEMS = 8
 _OPERAND_ITEMS = 16
-_PADDED_ITEMS = 64  # the most items that a program of eight warps has at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,7 +33,7 @@ class Lanes:
             hold is undefined.
         num_tokens: of them.
         cols: activations of a token.
-        order: `DeviceFormat.order`.
+        order: `DeviceFormat.order` of the form for few tokens.
     """
 
     values: torch.Tensor
@@ -41,11 +41,17 @@ class Lanes:
     cols: int
     order: tuple[int, ...]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of 8 items, which a token's row has."""
+        planes, steps, width, _, num_sums = self.order
+        return int(self.values.shape[1]) // ((planes * steps * width + num_sums) * _LANE_ITEMS)
+
     @classmethod
     def empty(cls, num_tokens: int, cols: int, form: DeviceFormat, device: torch.device) -> Lanes:
         """To be written by a kernel, what pads a row included."""
         shape = triton.next_power_of_2(num_tokens), lanes_size(form, cols)
-        return cls(torch.empty(shape, dtype=torch.float32, device=device), num_tokens, cols, form.order)
+        return cls(torch.empty(shape, dtype=torch.float32, device=device), num_tokens, cols, form.lanes.order)
 
 
 @triton.jit
@@ -58,19 +64,39 @@ def column(n, e, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
+def store_block(lanes, token, block, num_blocks, values, F: tl.constexpr) -> None:
+    """Write activations [item, 8] of a block of a token, and their sums."""
     size: tl.constexpr = F.item
     sums: tl.constexpr = F.num_sums
-    block, token = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, 8)[None, :]
     e = tl.arange(0, size)[:, None]
-    k = column(block * 8 + lane, e, F)
-    values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=k < cols, other=0.0)
-    at = out + (token * num_blocks + block) * ((size + sums) * 8) + lane
-    tl.store(at + e * 8, values)
+    at = lanes + (token * num_blocks + block) * ((size + sums) * 8)
+    tl.store(at + e // 4 * 32 + lane * 4 + e % 4, values)
     if sums > 0:
         groups = tl.sum(tl.reshape(values, (sums, size // sums, 8)), axis=1)
-        tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8, groups)
+        tl.store(at + (size + tl.arange(0, sums)[:, None]) * 8 + lane, groups)
+
+
+@triton.jit
+def store_blocks(lanes, token, num_blocks, values, F: tl.constexpr, BLOCKS: tl.constexpr) -> None:
+    """Write activations [BLOCKS, item, 8] of a token, and their sums; blocks from `num_blocks` on are not there."""
+    size: tl.constexpr = F.item
+    sums: tl.constexpr = F.num_sums
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    lane, e = tl.arange(0, 8)[None, None, :], tl.arange(0, size)[None, :, None]
+    at = lanes + (token * num_blocks + block) * ((size + sums) * 8)
+    tl.store(at + e // 4 * 32 + lane * 4 + e % 4, values, mask=block < num_blocks)
+    if sums > 0:
+        groups = tl.sum(tl.reshape(values, (BLOCKS, sums, size // sums, 8)), axis=2)
+        tl.store(at + (size + tl.arange(0, sums)[None, :, None]) * 8 + lane, groups, mask=block < num_blocks)
+
+
+@triton.jit
+def _lanes_kernel(x, out, cols, num_blocks, x_stride, F: tl.constexpr) -> None:
+    block, token = tl.program_id(0), tl.program_id(1)
+    k = column(block * 8 + tl.arange(0, 8)[None, :], tl.arange(0, F.item)[:, None], F)
+    values = tl.load(x + token.to(tl.int64) * x_stride + k, mask=k < cols, other=0.0)
+    store_block(out, token, block, num_blocks, values, F)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -97,15 +123,23 @@ def _operands_kernel(x, out, num_tokens, cols, x_stride, F: tl.constexpr, TOKENS
 
 def lanes_size(form: DeviceFormat, cols: int) -> int:
     """Floats of one token."""
-    padded = -(-form.num_items(cols) // _PADDED_ITEMS) * _PADDED_ITEMS
+    form = form.lanes
+    padded = -(-form.num_items(cols) // _LANE_ITEMS) * _LANE_ITEMS
     return padded * (form.item + form.num_sums)
+
+
+def is_unpadded(form: DeviceFormat, cols: int) -> bool:
+    """Whether a row of `lanes` has nothing behind the activations: who writes those has written all."""
+    form = form.lanes
+    return cols % form.item == 0 and form.num_items(cols) % _LANE_ITEMS == 0
 
 
 def to_lanes(x: torch.Tensor, form: DeviceFormat) -> Lanes:
     """Activations float32 `[tokens, cols]`, rows any distance apart, as `lanes`."""
     num_tokens, cols = x.shape
+    form = form.lanes
     lanes = Lanes.empty(num_tokens, cols, form, x.device)
-    num_blocks = lanes.values.shape[1] // ((form.item + form.num_sums) * _LANE_ITEMS)
+    num_blocks = lanes.num_blocks
     _lanes_kernel[(num_blocks, num_tokens)](x, lanes.values, cols, num_blocks, x.stride(0), form)
     return lanes
 

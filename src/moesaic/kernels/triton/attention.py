@@ -7,17 +7,16 @@ the products are of the cache's type, sums are float32. This module knows no mod
 from __future__ import annotations
 
 import torch
-import triton
 
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_shape, describe
-from moesaic.kernels.triton.attention_kernels import attend_kernel, merge_kernel
-from moesaic.kernels.triton.attention_tiles import Tiles, choose_tiles, padded
+from moesaic.kernels.triton.attention_launch import AttentionCall
+from moesaic.kernels.triton.attention_tiles import Tiles
+from moesaic.kernels.triton.merge import Parts
 
-__all__ = ["paged_attention", "paged_latent_attention"]
+__all__ = ["attention_parts", "latent_attention_parts", "paged_attention", "paged_latent_attention"]
 
 _POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_PARTS_AT_ONCE = 16  # that the second kernel loads
 
 
 def paged_attention(
@@ -65,40 +64,34 @@ def paged_attention(
     Raises:
         KernelError: a tensor has another shape, type or layout than said here.
     """
-    _check_pool("keys", keys, 4)
-    _check_pool("values", values, 4)
-    _, block_size, kv_heads, head_dim = keys.shape
-    rope_dim = 0
-    if q_rope is not None:
-        rope_dim = q_rope.shape[-1]
-        head_dim -= rope_dim
-        _check_queries("q_rope", q_rope, (*q.shape[:2], rope_dim), keys.device)
-    check_shape("values", values, (*keys.shape[:3], values.shape[3]))
-    _check_queries("q", q, (q.shape[0], q.shape[1] if q.ndim == 3 else 0, head_dim), keys.device)
-    if kv_heads < 1 or q.shape[1] % kv_heads or values.dtype != keys.dtype:
-        raise KernelError(
-            f"q has {q.shape[1]} heads, keys are {describe(keys)}, values {describe(values)}: expected a multiple of "
-            "the heads of keys, and one type."
-        )
-    key_strides = (keys.stride(0), keys.stride(1), keys.stride(2))
-    value_strides = (values.stride(0), values.stride(1), values.stride(2))
-    return _attend(
-        (q, q if q_rope is None else q_rope),
-        (keys, values),
-        (block_tables, seq_lens, query_start),
-        (*q.stride()[:2], *((0, 0) if q_rope is None else q_rope.stride()[:2]), *key_strides, *value_strides),
-        kv_heads=kv_heads,
-        dims=(head_dim, rope_dim, values.shape[3]),
-        latent=False,
-        block_size=block_size,
-        scale=scale,
-        max_query_len=max_query_len,
-        sliding_window=sliding_window,
-        sinks=sinks,
-        softcap=softcap,
-        out=out,
-        tiles=tiles,
-    )
+    step = (block_tables, seq_lens, query_start)
+    options = (scale, max_query_len, sliding_window, sinks, softcap)
+    call = _grouped_call((q, q_rope), (keys, values), step, *options)
+    return call.attend(_out(out, call), tiles)
+
+
+def attention_parts(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    tiles: Tiles | None = None,
+) -> Parts:
+    """What shares of the keys leave of `paged_attention`, whose arguments these are; `merge` adds it up, with sinks.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said there.
+    """
+    step = (block_tables, seq_lens, query_start)
+    call = _grouped_call((q, None), (keys, values), step, scale, max_query_len, sliding_window, None, softcap)
+    return call.attend_parts(tiles)
 
 
 def paged_latent_attention(
@@ -140,6 +133,88 @@ def paged_latent_attention(
     Raises:
         KernelError: a tensor has another shape, type or layout than said here.
     """
+    step = (block_tables, seq_lens, query_start)
+    call = _latent_call((q_latent, q_rope), cache, step, scale, max_query_len, sliding_window, softcap)
+    return call.attend(_out(out, call), tiles)
+
+
+def latent_attention_parts(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int,
+    tiles: Tiles | None = None,
+) -> Parts:
+    """What shares of the keys leave of `paged_latent_attention`, whose arguments these are, of few tokens.
+
+    Whether a sequence is short decides on the device how its rows and keys are cut, so one graph serves all lengths.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said there.
+    """
+    step = (block_tables, seq_lens, query_start)
+    return _latent_call((q_latent, q_rope), cache, step, scale, max_query_len, None, None).attend_parts(tiles)
+
+
+def _grouped_call(
+    queries: tuple[torch.Tensor, torch.Tensor | None],
+    pool: tuple[torch.Tensor, torch.Tensor],
+    step: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None,
+    sinks: torch.Tensor | None,
+    softcap: float | None,
+) -> AttentionCall:
+    (q, q_rope), (keys, values) = queries, pool
+    _check_pool("keys", keys, 4)
+    _check_pool("values", values, 4)
+    _, block_size, kv_heads, head_dim = keys.shape
+    rope_dim = 0
+    if q_rope is not None:
+        rope_dim = q_rope.shape[-1]
+        head_dim -= rope_dim
+        _check_queries("q_rope", q_rope, (*q.shape[:2], rope_dim), keys.device)
+    check_shape("values", values, (*keys.shape[:3], values.shape[3]))
+    _check_queries("q", q, (q.shape[0], q.shape[1] if q.ndim == 3 else 0, head_dim), keys.device)
+    if kv_heads < 1 or q.shape[1] % kv_heads or values.dtype != keys.dtype:
+        raise KernelError(
+            f"q has {q.shape[1]} heads, keys are {describe(keys)}, values {describe(values)}: expected a multiple of "
+            "the heads of keys, and one type."
+        )
+    rope_strides = (0, 0) if q_rope is None else q_rope.stride()[:2]
+    return AttentionCall(
+        (q, q if q_rope is None else q_rope),
+        pool,
+        step,
+        (*q.stride()[:2], *rope_strides, *keys.stride()[:3], *values.stride()[:3]),
+        kv_heads,
+        (head_dim, rope_dim, values.shape[3]),
+        False,
+        block_size,
+        scale,
+        max_query_len,
+        sliding_window,
+        sinks,
+        softcap,
+    )
+
+
+def _latent_call(
+    queries: tuple[torch.Tensor, torch.Tensor],
+    cache: torch.Tensor,
+    step: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> AttentionCall:
+    q_latent, q_rope = queries
     _check_pool("cache", cache, 3)
     latent_dim = q_latent.shape[-1]
     rope_dim = cache.shape[2] - latent_dim
@@ -148,131 +223,29 @@ def paged_latent_attention(
     _check_queries("q_latent", q_latent, (*q_latent.shape[:2], latent_dim), cache.device)
     _check_queries("q_rope", q_rope, (*q_latent.shape[:2], rope_dim), cache.device)
     strides = (cache.stride(0), cache.stride(1), 0)
-    return _attend(
-        (q_latent, q_rope),
+    return AttentionCall(
+        queries,
         (cache, cache),
-        (block_tables, seq_lens, query_start),
+        step,
         (*q_latent.stride()[:2], *q_rope.stride()[:2], *strides, *strides),
-        kv_heads=1,
-        dims=(latent_dim, rope_dim, latent_dim),
-        latent=True,
-        block_size=cache.shape[1],
-        scale=scale,
-        max_query_len=max_query_len,
-        sliding_window=sliding_window,
-        sinks=None,
-        softcap=softcap,
-        out=out,
-        tiles=tiles,
-    )
-
-
-def _attend(
-    queries: tuple[torch.Tensor, torch.Tensor],
-    pool: tuple[torch.Tensor, torch.Tensor],
-    step: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    strides: tuple[int, ...],
-    *,
-    kv_heads: int,
-    dims: tuple[int, int, int],
-    latent: bool,
-    block_size: int,
-    scale: float,
-    max_query_len: int,
-    sliding_window: int | None,
-    sinks: torch.Tensor | None,
-    softcap: float | None,
-    out: torch.Tensor | None,
-    tiles: Tiles | None,
-) -> torch.Tensor:
-    """Both kinds of attention; dims are those of a key, of its second part, and of a value, which latents share."""
-    q, device = queries[0], pool[0].device
-    num_tokens, heads = q.shape[:2]
-    block_tables, seq_lens, query_start = step
-    num_seqs = seq_lens.numel()
-    for name, x, shape in (
-        ("block_tables", block_tables, (num_seqs, *block_tables.shape[1:])),
-        ("seq_lens", seq_lens, (num_seqs,)),
-        ("query_start", query_start, (num_seqs + 1,)),
-    ):
-        if x.dtype != torch.int32 or x.shape != shape or x.device != device or x.stride(-1) != 1:
-            raise KernelError(f"{name} is {describe(x)}: expected int32 {list(shape)} on {device}.")
-    if sliding_window is not None and sliding_window < 1:
-        raise KernelError(f"sliding_window is {sliding_window}: expected at least 1.")
-    if sinks is not None and (sinks.dtype != torch.float32 or sinks.shape != (heads,) or not sinks.is_contiguous()):
-        raise KernelError(f"sinks is {describe(sinks)}: expected float32 [{heads}], contiguous.")
-    key_dim, rope_dim, value_dim = dims
-    if out is None:
-        out = torch.empty(num_tokens, heads, value_dim, device=device)
-    else:
-        _check_queries("out", out, (num_tokens, heads, value_dim), device)
-    if num_tokens == 0 or num_seqs == 0:
-        return out
-    group = heads // kv_heads
-    if tiles is None:
-        longest = block_tables.shape[1] * block_size
-        if sliding_window is not None:
-            longest = min(longest, sliding_window + max_query_len)
-        sizes = tuple(padded(dim) if dim else 0 for dim in dims)
-        columns = num_seqs * kv_heads
-        tiles = choose_tiles(max_query_len * group, columns, longest, sizes, pool[0].dtype, device, latent)
-    target, lse = out.unsqueeze(0), out
-    if tiles.splits > 1:
-        target = torch.empty(tiles.splits, num_tokens, heads, value_dim, device=device)
-        lse = torch.empty(tiles.splits, num_tokens, heads, device=device)
-    attend_kernel[(triton.cdiv(max_query_len * group, tiles.rows), num_seqs * kv_heads, tiles.splits)](
-        *queries,
-        *pool,
-        *step,
-        q if sinks is None else sinks,
-        target,
-        lse,
+        1,
+        (latent_dim, rope_dim, latent_dim),
+        True,
+        cache.shape[1],
         scale,
-        softcap or 0.0,
-        sliding_window or 0,
-        *strides,
-        block_tables.stride(0),
-        *target.stride()[:3],
-        num_tokens * heads,
-        tiles.splits,
-        GROUP=group,
-        KV_HEADS=kv_heads,
-        KEY_DIM=key_dim,
-        KEY_PAD=padded(key_dim),
-        ROPE_DIM=rope_dim,
-        ROPE_PAD=padded(rope_dim),
-        VALUE_DIM=value_dim,
-        VALUE_PAD=padded(value_dim),
-        BLOCK_SIZE=block_size,
-        BLOCK_M=tiles.rows,
-        BLOCK_N=tiles.keys,
-        IS_SPLIT=tiles.splits > 1,
-        WINDOWED=sliding_window is not None,
-        SOFTCAP=bool(softcap),
-        SINKS=sinks is not None,
-        LATENT=latent,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        max_query_len,
+        sliding_window,
+        None,
+        softcap,
     )
-    if tiles.splits > 1:
-        value_block = min(padded(value_dim), 128)
-        merge_kernel[(num_tokens, heads, triton.cdiv(value_dim, value_block))](
-            target,
-            lse,
-            q if sinks is None else sinks,
-            out,
-            out.stride(0),
-            out.stride(1),
-            num_tokens * heads,
-            tiles.splits,
-            NUM_HEADS=heads,
-            VALUE_DIM=value_dim,
-            VALUE_BLOCK=value_block,
-            SPLITS_PAD=triton.next_power_of_2(tiles.splits),
-            CHUNK=min(_PARTS_AT_ONCE, triton.next_power_of_2(tiles.splits)),
-            SINKS=sinks is not None,
-            num_warps=4,
-        )
+
+
+def _out(out: torch.Tensor | None, call: AttentionCall) -> torch.Tensor:
+    q, device = call.queries[0], call.pool[0].device
+    shape = (*q.shape[:2], call.dims[2])
+    if out is None:
+        return torch.empty(shape, device=device)
+    _check_queries("out", out, shape, device)
     return out
 
 

@@ -2,7 +2,7 @@
 
 A program serves a tile of rows, a row being a query token and a head, of one sequence and the keys' head that these
 heads share; it walks its share of the keys with a running softmax (Milakov and Gimelshein, arXiv 1805.02867). With
-several shares each leaves its result and the logarithm of its weight, which `merge_kernel` adds up (flash decoding).
+several shares each leaves its result and the logarithm of its weight, which `merge_kernels` add up (flash decoding).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from moesaic.kernels.triton._dot import dot
 
-__all__ = ["attend_kernel", "merge_kernel"]
+__all__ = ["attend_kernel"]
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -79,9 +79,9 @@ def attend_kernel(
     split = tl.program_id(2)
     first_token = tl.load(query_start + seq)
     num_new = tl.load(query_start + seq + 1) - first_token
+    num_past = tl.load(seq_lens + seq) - num_new  # negative in padding: then nothing is seen
     if row_block * BLOCK_M >= num_new * GROUP:
         return
-    num_past = tl.load(seq_lens + seq) - num_new  # negative in padding: then nothing is seen
     row = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     alive = row < num_new * GROUP
     position = num_past + row // GROUP
@@ -97,6 +97,10 @@ def attend_kernel(
         share = tl.cdiv(tl.cdiv(end - begin, BLOCK_N), num_splits) * BLOCK_N
         begin = begin + split * share
         end = tl.minimum(end, begin + share)
+        own_log = lse + split.to(tl.int64) * lse_split + token * (KV_HEADS * GROUP) + head
+        if begin >= end:
+            tl.store(own_log, float("-inf"), mask=alive)
+            return
 
     key_dims = tl.arange(0, KEY_PAD)
     value_dims = tl.arange(0, VALUE_PAD)
@@ -169,8 +173,8 @@ def attend_kernel(
     seen = total > 0.0
     written = alive
     if IS_SPLIT:
-        own_lse = tl.where(seen, highest + tl.log2(total), float("-inf"))
-        tl.store(lse + split.to(tl.int64) * lse_split + token * (KV_HEADS * GROUP) + head, own_lse, mask=alive)
+        log = tl.where(seen, highest + tl.log2(total), float("-inf"))
+        tl.store(own_log, log, mask=alive)
         written = alive & seen  # what has no weight is not read
     result = sums * tl.where(seen, 1.0 / total, 0.0)[:, None]
     tl.store(
@@ -182,48 +186,3 @@ def attend_kernel(
         result,
         mask=written[:, None] & (value_dims < VALUE_DIM)[None, :],
     )
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_splits"])
-def merge_kernel(
-    parts,
-    lse,
-    sinks,
-    out,
-    out_token,
-    out_head,
-    num_rows,
-    num_splits,
-    NUM_HEADS: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SPLITS_PAD: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SINKS: tl.constexpr,
-):
-    """Columns of a row, a token and a head, of `parts` [splits, tokens, heads, value_dim] and `lse` [.., heads]."""
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = token * NUM_HEADS + head
-    splits = tl.arange(0, SPLITS_PAD)
-    logs = tl.load(lse + splits.to(tl.int64) * num_rows + row, mask=splits < num_splits, other=float("-inf"))
-    base = tl.max(logs, 0)
-    if SINKS:
-        sink = tl.load(sinks + head) * _LOG2_E
-        base = tl.maximum(base, sink)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    total = tl.sum(tl.exp2(logs - base), 0)
-    if SINKS:
-        total += tl.exp2(sink - base)
-    dims = tl.program_id(2) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    sums = tl.zeros([VALUE_BLOCK], tl.float32)
-    for first in tl.static_range(0, SPLITS_PAD, CHUNK):  # unrolled, so that all loads are under way at once
-        split = first + tl.arange(0, CHUNK)
-        log = tl.load(lse + split.to(tl.int64) * num_rows + row, mask=split < num_splits, other=float("-inf"))
-        part = tl.load(
-            parts + (split.to(tl.int64) * num_rows + row)[:, None] * VALUE_DIM + dims[None, :],
-            mask=(log > float("-inf"))[:, None] & (dims < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        sums += tl.sum(part * tl.exp2(log - base)[:, None], 0)
-    result = sums * tl.where(total > 0.0, 1.0 / total, 0.0)
-    tl.store(out + token * out_token + head * out_head + dims, result, mask=dims < VALUE_DIM)

@@ -9,7 +9,7 @@ import triton.language as tl
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 
-__all__ = ["add_gated_", "add_scaled_", "combine", "gate_heads_"]
+__all__ = ["add_gated_", "add_scaled_", "check_parts", "combine", "gate_heads_"]
 
 _BLOCK = 1024
 
@@ -49,15 +49,8 @@ def combine(
         KernelError: a tensor has another shape, type or layout than said here.
     """
     parts = (shared, cached, from_cpu)
-    for name, x in zip(("hidden", "shared", "cached", "from_cpu"), (hidden, *parts), strict=True):
-        if x is not None and (x.dtype != torch.float32 or x.ndim != 2 or x.shape != hidden.shape or x.stride(-1) != 1):
-            raise KernelError(f"{name} is {describe(x)}: expected float32 {list(hidden.shape)}, rows contiguous.")
+    check_parts(hidden, *parts, shared_gate)
     rows, width = hidden.shape
-    if shared_gate is not None:
-        if shared is None:
-            raise KernelError("shared_gate is given without shared.")
-        if shared_gate.dtype != torch.float32 or shared_gate.shape not in ((rows,), (rows, 1)):
-            raise KernelError(f"shared_gate is {describe(shared_gate)}: expected float32 [{rows}].")
     if rows == 0 or all(x is None for x in parts):
         return hidden
     _combine_kernel[(rows, triton.cdiv(width, _BLOCK))](
@@ -76,6 +69,30 @@ def combine(
         BLOCK=_BLOCK,
     )
     return hidden
+
+
+def check_parts(
+    hidden: torch.Tensor,
+    shared: torch.Tensor | None,
+    cached: torch.Tensor | None,
+    from_cpu: torch.Tensor | None,
+    shared_gate: torch.Tensor | None,
+) -> None:
+    """Check the arguments of `combine`.
+
+    Raises:
+        KernelError: a tensor has another shape, type or layout than said there.
+    """
+    named = {"hidden": hidden, "shared": shared, "cached": cached, "from_cpu": from_cpu}
+    for name, x in named.items():
+        if x is not None and (x.dtype != torch.float32 or x.ndim != 2 or x.shape != hidden.shape or x.stride(-1) != 1):
+            raise KernelError(f"{name} is {describe(x)}: expected float32 {list(hidden.shape)}, rows contiguous.")
+    rows = len(hidden)
+    if shared_gate is not None:
+        if shared is None:
+            raise KernelError("shared_gate is given without shared.")
+        if shared_gate.dtype != torch.float32 or shared_gate.shape not in ((rows,), (rows, 1)):
+            raise KernelError(f"shared_gate is {describe(shared_gate)}: expected float32 [{rows}].")
 
 
 def gate_heads_(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import triton.language as tl
 from moesaic.kernels.triton.activations import column
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import at_panel, side_by_side, tile_of
+from moesaic.kernels.triton.products import at_panel, item_scales, side_by_side, step_codes, tile_of
 from moesaic.kernels.triton.views import WeightViews, grid_of
 
 __all__ = ["expand"]
@@ -57,14 +57,12 @@ def _expand_kernel(
     index = tl.program_id(1).to(tl.int64)
     words, halves, bytes = at_panel(words, halves, bytes, index * panel_units, row)
     tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
-    scales = ()
-    if F.scales is not None:
-        scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
+    scales = item_scales(tile_words, tile_halves, tile_bytes, n, F)
     at = out + (index * 16 + row) * cols
     for first in tl.static_range(0, steps, together):
         codes = ()
         for step in tl.static_range(first, first + together):
-            codes = codes + F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
+            codes = codes + step_codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step, F)
         _store_pieces(codes, scales, at, item, num_items, cols, F, first, together)
 
 

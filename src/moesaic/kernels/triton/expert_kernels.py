@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.products import at_panel, lane_products, panel_products, tile_of, zeros
+from moesaic.kernels.triton.few_products import lane_products, panel_products, zeros
 
 __all__ = ["activate", "decode_down_kernel", "decode_up_kernel", "operand_place"]
 
@@ -46,12 +46,13 @@ def activate(gate, up, alpha, limit, KIND: tl.constexpr) -> Any:
 @triton.jit
 def lane_place(k, F: tl.constexpr) -> Any:
     """Where `lanes` has column k."""
-    piece: tl.constexpr = F.steps * F.width
-    apart: tl.constexpr = F.interleave * piece
-    whole: tl.constexpr = F.interleave * F.item
-    n = k // whole * F.interleave + k % apart // piece
+    L: tl.constexpr = F.lanes
+    piece: tl.constexpr = L.steps * L.width
+    apart: tl.constexpr = L.interleave * piece
+    whole: tl.constexpr = L.interleave * L.item
+    n = k // whole * L.interleave + k % apart // piece
     e = k % whole // apart * piece + k % piece
-    return n // 8 * ((F.item + F.num_sums) * 8) + e * 8 + n % 8
+    return n // 8 * ((L.item + L.num_sums) * 8) + e // 4 * 32 + n % 8 * 4 + e % 4
 
 
 @triton.jit
@@ -78,10 +79,9 @@ def decode_up_kernel(
     experts,
     words,
     halves,
-    bytes,
     gate_grid,
     up_grid,
-    magic,
+    constants,
     gate_bias,
     up_bias,
     inner,
@@ -108,33 +108,47 @@ def decode_up_kernel(
     ITEMS: tl.constexpr,
 ) -> None:
     """Gate, up and activation of 16 rows for one pair of a token and an expert, as `lanes` of down's format."""
+    is_same: tl.constexpr = GATE is not None and GATE.name == UP.name
     index, pair = tl.program_id(0), tl.program_id(1)
     here = tl.load(slots + pair)
     if here >= 0:
         token = pair // TOP_K
         r = index * 16 + tl.arange(0, 16)
         slot = here.to(tl.int64)
-        panel = slot * up_stride_units + up_units + index.to(tl.int64) * up_panel_units
-        last = tl.cdiv(up_items, ITEMS)
-        x = up_x + token * up_stride
-        totals = panel_products(
-            x, 0, words, halves, bytes, up_grid, magic, panel, cols, up_items, 0, last, UP, 1, ITEMS
-        )
-        up = tl.sum(totals[0], axis=0)
+        up_panel = slot * up_stride_units + up_units + index.to(tl.int64) * up_panel_units
+        gate_panel = slot * gate_stride_units + gate_units + index.to(tl.int64) * gate_panel_units
+        lane = tl.arange(0, ITEMS)[:, None]
+        gate = tl.zeros((16,), tl.float32)
+        if is_same:  # half of the lanes have each, so that all loads are under way at a time
+            half: tl.constexpr = ITEMS // 2
+            panel = tl.where(lane < half, gate_panel, up_panel)
+            totals = panel_products(
+                up_x + token * up_stride, 0, words, halves, up_grid, constants, panel, lane % half, cols, up_items, 0,
+                tl.cdiv(up_items, half), UP, 1, half,
+            )  # fmt: skip
+            both = tl.sum(tl.reshape(totals[0], (2, half, 16)), axis=1)
+            gate, up = tl.split(tl.permute(both, (1, 0)))
+        else:
+            last = tl.cdiv(up_items, ITEMS)
+            totals = panel_products(
+                up_x + token * up_stride, 0, words, halves, up_grid, constants, up_panel, lane, cols, up_items, 0,
+                last, UP, 1, ITEMS,
+            )  # fmt: skip
+            up = tl.sum(totals[0], axis=0)
+            if GATE is not None:
+                last = tl.cdiv(gate_items, ITEMS)
+                totals = panel_products(
+                    gate_x + token * gate_stride, 0, words, halves, gate_grid, constants, gate_panel, lane, cols,
+                    gate_items, 0, last, GATE, 1, ITEMS,
+                )  # fmt: skip
+                gate = tl.sum(totals[0], axis=0)
         if UP_BIAS:
             up += tl.load(up_bias + tl.load(experts + pair).to(tl.int64) * rows + r, mask=r < rows, other=0.0)
+        if GATE_BIAS:
+            gate += tl.load(gate_bias + tl.load(experts + pair).to(tl.int64) * rows + r, mask=r < rows, other=0.0)
         if GATE is None:
             result = activate(up, 1.0, alpha, limit, KIND)
         else:
-            panel = slot * gate_stride_units + gate_units + index.to(tl.int64) * gate_panel_units
-            last = tl.cdiv(gate_items, ITEMS)
-            x = gate_x + token * gate_stride
-            totals = panel_products(
-                x, 0, words, halves, bytes, gate_grid, magic, panel, cols, gate_items, 0, last, GATE, 1, ITEMS
-            )
-            gate = tl.sum(totals[0], axis=0)
-            if GATE_BIAS:
-                gate += tl.load(gate_bias + tl.load(experts + pair).to(tl.int64) * rows + r, mask=r < rows, other=0.0)
             result = activate(gate, up, alpha, limit, KIND)
         # Padded rows are columns of the last item of float formats.
         tl.store(inner + pair.to(tl.int64) * inner_stride + lane_place(r, DOWN), tl.where(r < rows, result, 0.0))
@@ -149,9 +163,8 @@ def decode_down_kernel(
     weights,
     words,
     halves,
-    bytes,
     grid,
-    magic,
+    constants,
     bias,
     out,
     out_stride,
@@ -169,10 +182,8 @@ def decode_down_kernel(
     ITEMS: tl.constexpr,
 ) -> None:
     """Weighted sum over a token's experts of 16 rows of down. Lanes share out the items of all its experts in slots."""
-    stride: tl.constexpr = (F.item + F.num_sums) * 8
     index, token = tl.program_id(0), tl.program_id(1)
     r = index * 16 + tl.arange(0, 16)
-    row = tl.arange(0, 16)[None, :]
     lane = tl.arange(0, ITEMS)[:, None]
     k = tl.arange(0, PADDED_K)
     own = tl.load(slots + token * TOP_K + k, mask=k < TOP_K, other=-1)
@@ -188,13 +199,9 @@ def decode_down_kernel(
         position = tl.sum(tl.where(is_own, k[None, :], 0), 1)[:, None]
         slot = tl.sum(tl.where(is_own, own[None, :], 0), 1)[:, None]
         w = tl.sum(tl.where(is_own, w_all[None, :], 0.0), 1)[:, None]
-        x = inner + (token * TOP_K + position).to(tl.int64) * inner_stride + (item // 8 * stride + item % 8)
+        x = inner + (token * TOP_K + position).to(tl.int64) * inner_stride
         panel = slot.to(tl.int64) * stride_units + down_units + index.to(tl.int64) * panel_units
-        at_words, at_halves, at_bytes = at_panel(words, halves, bytes, panel, row)
-        tile_words, tile_halves, tile_bytes, n = tile_of(at_words, at_halves, at_bytes, item, num_items, F)
-        added = lane_products(
-            zeros(1, ITEMS, 16), x, 0, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, 1, False
-        )
+        added = lane_products(zeros(1, ITEMS, 16), x, 0, words, halves, grid, constants, panel, item, cols, F, 1, False)
         # Lanes behind the last expert read the first slot and whatever activations there are.
         totals = (totals[0] + tl.where(nth < count, added[0] * w, 0.0),)
     result = tl.sum(totals[0], axis=0)

@@ -18,9 +18,8 @@ from moesaic.kernels.experts import Activation
 from moesaic.kernels.triton.activations import lanes_size, to_lanes
 from moesaic.kernels.triton.expert_kernels import decode_down_kernel, decode_up_kernel
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
-from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows
-from moesaic.kernels.triton.views import WeightViews, grid_of, views_of
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, check_rows, program_warps, warps_at_a_time
+from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, views_of
 from moesaic.quant import WeightFormat
 
 __all__ = [
@@ -35,7 +34,6 @@ __all__ = [
     "units_of",
 ]
 
-_ENOUGH_WARPS = 4096
 _ALIGNMENT = 16
 
 
@@ -181,9 +179,8 @@ def check_arena(arena: torch.Tensor, layout: ExpertLayout, num_slots: int) -> No
         )
 
 
-def units_of(part: MatrixLayout) -> tuple[int, int, int, int]:
+def units_of(part: MatrixLayout, form: DeviceFormat) -> tuple[int, int, int, int]:
     """In 16 bytes: where a projection begins, from slot to slot, what a panel takes; and items of a row."""
-    form = part.form
     return (
         part.offset // _ALIGNMENT,
         part.stride // _ALIGNMENT,
@@ -195,13 +192,6 @@ def units_of(part: MatrixLayout) -> tuple[int, int, int, int]:
 def same_order(a: DeviceFormat, b: DeviceFormat) -> bool:
     """Whether both read activations in the same order."""
     return a.order == b.order
-
-
-def _warps(programs: int, num_items: int) -> int:
-    warps = 1
-    while warps < 8 and 8 * warps < num_items and programs * warps < _ENOUGH_WARPS:
-        warps *= 2
-    return warps
 
 
 def bias_of(part: MatrixLayout | None, otherwise: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -259,14 +249,14 @@ def experts_decode(
         return out
     views = views_of(arena)
     inner = _decode_up(x, slots, experts, views, layout)
-    down, form = layout.down, layout.down.form
-    offset, stride, panel, items = units_of(down)
+    down, form = layout.down, layout.down.form.lanes
+    offset, stride, panel, items = units_of(down, form)
     num_panels = -(-layout.hidden // 16)
-    warps = _warps(num_tokens * num_panels, top_k * items)
+    warps = program_warps(num_tokens * num_panels, top_k * items, min(warps_at_a_time(form, 1), 12))
     bias, has_bias = bias_of(down, inner)
     decode_down_kernel[(num_panels, num_tokens)](
-        inner, inner.stride(0), slots, experts, weights, views.words, views.halves, views.bytes, grid_of(form, views),
-        MAGIC, bias, out, out.stride(0), offset, stride, panel, items, down.rows, down.cols, top_k,
+        inner, inner.stride(0), slots, experts, weights, views.words, views.halves, grid_of(form, views),
+        constants_on(arena.device), bias, out, out.stride(0), offset, stride, panel, items, down.rows, down.cols, top_k,
         triton.next_power_of_2(top_k), form, has_bias, accumulate, 8 * warps, num_warps=warps,
     )  # fmt: skip
     return out
@@ -282,21 +272,23 @@ def _decode_up(
     """The activated inner values of each pair, as `lanes` of down's format: float32 `[tokens * top_k, n]`."""
     num_tokens, top_k = slots.shape
     gate, up = layout.gate or layout.up, layout.up
-    up_lanes = to_lanes(x, up.form).values
-    gate_lanes = up_lanes if same_order(gate.form, up.form) else to_lanes(x, gate.form).values
+    gate_form, up_form = gate.form.lanes, up.form.lanes
+    up_lanes = to_lanes(x, up_form).values
+    gate_lanes = up_lanes if same_order(gate_form, up_form) else to_lanes(x, gate_form).values
     size = lanes_size(layout.down.form, layout.intermediate)
     inner = torch.empty(num_tokens * top_k, size, dtype=torch.float32, device=x.device)
-    gate_offset, gate_stride, gate_panel, gate_items = units_of(gate)
-    up_offset, up_stride, up_panel, up_items = units_of(up)
+    gate_offset, gate_stride, gate_panel, gate_items = units_of(gate, gate_form)
+    up_offset, up_stride, up_panel, up_items = units_of(up, up_form)
     num_panels = -(-layout.intermediate // 16)
-    warps = _warps(num_tokens * top_k * num_panels, min(gate_items, up_items))
+    at_a_time = min(warps_at_a_time(gate_form, 1), warps_at_a_time(up_form, 1))
+    warps = program_warps(num_tokens * top_k * num_panels, 2 * min(gate_items, up_items), at_a_time)
     gate_bias, has_gate_bias = bias_of(layout.gate, inner)
     up_bias, has_up_bias = bias_of(up, inner)
     decode_up_kernel[(num_panels, num_tokens * top_k)](
         gate_lanes, up_lanes, gate_lanes.stride(0), up_lanes.stride(0), slots, experts, views.words, views.halves,
-        views.bytes, grid_of(gate.form, views), grid_of(up.form, views), MAGIC, gate_bias, up_bias, inner, size,
+        grid_of(gate_form, views), grid_of(up_form, views), constants_on(x.device), gate_bias, up_bias, inner, size,
         gate_offset, up_offset, gate_stride, up_stride, gate_panel, up_panel, gate_items, up_items, up.rows, up.cols,
-        layout.activation.alpha, layout.activation.limit, top_k, None if layout.gate is None else gate.form, up.form,
+        layout.activation.alpha, layout.activation.limit, top_k, None if layout.gate is None else gate_form, up_form,
         layout.down.form, layout.activation.name, has_gate_bias, has_up_bias, 8 * warps, num_warps=warps,
     )  # fmt: skip
     return inner

@@ -12,7 +12,7 @@ from moesaic.kernels.triton.activations import column
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import at_panel, tile_of
+from moesaic.kernels.triton.products import at_panel, item_scales, step_codes, tile_of
 from moesaic.kernels.triton.views import grid_of, weight_views
 
 __all__ = ["gather_rows"]
@@ -45,11 +45,10 @@ def _gather_kernel(
     panel = (r // 16).to(tl.int64) * panel_units
     words, halves, bytes = at_panel(words, halves, bytes, panel, row)
     tile_words, tile_halves, tile_bytes, in_tile = tile_of(words, halves, bytes, item, num_items, F)
-    if F.scales is not None:
-        scales = F.scales(tile_words, tile_halves, tile_bytes, in_tile, F)
+    scales = item_scales(tile_words, tile_halves, tile_bytes, in_tile, F)
     at = out + n.to(tl.int64) * cols
     for step in tl.static_range(steps):
-        codes = F.codes(tile_words, tile_halves, tile_bytes, grid, magic, in_tile, cols, step)
+        codes = step_codes(tile_words, tile_halves, tile_bytes, grid, magic, in_tile, cols, step, F)
         for p in tl.static_range(planes):
             for c in tl.static_range(width):
                 value = codes[p * width + c]

@@ -180,8 +180,8 @@ class ExpertPairs:
     def _multiply_up(self, views: WeightViews, layout: ExpertLayout, blocks: ExpertBlocks) -> None:
         """The activated inner values of each pair in the order of experts, as `operands` of down's format."""
         gate, up, down = layout.gate or layout.up, layout.up, layout.down.form
-        gate_offset, gate_stride, gate_panel, gate_items = units_of(gate)
-        up_offset, up_stride, up_panel, up_items = units_of(up)
+        gate_offset, gate_stride, gate_panel, gate_items = units_of(gate, gate.form)
+        up_offset, up_stride, up_panel, up_items = units_of(up, up.form)
         gate_bias, has_gate_bias = bias_of(layout.gate, self._weights)
         up_bias, has_up_bias = bias_of(up, self._weights)
         num_rows, warps, stages = tile_shape(self.block_size, gate.form, up.form)
@@ -198,7 +198,7 @@ class ExpertPairs:
     def _multiply_down(self, views: WeightViews, down: MatrixLayout, blocks: ExpertBlocks) -> None:
         """Down of each pair times its weight, to the pair's place."""
         form = down.form
-        offset, stride, panel, items = units_of(down)
+        offset, stride, panel, items = units_of(down, form)
         bias, has_bias = bias_of(down, self._weights)
         num_rows, warps, stages = tile_shape(self.block_size, form)
         grouped_down_kernel[(triton.cdiv(down.rows, num_rows), blocks.most)](

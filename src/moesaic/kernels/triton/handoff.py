@@ -1,8 +1,9 @@
 """The GPU's side of the hand-off: ask the CPU for routed experts, go on, and take the answer.
 
-The kernels work on memory of the CPU that the GPU sees (a `Mailbox`). Request numbers come from a counter in device
-memory, so that a captured graph asks with new numbers each time. Only one warp polls: more of them make each read over
-PCIe slower. It does not know who answers.
+The kernels work on memory of the CPU that the GPU sees (a `Mailbox`). For few tokens a router writes most of a request,
+and often all (`request`); otherwise it is written when the router has decided (`hand_off`). Request numbers come from a
+counter in device memory, so that a captured graph asks with new numbers each time. Only one warp polls: more of them
+make each read over PCIe slower. It does not know who answers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import triton
 import triton.language as tl
 
 from moesaic.kernels.handoff import Mailbox
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
 from moesaic.kernels.triton.elementwise import combine
+from moesaic.kernels.triton.route import Request
 from moesaic.kernels.triton.uploads import Picks, pick
 
 __all__ = ["Exchange"]
@@ -64,8 +68,9 @@ def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
 
 
 @triton.jit(do_not_specialize=["count"])
-def _advance(base_ptr, count):
+def _advance(base_ptr, failed_ptr, report_ptr, count):
     tl.store(base_ptr, tl.load(base_ptr) + count)
+    tl.store(report_ptr, tl.load(failed_ptr))
 
 
 class Exchange:
@@ -84,16 +89,24 @@ class Exchange:
         self.mailbox = mailbox
         self.base = torch.zeros(1, dtype=torch.int64, device=device)
         self.failed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
         self.max_polls = round(30.0 / _SECONDS_PER_POLL)
 
     def set_timeout(self, seconds: float, seconds_per_poll: float = _SECONDS_PER_POLL) -> None:
         """Let polls of kernels that are launched (or captured) from now on wait for about `seconds`."""
         self.max_polls = max(1, min(round(seconds / seconds_per_poll), 2**31 - 1))
 
+    def request(self, position: int) -> Request:
+        """For routers: where to write a request, `position` of its step; see `route` and `router_logits`."""
+        box = self._box()
+        return Request(
+            box.hidden, box.chosen, box.experts, box.weights, box.requested, self.base, self._arrivals, position
+        )
+
     def hand_off(
         self,
         position: int,
-        hidden: torch.Tensor,
+        hidden: torch.Tensor | None,
         chosen: torch.Tensor,
         experts: torch.Tensor,
         weights: torch.Tensor,
@@ -103,7 +116,7 @@ class Exchange:
 
         Args:
             position: which request of the step this is, from 0 on.
-            hidden: float32 `[tokens, hidden_size]`, contiguous.
+            hidden: float32 `[tokens, hidden_size]`, contiguous; None: the router has written it into the mailbox.
             chosen: int64 `[tokens, top_k]`, the router's choice.
             experts: int64 `[tokens, top_k]`, those that do not lie on the GPU, and -1 in the other places.
             weights: float32 `[tokens, top_k]`.
@@ -113,10 +126,10 @@ class Exchange:
         num_slots = 0 if picks is None else len(picks.landing)
         outs = [chosen] * 4 if picks is None else [picks.slots, picks.landing, picks.numbers, picks.counts]
         _hand_off[(1,)](
-            hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts, box.weights,
-            box.requested, self.base, *outs, position, hidden.numel(), chosen.numel(), num_slots, BLOCK=4096,
-            CHOICES=triton.next_power_of_2(chosen.numel()), SLOTS=triton.next_power_of_2(num_slots) if num_slots else 0,
-            num_warps=16,
+            weights if hidden is None else hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts,
+            box.weights, box.requested, self.base, *outs, position, 0 if hidden is None else hidden.numel(),
+            chosen.numel(), num_slots, BLOCK=4096, CHOICES=triton.next_power_of_2(chosen.numel()),
+            SLOTS=triton.next_power_of_2(num_slots) if num_slots else 0, num_warps=16,
         )  # fmt: skip
 
     def take_back(
@@ -128,7 +141,8 @@ class Exchange:
         shared_gate: torch.Tensor | None = None,
         cached: torch.Tensor | None = None,
         scale: float = 1.0,
-    ) -> None:
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
         """`hidden += scale * (answer + sigmoid(gate) * shared + cached)`, in place, when the answer is there.
 
         Args:
@@ -138,17 +152,31 @@ class Exchange:
             shared_gate: float32 `[tokens, 1]`, or None.
             cached: output of the experts on the GPU, like hidden.
             scale: of all that is added.
+            then: the norm of what follows, for few tokens.
+
+        Returns:
+            What follows reads, if `then` is given.
         """
         answer = None
         if position is not None:
             box = self._box()
+            if then is not None and then.ahead is not None:
+                then.ahead.launch()
             _wait[(1,)](box.answered, self.base, self.failed, position, self.max_polls, num_warps=1)
             answer = box.output[: len(hidden)]
+        if then is not None:
+            return combine_norm(hidden, shared, cached, answer, scale, shared_gate, then)
         combine(hidden, shared, cached, answer, scale, shared_gate)
+        return None
 
-    def advance(self, count: int) -> None:
-        """Count the requests of a step; the last thing that a step does."""
-        _advance[(1,)](self.base, count)
+    def advance(self, count: int, report: torch.Tensor | None = None) -> None:
+        """Count the requests of a step; the last thing that a step does.
+
+        Args:
+            count: how many there were.
+            report: int32 `[1]` in page-locked memory, which gets what `failed` is.
+        """
+        _advance[(1,)](self.base, self.failed, self.failed if report is None else report, count)
 
     def restart(self) -> None:
         """Begin to count anew after a failure, together with the server."""

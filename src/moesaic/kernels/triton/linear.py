@@ -12,10 +12,11 @@ from moesaic.kernels.limits import EXPANDED_WEIGHTS
 from moesaic.kernels.triton.activations import Lanes, to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
+from moesaic.kernels.triton.few_products import panel_products
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import panel_products, tile_products
-from moesaic.kernels.triton.views import WeightViews, grid_of, is_interpreted, weight_views
+from moesaic.kernels.triton.products import tile_products
+from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, is_interpreted, weight_views
 
 __all__ = ["MAX_DECODE_TOKENS", "linear"]
 
@@ -24,18 +25,21 @@ MAX_DECODE_TOKENS = 8
 
 _EXPAND_FROM = 128  # from so many tokens on expanding a matrix takes less time than it saves
 
-_ENOUGH_WARPS = 2048  # to keep the memory of a large GPU busy: 16 on each of 128 multiprocessors
+_MOST_PRODUCTS = 256
+"""Of an item's weights with tokens, all of which are one piece of straight code, or compiling takes long. The rest of
+the tokens are the next programs', which find the weights in the second-level cache."""
+
+_MULTIPROCESSORS = 132  # of a large GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["split_stride", "num_tokens", "num_items", "iterations"])
 def _panels_kernel(
     x,
     x_stride,
     words,
     halves,
-    bytes,
     grid,
-    magic,
+    constants,
     bias,
     out,
     out_stride,
@@ -51,17 +55,21 @@ def _panels_kernel(
     ITEMS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
-    """A program has a panel and a part of its columns: `iterations` of ITEMS items."""
-    index, split = tl.program_id(0), tl.program_id(1)
+    """A program has a panel, a part of its columns, `iterations` of ITEMS items, and TOKENS tokens."""
+    first_token = tl.program_id(0) * TOKENS
+    index, split = tl.program_id(1), tl.program_id(2)
     first = split * iterations
     last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
     panel = index.to(tl.int64) * panel_units
+    x += first_token * x_stride
+    lane = tl.arange(0, ITEMS)[:, None]
     totals = panel_products(
-        x, x_stride, words, halves, bytes, grid, magic, panel, cols, num_items, first, last, F, TOKENS, ITEMS
+        x, x_stride, words, halves, grid, constants, panel, lane, cols, num_items, first, last, F, TOKENS, ITEMS
     )
     r = index * 16 + tl.arange(0, 16)
-    for token in tl.static_range(TOKENS):
-        result = tl.sum(totals[token], axis=0)
+    for t in tl.static_range(TOKENS):
+        token = first_token + t
+        result = tl.sum(totals[t], axis=0)
         if HAS_BIAS:
             result += tl.load(bias + r, mask=r < rows, other=0.0)
         at = out + split.to(tl.int64) * split_stride + token * out_stride + r
@@ -130,13 +138,26 @@ def _tiles_kernel(
     tl.store(out + token.to(tl.int64) * out_stride + r, total, mask=(token < num_tokens) & (r < rows))
 
 
-def decode_shape(num_panels: int, num_items: int) -> tuple[int, int, int]:
-    """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
-    warps = 1
-    while warps < 8 and 8 * warps < num_items and num_panels * warps < _ENOUGH_WARPS:
+def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
+    """Of programs for few tokens on a multiprocessor, by the registers that they need."""
+    if form.item > 64:
+        return 8
+    return 16 if tokens == 1 else 12
+
+
+def program_warps(programs: int, num_items: int, at_a_time: int) -> int:
+    """Warps of each program for few tokens: as many as keep all programs on a large GPU at a time."""
+    warps, most = 1, 16 if at_a_time == 16 else 8
+    while warps < most and 8 * warps < num_items and 2 * programs * warps <= _MULTIPROCESSORS * at_a_time:
         warps *= 2
+    return warps
+
+
+def decode_shape(num_panels: int, num_items: int, at_a_time: int) -> tuple[int, int, int]:
+    """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
+    warps = program_warps(num_panels, num_items, at_a_time)
     iterations = -(-num_items // (8 * warps))
-    splits = max(1, min(iterations, _ENOUGH_WARPS // 2 // (num_panels * warps)))
+    splits = max(1, min(iterations, _MULTIPROCESSORS * 8 // (num_panels * warps)))
     iterations = -(-iterations // splits)
     return warps, -(-num_items // (8 * warps * iterations)), iterations
 
@@ -145,18 +166,19 @@ def _few_tokens(
     x: Lanes, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     num_tokens, cols, lanes = x.num_tokens, x.cols, x.values
+    form = form.lanes
     num_panels, num_items = -(-rows // 16), form.num_items(cols)
-    warps, splits, iterations = decode_shape(num_panels, num_items)
+    tokens = min(triton.next_power_of_2(num_tokens), max(1, _MOST_PRODUCTS // form.item))
+    warps, splits, iterations = decode_shape(num_panels, num_items, warps_at_a_time(form, tokens))
     parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=lanes.device)
     inner_bias = bias if splits == 1 else None
-    _panels_kernel[(num_panels, splits)](
+    _panels_kernel[(triton.cdiv(num_tokens, tokens), num_panels, splits)](
         lanes,
         lanes.stride(0),
         views.words,
         views.halves,
-        views.bytes,
         grid_of(form, views),
-        MAGIC,
+        constants_on(lanes.device),
         lanes if inner_bias is None else inner_bias,
         parts,
         parts.stride(-2),
@@ -168,7 +190,7 @@ def _few_tokens(
         form.panel_units(cols),
         iterations,
         form,
-        triton.next_power_of_2(num_tokens),
+        tokens,
         8 * warps,
         inner_bias is not None,
         num_warps=warps,
@@ -330,6 +352,7 @@ def linear(
 
 
 def _check_lanes(x: Lanes, weight: DeviceTensor, form: DeviceFormat) -> None:
+    form = form.lanes
     if x.order != form.order or x.cols != weight.cols or not 0 < x.num_tokens <= MAX_DECODE_TOKENS:
         raise KernelError(
             f"x is {x.num_tokens} tokens of {x.cols} activations in the order {x.order}: expected 1 to "

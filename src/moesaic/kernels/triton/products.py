@@ -1,4 +1,4 @@
-"""Inner loops of the products: what a program does with the panels it is given. It knows no format and no model.
+"""Inner loop of products with many tokens, and what it shares with others. It knows no format and no model.
 
 Arguments that come in families: `words`, `halves` and `bytes` are one address as pointers to int32, float16 and uint8;
 `grid` is the format's codebook, if it has one, and `magic` is MAGIC; F is the format.
@@ -13,10 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["at_panel", "lane_products", "panel_products", "side_by_side", "tile_of", "tile_products", "zeros"]
-
-_LOADS: tl.constexpr = tl.constexpr(256)
-"""Of activations in the body of a loop, at most: a pass of the compiler takes time with the square of them."""
+__all__ = ["at_panel", "item_scales", "side_by_side", "step_codes", "tile_of", "tile_products"]
 
 
 @triton.jit
@@ -40,140 +37,18 @@ def at_panel(words, halves, bytes, panel, row) -> Any:
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, ITEMS: tl.constexpr, ROWS: tl.constexpr) -> Any:
-    """COUNT tensors [ITEMS, ROWS]."""
-    out = ()
-    for _ in tl.static_range(COUNT):
-        out = out + (tl.zeros((ITEMS, ROWS), tl.float32),)
-    return out
+def step_codes(words, halves, bytes, grid, magic, item, cols, step, F: tl.constexpr) -> Any:
+    """The weights of a step, before scales, of all planes."""
+    return F.codes(F.load(words, halves, bytes, item, cols, step, F), grid, magic, item, step)
 
 
 @triton.jit
-def _add_step(
-    parts, sums, x, x_stride, codes, step, SHAPE: tl.constexpr, F: tl.constexpr, TOKENS: tl.constexpr,
-    SUMMED: tl.constexpr,
-) -> Any:  # fmt: skip
-    """Adds the products of a step to `parts`, and activations to `sums` where they are needed; see `lane_products`."""
-    width: tl.constexpr = F.width
-    groups: tl.constexpr = F.num_scales
-    apart: tl.constexpr = F.planes // F.num_scales
-    steps: tl.constexpr = F.steps
-    new_parts = ()
-    new_sums = ()
-    for t in tl.static_range(TOKENS):
-        for g in tl.static_range(groups):
-            part = parts[t * groups + g]
-            total = sums[t * groups + g]
-            for p in tl.static_range(g * apart, (g + 1) * apart):
-                for c in tl.static_range(width):
-                    value = tl.load(x + t * x_stride + ((p * steps + step) * width + c) * 8)
-                    part = tl.fma(codes[p * width + c], tl.broadcast_to(value, SHAPE), part)
-                    if F.has_offset and not SUMMED:
-                        total += value
-            new_parts = new_parts + (part,)
-            new_sums = new_sums + (total,)
-    return new_parts, new_sums
-
-
-@triton.jit
-def lane_products(
-    totals,
-    x,
-    x_stride,
-    words,
-    halves,
-    bytes,
-    grid,
-    magic,
-    item,
-    cols,
-    F: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SUMMED: tl.constexpr,
-) -> Any:
-    """Adds the products of an item per lane and row to `totals`, TOKENS tensors [items, rows].
-
-    Args:
-        x: pointers [items, 1] to each lane's first activation of the first token, in `lanes`, x_stride floats apart.
-        words, halves, bytes: of the tiles, [items, rows].
-        item: int32 [items, 1], the item's number in its tile.
-        SUMMED: whether the sums of an item's activations lie behind them; otherwise they are added up here.
-    """
-    steps: tl.constexpr = F.steps
-    width: tl.constexpr = F.width
-    groups: tl.constexpr = F.num_scales
-    shape: tl.constexpr = totals[0].shape
+def item_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    """Scales of an item and what is added; nothing where codes are the weights."""
     if F.scales is None:
-        parts = totals
+        return ()
     else:
-        parts = zeros(TOKENS * groups, shape[0], shape[1])
-    sums = zeros(TOKENS * groups, shape[0], 1)
-    together: tl.constexpr = max(1, min(steps, _LOADS // (TOKENS * F.planes * width)))
-    if together == steps:
-        for step in tl.static_range(steps):
-            codes = F.codes(words, halves, bytes, grid, magic, item, cols, step)
-            parts, sums = _add_step(parts, sums, x, x_stride, codes, step, shape, F, TOKENS, SUMMED)
-    else:
-        for first in range(0, steps, together):
-            for u in tl.static_range(together):
-                codes = F.codes(words, halves, bytes, grid, magic, item, cols, first + u)
-                parts, sums = _add_step(parts, sums, x, x_stride, codes, first + u, shape, F, TOKENS, SUMMED)
-    if F.scales is None:
-        out = parts
-    else:
-        scales = F.scales(words, halves, bytes, item, F)
-        out = ()
-        for t in tl.static_range(TOKENS):
-            result = totals[t]
-            for g in tl.static_range(groups):
-                result = tl.fma(scales[g], parts[t * groups + g], result)
-                if F.has_offset:
-                    total = sums[t * groups + g]
-                    if SUMMED:
-                        total = tl.load(x + t * x_stride + (F.item + g) * 8)
-                    result = tl.fma(scales[groups + g], tl.broadcast_to(total, shape), result)
-            out = out + (result,)
-    return out
-
-
-@triton.jit
-def panel_products(
-    x,
-    x_stride,
-    words,
-    halves,
-    bytes,
-    grid,
-    magic,
-    panel,
-    cols,
-    num_items,
-    first,
-    last,
-    F: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ITEMS: tl.constexpr,
-) -> Any:
-    """Products of a panel with few tokens: TOKENS tensors [ITEMS, 16 rows], whose sums over items they are.
-
-    Args:
-        x: activations as `lanes`, x_stride floats from one token to the next.
-        panel: int64, where the panel begins, in units of 16 bytes.
-        first, last: the iterations to do, of ITEMS items each.
-    """
-    stride: tl.constexpr = (F.item + F.num_sums) * 8
-    row = tl.arange(0, 16)[None, :]
-    lane = tl.arange(0, ITEMS)[:, None]
-    words, halves, bytes = at_panel(words, halves, bytes, panel, row)
-    totals = zeros(TOKENS, ITEMS, 16)
-    for iteration in range(first, last):
-        item = iteration * ITEMS + lane
-        at = x + (item // 8 * stride + item % 8)
-        tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
-        totals = lane_products(
-            totals, at, x_stride, tile_words, tile_halves, tile_bytes, grid, magic, n, cols, F, TOKENS, True
-        )
-    return totals
+        return F.scales(F.load_scales(words, halves, bytes, item, F), item, F)
 
 
 @triton.jit
@@ -252,7 +127,7 @@ def tile_products(
     scales = ()
     if F.scales is not None:
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, lane, num_items, F)
-        scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
+        scales = item_scales(tile_words, tile_halves, tile_bytes, n, F)
     # One loop over steps of all items, or the loads of each item's first steps would be waited for. Scales are those of
     # the item before until the first step of the next.
     for index in range(0, tl.cdiv(num_items, 16) * step_groups):
@@ -260,11 +135,11 @@ def tile_products(
         tile_words, tile_halves, tile_bytes, n = tile_of(words, halves, bytes, item, num_items, F)
         if F.scales is not None:
             if index % step_groups == 0:
-                scales = F.scales(tile_words, tile_halves, tile_bytes, n, F)
+                scales = item_scales(tile_words, tile_halves, tile_bytes, n, F)
         codes = ()
         for u in tl.static_range(chunk_steps):
             step = index % step_groups * chunk_steps + u
-            codes = codes + F.codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step)
+            codes = codes + step_codes(tile_words, tile_halves, tile_bytes, grid, magic, n, cols, step, F)
         for gb in tl.static_range(plane_groups):
             weights = _chunk(codes, scales, gb, F, dtype)
             values = tl.load(at + (index * plane_groups + gb) * apart, mask=inside, other=0.0)

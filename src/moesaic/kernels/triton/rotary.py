@@ -17,10 +17,11 @@ from moesaic.kernels._checks import check_shape, choice, describe
 from moesaic.kernels.ops import HEAD_NORMS, ROPE_LAYOUTS
 from moesaic.kernels.triton.rotary_kernels import heads_kernel, latent_kernel
 
-__all__ = ["RotaryTable", "latent_rotate_append", "norm_rotate_append"]
+__all__ = ["HEADS_AT_ONCE", "RotaryTable", "check_latents", "latent_rotate_append", "norm_rotate_append"]
 
 _POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_HEADS_AT_ONCE = 16  # of rotary queries in latent attention
+HEADS_AT_ONCE = 16
+"""Heads whose rotary queries a program has in latent attention."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,24 +175,14 @@ def latent_rotate_append(
     Raises:
         KernelError: a tensor has another shape, type or layout than said here.
     """
-    tokens, heads, rope_dim = _check_heads("q_rope", q_rope, q_rope)
-    width = compressed.shape[-1]
-    latent_dim = width - rope_dim
-    if compressed.dtype != torch.float32 or compressed.shape != (tokens, width) or compressed.stride(-1) != 1:
-        raise KernelError(
-            f"compressed is {describe(compressed)}: expected float32 [{tokens}, latents and rotary keys]."
-        )
-    check_shape("cache", cache, (*cache.shape[:2], width))
-    _check_weight("norm_weight", norm_weight, latent_dim)
-    _check_step(positions, slot_mapping, tokens, table, rope_dim, (cache,))
-    if 2 * table.num_pairs != rope_dim:
-        raise KernelError(f"{table.num_pairs} rotary pairs for {rope_dim} dimensions: expected half of them.")
+    tokens, heads = check_latents(compressed, q_rope, table, positions, cache, slot_mapping, norm_weight)
+    rope_dim, latent_dim = q_rope.shape[2], len(norm_weight)
     out = torch.empty(q_rope.shape, device=q_rope.device) if out is None else out
     check_shape("out", out, q_rope.shape)
     _check_heads("out", out, q_rope)
     if tokens == 0:
         return out
-    latent_kernel[(tokens, 1 + triton.cdiv(heads, _HEADS_AT_ONCE))](
+    latent_kernel[(tokens, 1 + triton.cdiv(heads, HEADS_AT_ONCE))](
         compressed,
         q_rope,
         out,
@@ -207,7 +198,7 @@ def latent_rotate_append(
         *out.stride()[:2],
         *cache.stride()[:2],
         HEADS=heads,
-        HEADS_AT_ONCE=_HEADS_AT_ONCE,
+        HEADS_AT_ONCE=HEADS_AT_ONCE,
         LATENT_DIM=latent_dim,
         LATENT_PAD=triton.next_power_of_2(latent_dim),
         ROPE_PAD=triton.next_power_of_2(rope_dim),
@@ -217,6 +208,31 @@ def latent_rotate_append(
         num_warps=2,
     )
     return out
+
+
+def check_latents(
+    compressed: torch.Tensor,
+    q_rope: torch.Tensor,
+    table: RotaryTable,
+    positions: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    norm_weight: torch.Tensor,
+) -> tuple[int, int]:
+    """Tokens and heads of `latent_rotate_append`; KernelError if a tensor is not as described there."""
+    tokens, heads, rope_dim = _check_heads("q_rope", q_rope, q_rope)
+    width = compressed.shape[-1]
+    latent_dim = width - rope_dim
+    if compressed.dtype != torch.float32 or compressed.shape != (tokens, width) or compressed.stride(-1) != 1:
+        raise KernelError(
+            f"compressed is {describe(compressed)}: expected float32 [{tokens}, latents and rotary keys]."
+        )
+    check_shape("cache", cache, (*cache.shape[:2], width))
+    _check_weight("norm_weight", norm_weight, latent_dim)
+    _check_step(positions, slot_mapping, tokens, table, rope_dim, (cache,))
+    if 2 * table.num_pairs != rope_dim:
+        raise KernelError(f"{table.num_pairs} rotary pairs for {rope_dim} dimensions: expected half of them.")
+    return tokens, heads
 
 
 def _check_heads(name: str, x: torch.Tensor, like: torch.Tensor) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from moesaic.kernels.ops import HEAD_NORMS, ROPE_LAYOUTS
 
-__all__ = ["heads_kernel", "latent_kernel"]
+__all__ = ["heads_kernel", "latent_kernel", "latent_part"]
 
 _HALF: tl.constexpr = tl.constexpr(ROPE_LAYOUTS["half"])
 _INTERLEAVED: tl.constexpr = tl.constexpr(ROPE_LAYOUTS["interleaved"])
@@ -168,7 +168,9 @@ def heads_kernel(
 
 
 @triton.jit
-def latent_kernel(
+def latent_part(
+    token,
+    part,
     compressed,
     q_rope,
     out,
@@ -195,8 +197,7 @@ def latent_kernel(
     PAIRS: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """The latent and the rotary key of a token; or, behind those, some heads of its queries."""
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Part 0: the latent and the rotary key of a token; behind it, some heads of its queries each. `token`: int64."""
     dims = tl.arange(0, ROPE_PAD)
     rotated, pair, own_dim, partner_dim, sign = _sources(dims, PAIRS, LAYOUT)  # all of rope_dim is rotated
     angles = tl.load(positions + token) * PAIRS
@@ -224,3 +225,39 @@ def latent_kernel(
             partner = tl.load(source + LATENT_DIM + partner_dim, mask=rotated, other=0.0)
             key = own * own_cos + partner * own_sin
             tl.store(target + LATENT_DIM + dims, key.to(cache.dtype.element_ty), mask=rotated)
+
+
+@triton.jit
+def latent_kernel(
+    compressed,
+    q_rope,
+    out,
+    cache,
+    cos,
+    sin,
+    positions,
+    slot_mapping,
+    norm_weight,
+    eps,
+    compressed_token,
+    q_token,
+    q_head,
+    out_token,
+    out_head,
+    cache_block,
+    cache_slot,
+    HEADS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
+    LATENT_DIM: tl.constexpr,
+    LATENT_PAD: tl.constexpr,
+    ROPE_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAIRS: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """See `rotary.latent_rotate_append`: a program for each part of a token."""
+    latent_part(
+        tl.program_id(0).to(tl.int64), tl.program_id(1), compressed, q_rope, out, cache, cos, sin, positions,
+        slot_mapping, norm_weight, eps, compressed_token, q_token, q_head, out_token, out_head, cache_block,
+        cache_slot, HEADS, HEADS_AT_ONCE, LATENT_DIM, LATENT_PAD, ROPE_PAD, BLOCK_SIZE, PAIRS, LAYOUT,
+    )  # fmt: skip

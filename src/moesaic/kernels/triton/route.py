@@ -14,13 +14,15 @@ from moesaic.errors import KernelError
 from moesaic.kernels._checks import choice, describe
 from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.routing import GROUP_SCORES, ROUTE_SCORES
-from moesaic.kernels.triton.route_kernels import logits_kernel, route_kernel
+from moesaic.kernels.triton.route_kernels import logits_kernel, route_kernel, row_logits_kernel
 
-__all__ = ["MAX_ROUTE_EXPERTS", "Routed", "route", "router_logits"]
+__all__ = ["MAX_ROUTE_EXPERTS", "Request", "Routed", "route", "router_logits"]
 
 MAX_ROUTE_EXPERTS = 4096
 """What a program can sort through in registers."""
 _FEW_TOKENS = 8  # up to here a product is bound by reading the weight once
+_VERY_FEW_TOKENS = 4  # whose rows fit in registers, whole
+_WHOLE_ROW = 16384
 
 
 class Routed(NamedTuple):
@@ -39,12 +41,36 @@ class Routed(NamedTuple):
     misses: torch.Tensor | None
 
 
+class Request(NamedTuple):
+    """A request to the CPU that routers write.
+
+    Attributes:
+        hidden, chosen, experts, weights: of the mailbox; see `Mailbox`.
+        requested: its counter.
+        base: int64 `[1]` on the device: number of the last request of the steps before.
+        arrivals: int32 `[1]` on the device, 0 between launches.
+        position: which request of the step this is, from 0 on.
+        completes: whether `route` writes the rest, and lets the CPU see it.
+    """
+
+    hidden: torch.Tensor
+    chosen: torch.Tensor
+    experts: torch.Tensor
+    weights: torch.Tensor
+    requested: torch.Tensor
+    base: torch.Tensor
+    arrivals: torch.Tensor
+    position: int
+    completes: bool = True
+
+
 def route(
     logits: torch.Tensor,
     options: RouteOptions,
     *,
     slot_of_expert: torch.Tensor | None = None,
     slot_mapping: torch.Tensor | None = None,
+    request: Request | None = None,
 ) -> Routed:
     """Choose experts for each token, in the order and with the ties of `ops.route`.
 
@@ -54,6 +80,8 @@ def route(
         slot_of_expert: int32 `[experts]`, contiguous: where an expert lies on the GPU, -1: not there.
         slot_mapping: int64 `[tokens]` of the step (see `StepInput`): tokens that go nowhere are padding, and get
             weights of 0 and neither slots nor misses.
+        request: also ask the CPU for what is not on the GPU (for all that was chosen, without `slot_of_expert`); what
+            the experts are to compute from was written into the mailbox by launches before.
 
     Returns:
         Tensors of their own.
@@ -103,6 +131,7 @@ def route(
             experts,
             experts if slots is None else slots,
             experts if misses is None else misses,
+            *_request_arguments(request, experts),
             logits.stride(0),
             options.sum_offset,
             options.sum_minimum,
@@ -120,13 +149,27 @@ def route(
             NORMALIZE=options.normalize,
             LOOKS_UP=slot_of_expert is not None,
             PADDED=slot_mapping is not None,
+            ASKS=request is not None,
+            ALONE=tokens == 1,
             num_warps=1 if num_experts <= 512 else 4,
         )
     return Routed(weights, experts, slots, misses)
 
 
+def _request_arguments(request: Request | None, otherwise: torch.Tensor) -> tuple[torch.Tensor | int, ...]:
+    if request is None:
+        return (*[otherwise] * 6, 0)
+    box = request.chosen, request.experts, request.weights, request.requested
+    return *box, request.arrivals, request.base, request.position
+
+
 def router_logits(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    out: torch.Tensor | None = None,
+    box_hidden: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x W^T + bias`, exact products and sums in float32.
 
@@ -135,6 +178,8 @@ def router_logits(
         weight: float32 `[experts, hidden]`, contiguous.
         bias: float32 `[experts]`, or None.
         out: float32 `[tokens, experts]`, contiguous, or None to allocate it.
+        box_hidden: float32 `[at least tokens, hidden]`, contiguous, where x is written as well, for a `Request` that
+            follows; None: nowhere.
 
     Returns:
         out.
@@ -148,30 +193,63 @@ def router_logits(
     for name, w, shape in (("weight", weight, (num_experts, hidden)), ("bias", bias, (num_experts,))):
         if w is not None and (w.dtype != torch.float32 or w.shape != shape or not w.is_contiguous()):
             raise KernelError(f"{name} is {describe(w)}: expected float32 {list(shape)}, contiguous.")
+    if box_hidden is not None and (
+        box_hidden.dtype != torch.float32
+        or box_hidden.ndim != 2
+        or box_hidden.shape[1] != hidden
+        or len(box_hidden) < tokens
+        or not box_hidden.is_contiguous()
+    ):
+        raise KernelError(f"box_hidden is {describe(box_hidden)}: expected float32 [{tokens} or more, {hidden}].")
     if out is None:
         out = torch.empty(tokens, num_experts, device=x.device)
     if out.dtype != torch.float32 or out.shape != (tokens, num_experts) or not out.is_contiguous():
         raise KernelError(f"out is {describe(out)}: expected float32 [{tokens}, {num_experts}], contiguous.")
     if tokens > _FEW_TOKENS:
+        if box_hidden is not None:
+            box_hidden[:tokens].copy_(x)
         return _exact_matmul(x, weight, bias, out)
     if tokens:
-        rows = 1 if tokens == 1 else 2
-        logits_kernel[(triton.cdiv(num_experts, rows),)](
-            x,
-            weight,
-            weight if bias is None else bias,
-            out,
-            tokens,
-            x.stride(0),
-            num_experts,
-            HIDDEN=hidden,
-            TOKENS=triton.next_power_of_2(tokens),
-            ROWS=rows,
-            CHUNK=max(128, min(1024 if tokens > 2 else 2048, triton.next_power_of_2(hidden))),
-            BIASED=bias is not None,
-            num_warps=8 if hidden > 2048 else 4,
-        )
+        _few_logits(x, weight, bias, out, box_hidden)
     return out
+
+
+def _few_logits(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    box_hidden: torch.Tensor | None,
+) -> None:
+    (tokens, hidden), num_experts = x.shape, weight.shape[0]
+    pad, padded_tokens = triton.next_power_of_2(hidden), triton.next_power_of_2(tokens)
+    whole = tokens <= _VERY_FEW_TOKENS and pad * padded_tokens <= 2 * _WHOLE_ROW
+    rows = 2 if tokens > 1 or (whole and pad > 2048) else 1
+    programs = triton.cdiv(num_experts, rows)
+    arguments = (
+        x,
+        weight,
+        weight if bias is None else bias,
+        out,
+        out if box_hidden is None else box_hidden,
+        0 if box_hidden is None else tokens,
+        tokens,
+        x.stride(0),
+        num_experts,
+    )
+    options = {
+        "HIDDEN": hidden,
+        "TOKENS": padded_tokens,
+        "ROWS": rows,
+        "PART": triton.next_power_of_2(triton.cdiv(hidden, programs)),
+        "BIASED": bias is not None,
+    }
+    if whole:
+        warps = 8 if pad <= 2048 else 16 if tokens > 1 else 32
+        row_logits_kernel[(programs,)](*arguments, PAD=pad, num_warps=warps, **options)
+    else:
+        chunk = max(128, min(1024 if tokens > 2 else 2048, pad))
+        logits_kernel[(programs,)](*arguments, CHUNK=chunk, num_warps=8 if hidden > 2048 else 4, **options)
 
 
 def _exact_matmul(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ import triton
 
 from moesaic.errors import KernelError
 from moesaic.kernels.triton.device_tensor import DeviceTensor
+from moesaic.kernels.triton.few_products import CONSTANTS
 from moesaic.kernels.triton.formats import DeviceFormat
 
-__all__ = ["WeightViews", "grid_of", "is_interpreted", "views_of", "weight_views"]
+__all__ = ["WeightViews", "constants_on", "grid_of", "is_interpreted", "views_of", "weight_views"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +56,12 @@ def _grid_on(form: DeviceFormat, device: torch.device) -> torch.Tensor:
 def grid_of(form: DeviceFormat, views: WeightViews) -> torch.Tensor:
     """The format's codebook on the weights' device, copied there once; anything if it has none."""
     return views.words if form.grid is None else _grid_on(form, views.words.device)
+
+
+@functools.cache
+def constants_on(device: torch.device) -> torch.Tensor:
+    """`products.CONSTANTS` on a device, copied there once."""
+    return torch.tensor(CONSTANTS, dtype=torch.int32, device=device)
 
 
 def is_interpreted() -> bool:

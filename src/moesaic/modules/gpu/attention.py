@@ -12,9 +12,17 @@ import torch
 
 from moesaic.errors import UnsupportedModelError
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
-from moesaic.kernels.triton.attention import paged_attention, paged_latent_attention
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.attention import (
+    attention_parts,
+    latent_attention_parts,
+    paged_attention,
+    paged_latent_attention,
+)
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.elementwise import gate_heads_
-from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.latent import MAX_LATENT_TOKENS, absorb_and_append, latent_values
+from moesaic.kernels.triton.merge import fits_lanes, merge
 from moesaic.kernels.triton.rotary import latent_rotate_append, norm_rotate_append
 from moesaic.kvcache.paged import KvShape
 from moesaic.modules.delta_net import DeltaNetParts
@@ -54,10 +62,23 @@ class GpuGqaAttention:
         kv_heads = key_rows // self.head_dim
         self.cache_shape = KvShape(kv_heads, self.head_dim, value_rows // kv_heads)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(normed))
+    @property
+    def norm_before(self) -> NormBefore | None:
+        """See `GpuNorm.before`."""
+        return self.norm.before(self.qkv.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order."""
+        return [self.norm.weight, *self.qkv.data, self.o.weight.data]
+
+    def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.
+
+        `normed` is x after the norm, if somebody has made it as `norm_before` says.
+        """
+        rows = self.norm(x, self.qkv.form) if normed is None else normed
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv(rows))
         gate = None
         if self.output_gate:  # every head has a query and then its gate
             q, gate = q[:, ::2], q[:, 1::2]
@@ -78,21 +99,23 @@ class GpuGqaAttention:
             k_norm=None if self.k_norm is None else self.k_norm.weight,
             eps=0.0 if self.q_norm is None else self.q_norm.eps,
         )
-        attended = paged_attention(
-            query,
-            pool.keys,
-            pool.values,
-            where.block_tables,
-            where.seq_lens,
-            where.query_start,
-            scale=self.scaling,
-            max_query_len=step.max_query_len,
-            sliding_window=self.sliding_window,
-            sinks=self.sinks,
-        )
+        attended = self._attended(query, step)
+        if isinstance(attended, Lanes):
+            return self.o(attended)
         if gate is not None:
             gate_heads_(attended, gate)
         return self.o(attended.view(len(x), -1))
+
+    def _attended(self, query: torch.Tensor, step: GpuStep) -> torch.Tensor | Lanes:
+        """Of few tokens in the order in which the output matrix reads them, if that is possible."""
+        pool, where = step.pool(self.layer_idx), step.input
+        assert pool.values is not None
+        arguments = query, pool.keys, pool.values, where.block_tables, where.seq_lens, where.query_start
+        options: dict[str, Any] = {"scale": self.scaling, "max_query_len": step.max_query_len}
+        options["sliding_window"] = self.sliding_window
+        if not self.output_gate and fits_lanes(self.o.form, len(query), query.shape[1], pool.values.shape[3]):
+            return merge(attention_parts(*arguments, **options), self.sinks, form=self.o.form)
+        return paged_attention(*arguments, sinks=self.sinks, **options)
 
 
 class GpuMlaAttention:
@@ -124,14 +147,29 @@ class GpuMlaAttention:
         self.k_b, self.v_b = _halves(source, device, dtype)
         self.cache_shape = KvShape.latent(self.latent_dim, self.rope_dim)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled."""
+    @property
+    def norm_before(self) -> NormBefore | None:
+        """See `GpuNorm.before`."""
+        return self.norm.before(self.first.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order, up to what is large."""
+        second = [] if self.q_a_norm is None or self.q_b is None else [self.q_a_norm.weight, self.q_b.weight.data]
+        return [self.norm.weight, *self.first.data, self.kv_a_norm.weight, *second, self.k_b, self.v_b]
+
+    def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous; not yet scaled.
+
+        `normed` is x after the norm, if somebody has made it as `norm_before` says.
+        """
         tokens, pool, where = len(x), step.pool(self.layer_idx), step.input
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        query, compressed = self.first(normed)
+        query, compressed = self.first(self.norm(x, self.first.form) if normed is None else normed)
         if self.q_b is not None and self.q_a_norm is not None:
-            query = self.q_b(rms_norm(query, self.q_a_norm.weight, self.q_a_norm.eps))
+            query = self.q_b(self.q_a_norm(query, self.q_b.form))
         heads = query.unflatten(1, (self.num_heads, -1))
+        if tokens <= MAX_LATENT_TOKENS:
+            return self._decode(heads, compressed, step)
         q_rope = latent_rotate_append(
             compressed,
             heads[..., self.nope_dim :],
@@ -163,6 +201,35 @@ class GpuMlaAttention:
             some = slice(first, first + group)
             values[:, some] = self._attend(heads, q_rope, some, step)
         return self.o(values.view(tokens, -1))
+
+    def _decode(self, heads: torch.Tensor, compressed: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        """Of few tokens: queries `[tokens, heads, nope + rope]`, latents and rotary keys not yet normed and rotated."""
+        pool, where = step.pool(self.layer_idx), step.input
+        q_latent, q_rope = absorb_and_append(
+            heads,
+            compressed,
+            self.k_b,
+            step.angles,
+            where.positions,
+            pool.keys,
+            where.slot_mapping,
+            self.kv_a_norm.weight,
+            self.kv_a_norm.eps,
+            layout=self.rope_layout,
+        )
+        parts = latent_attention_parts(
+            q_latent,
+            q_rope,
+            pool.keys,
+            where.block_tables,
+            where.seq_lens,
+            where.query_start,
+            scale=self.scaling,
+            max_query_len=step.max_query_len,
+        )
+        if fits_lanes(self.o.form, len(heads), self.num_heads, self.v_b.shape[2]):
+            return self.o(latent_values(merge(parts), self.v_b, form=self.o.form))
+        return self.o(latent_values(merge(parts), self.v_b).view(len(heads), -1))
 
     def _attend(self, heads: torch.Tensor, q_rope: torch.Tensor, some: slice, step: GpuStep) -> torch.Tensor:
         """What some heads attend to: queries `[tokens, heads, nope + rope]` to values `[tokens, some heads, value]`."""

@@ -15,7 +15,10 @@ from torch import nn
 
 from moesaic.kernels.block_parts import Linear, Norm
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.norm import rms_norm
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.read_ahead import ReadAhead, cache_share
 from moesaic.kernels.triton.rotary import RotaryTable
 from moesaic.modules.ends import DecoderEnds
 from moesaic.modules.gpu.attention import GpuAttention, gpu_attention
@@ -37,10 +40,22 @@ class GpuLayer:
     attention: GpuAttention
     feed_forward: GpuFeedForward
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> None:
-        """Update float32 `[tokens, hidden_size]`, contiguous, in place."""
-        attended = self.attention(x, step)
-        self.feed_forward(x, attended, self.attention.residual_scale, step)
+    def __call__(
+        self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None, then: NormBefore | None = None
+    ) -> Lanes | None:
+        """Update float32 `[tokens, hidden_size]`, contiguous, in place.
+
+        Args:
+            x: what is updated.
+            step: that this is part of.
+            normed: what the layer before returned.
+            then: the norm of what follows, for few tokens.
+
+        Returns:
+            What follows reads, if `then` is given.
+        """
+        attended = self.attention(x, step, normed)
+        return self.feed_forward(x, attended, self.attention.residual_scale, step, then)
 
 
 class GpuDecoder:
@@ -90,12 +105,28 @@ class GpuDecoder:
         self.tail: CpuTail | None = None
         if num_layers is not None and num_layers < len(decoder.layers):
             self.tail = CpuTail(model, num_layers)
+            self._after = [*self._norms(), None]
             return
         self.norm = GpuNorm.of(Norm(decoder.norm.weight, decoder.norm.eps), device)
         head = model.get_output_embeddings()
         self.head = GpuLinear.of(Linear(head.packed, head.bias), device)
         if head.packed is not self.embedding.packed:
             head.packed = None
+        self._after = [*self._norms(), self._norm_of_head()]
+
+    def _norm_of_head(self) -> NormBefore | None:
+        norm = self.norm.before(self.head.form)
+        ahead = ReadAhead([self.norm.weight, self.head.weight.data], cache_share(self.device))
+        return None if norm is None else norm._replace(ahead=ahead)
+
+    def _norms(self) -> list[NormBefore | None]:
+        """In front of each layer but the first, with weights that are worth reading while the layer before waits."""
+        norms = []
+        for layer in self.layers[1:]:
+            norm = layer.attention.norm_before
+            ahead = ReadAhead([*layer.attention.weights, *layer.feed_forward.weights], cache_share(self.device))
+            norms.append(None if norm is None else norm._replace(ahead=ahead))
+        return norms
 
     def _take(self, parts: LayerParts, dtype: torch.dtype) -> GpuLayer:
         attention = gpu_attention(parts.attention, self.config, self.device, dtype)
@@ -119,19 +150,39 @@ class GpuDecoder:
             if each.feed_forward.routed is experts:
                 each.feed_forward.routed = None
 
-    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, on the CPU."""
-        return self.ends.embed(token_ids)
+    def embed(self, token_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Hidden states of int64 `[tokens]` on the CPU: float32 `[tokens, hidden_size]`, in `out` if it is given."""
+        return self.ends.embed(token_ids, out)
 
-    def run(self, hidden: torch.Tensor, step: GpuStep, first: int = 0, count: int | None = None) -> None:
-        """All layers, or `count` from `first` on, on float32 `[tokens, hidden_size]`, contiguous, in place."""
-        for layer in self.layers[first : None if count is None else first + count]:
-            layer(hidden, step)
+    def run(self, hidden: torch.Tensor, step: GpuStep, first: int = 0, count: int | None = None) -> Lanes | None:
+        """All layers, or `count` from `first` on, on float32 `[tokens, hidden_size]`, contiguous, in place.
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Last norm and head, without a tail: float32 `[tokens, hidden_size]` to `[tokens, vocab_size]`."""
-        logits = self.head(rms_norm(hidden, self.norm.weight, self.norm.eps))
-        return logits if self.ends.logit_scale == 1.0 else logits * self.ends.logit_scale
+        Returns:
+            What the head reads, after the last layer for few tokens.
+        """
+        normed = None
+        last = len(self.layers) if count is None else first + count
+        for index in range(first, last):
+            follows = index + 1 < last or last == len(self.layers)
+            then = self._after[index] if follows and 0 < len(hidden) <= MAX_DECODE_TOKENS else None
+            normed = self.layers[index](hidden, step, normed, then)
+        return normed
+
+    def logits(
+        self, hidden: torch.Tensor, normed: Lanes | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last norm and head, without a tail.
+
+        Args:
+            hidden: float32 `[tokens, hidden_size]`.
+            normed: what `run` returned for them.
+            out: float32 `[tokens, vocab_size]`, or None to allocate it.
+
+        Returns:
+            out.
+        """
+        logits = self.head(self.norm(hidden, self.head.form) if normed is None else normed, out)
+        return logits if self.ends.logit_scale == 1.0 else logits.mul_(self.ends.logit_scale)
 
 
 def rotary_table(decoder: Any, max_positions: int, device: torch.device) -> RotaryTable:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.delta_rule import DeltaColumns, DeltaStep, causal_conv, gated_delta_rule, gated_norm_
-from moesaic.kernels.triton.norm import rms_norm
 from moesaic.kvcache.states import StateShape
 from moesaic.modules.delta_net import DeltaNetParts
 from moesaic.modules.gpu.step import GpuStep
@@ -35,21 +36,33 @@ class GpuDeltaNet:
         channels, taps = source.conv_weight.shape
         self.cache_shape = StateShape(taps - 1, channels, len(source.rate), source.key_dim, source.value_dim)
 
-    def __call__(self, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous."""
+    @property
+    def norm_before(self) -> NormBefore | None:
+        """See `GpuNorm.before`."""
+        return self.norm.before(self.projections.form)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read in every step, in order."""
+        return [self.norm.weight, *self.projections.data, self.output.weight.data]
+
+    def __call__(self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None) -> torch.Tensor:
+        """What is to be added to x, float32 `[tokens, hidden_size]`, contiguous.
+
+        `normed` is x after the norm, if somebody has made it as `norm_before` says.
+        """
         states, where = step.states(self.layer_idx), step.input
-        normed = rms_norm(x, self.norm.weight, self.norm.eps)
-        projected = self._project(normed)
+        projected = self._project(self.norm(x, self.projections.form) if normed is None else normed, len(x))
         tokens = DeltaStep(where.positions, where.query_start, where.state_slots, step.max_query_len)
         mixed = causal_conv(projected, self.columns.conv, self.conv_weight, states.conv, tokens)
         attended = gated_delta_rule(mixed, projected, self.columns, self.rate, self.step_bias, states.recurrent, tokens)
         gated_norm_(attended, projected, self.columns.gate, self.out_norm.weight, self.out_norm.eps)
         return self.output(attended)
 
-    def _project(self, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, x: torch.Tensor | Lanes, num_tokens: int) -> torch.Tensor:
         """All projections, side by side."""
         widths = [part.weight.rows for part in self.projections.parts]
-        out = torch.empty(len(x), sum(widths), device=x.device)
+        out = torch.empty(num_tokens, sum(widths), device=self.rate.device)
         for part, columns in zip(self.projections.parts, out.split(widths, dim=1), strict=True):
             part(x, columns)
         return out

@@ -14,7 +14,10 @@ import torch
 from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.experts import PackedExperts
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
 from moesaic.kernels.triton.elementwise import add_scaled_
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.norm import add_rms_norm
 from moesaic.kernels.triton.route import route, router_logits
 from moesaic.modules.gpu.experts import ResidentExperts
@@ -71,24 +74,53 @@ class GpuFeedForward:
                 self.shared_gate = GpuLinear.of(source.shared_gate, device)
         self.dense = None if dense is None else ResidentExperts.of(dense, device)
 
-    def __call__(self, x: torch.Tensor, attended: torch.Tensor, attended_scale: float, step: GpuStep) -> None:
-        """Add what attention gave, then update, float32 `[tokens, hidden_size]`, contiguous, in place."""
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """What is read before routed experts are chosen, in order."""
+        return [self.norm.weight] if self.router is None else [self.norm.weight, self.router.weight]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        attended_scale: float,
+        step: GpuStep,
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
+        """Add what attention gave, then update, float32 `[tokens, hidden_size]`, contiguous, in place.
+
+        Args:
+            x: what is updated.
+            attended: like x.
+            attended_scale: its factor.
+            step: that this is part of.
+            then: the norm of what follows, for few tokens.
+
+        Returns:
+            What follows reads, if `then` is given.
+        """
         normed = add_rms_norm(attended, x, self.norm.weight, self.norm.eps, scale=attended_scale)
         if self.router is None or self.layer is None:
             assert self.dense is not None
-            add_scaled_(x, self.dense.of_all(normed), self.scale)
-            return
+            dense = self.dense.of_all(normed)
+            if then is not None:
+                return combine_norm(x, dense, None, None, self.scale, None, then)
+            add_scaled_(x, dense, self.scale)
+            return None
         path = step.experts
-        logits = router_logits(normed, self.router.weight, self.router.bias)
+        request = path.request(self.layer) if len(x) <= MAX_DECODE_TOKENS else None
+        box_hidden = None if request is None else request.hidden
+        logits = router_logits(normed, self.router.weight, self.router.bias, box_hidden=box_hidden)
         chosen = route(
             logits if self.logits_of is None else self.logits_of(logits),
             self.router.options,
             slot_of_expert=path.table(self.layer),
             slot_mapping=step.input.slot_mapping,
+            request=request if request is not None and request.completes else None,
         )
         misses = chosen.experts if chosen.misses is None else chosen.misses
-        routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses)
+        routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses, request)
         path.start(routed)
         shared = None if self.dense is None else self.dense.of_all(normed)
         gate = None if self.shared_gate is None else self.shared_gate(normed)
-        path.finish(routed, x, shared, gate, self.scale)
+        return path.finish(routed, x, shared, gate, self.scale, then)

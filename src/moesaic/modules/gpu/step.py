@@ -8,7 +8,10 @@ from typing import Protocol
 import torch
 
 from moesaic.errors import KernelError
+from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.rotary import RotaryTable
+from moesaic.kernels.triton.route import Request
 from moesaic.kvcache.paged import PoolLayer
 from moesaic.kvcache.states import StateLayer
 from moesaic.kvcache.step_input import StepInput
@@ -27,6 +30,7 @@ class Routed:
         weights: float32 `[tokens, top_k]`.
         slots: int32 `[tokens, top_k]`: where the chosen experts lie on the GPU, -1: nowhere; None if none does.
         misses: int64 `[tokens, top_k]`: chosen experts that do not lie on the GPU, -1 in the other places.
+        request: what the router has written of the request to the CPU; None: nothing.
     """
 
     layer: int
@@ -35,6 +39,7 @@ class Routed:
     weights: torch.Tensor
     slots: torch.Tensor | None
     misses: torch.Tensor
+    request: Request | None = None
 
 
 class ExpertPath(Protocol):
@@ -42,6 +47,9 @@ class ExpertPath(Protocol):
 
     def table(self, layer: int) -> torch.Tensor | None:
         """int32 `[num_experts]`, the slot of each expert on the GPU or -1; None if there are no slots at all."""
+
+    def request(self, layer: int) -> Request | None:
+        """What the router of few tokens writes: hidden states, and all of it if it `completes`; None: nothing."""
 
     def start(self, routed: Routed) -> None:
         """The router has decided; the GPU will do something else in the meantime."""
@@ -53,8 +61,13 @@ class ExpertPath(Protocol):
         shared: torch.Tensor | None,
         shared_gate: torch.Tensor | None,
         scale: float,
-    ) -> None:
-        """`residual += scale * (experts + sigmoid(shared_gate) * shared)`, in place."""
+        then: NormBefore | None = None,
+    ) -> Lanes | None:
+        """`residual += scale * (experts + sigmoid(shared_gate) * shared)`, in place.
+
+        Returns:
+            The norm of that, as what follows reads it, if `then` is given: for few tokens.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,11 @@ import torch
 from moesaic.kernels import PackedTensor
 from moesaic.kernels.block_parts import HeadLinears, Linear, Norm
 from moesaic.kernels.triton.activations import Lanes
+from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
-from moesaic.kernels.triton.linear import linear
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS, linear
+from moesaic.kernels.triton.norm import norm_lanes, rms_norm
 
 __all__ = ["GpuLinear", "GpuLinears", "GpuNorm", "dense_heads"]
 
@@ -34,8 +36,8 @@ class GpuLinear:
 
     @property
     def form(self) -> DeviceFormat:
-        """How kernels read it."""
-        return device_format(self.weight.format, self.weight.cols)
+        """How kernels read it for few tokens."""
+        return device_format(self.weight.format, self.weight.cols).lanes
 
     def __call__(self, x: torch.Tensor | Lanes, out: torch.Tensor | None = None) -> torch.Tensor:
         """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]`."""
@@ -53,6 +55,16 @@ class GpuNorm:
     def of(cls, source: Norm, device: torch.device) -> GpuNorm:
         """A copy."""
         return cls(source.weight.detach().to(device), source.eps)
+
+    def __call__(self, x: torch.Tensor, form: DeviceFormat | None) -> torch.Tensor | Lanes:
+        """Float32 `[tokens, width]`, normalised for products with matrices of `form` (see `GpuLinears.form`)."""
+        if form is None or not 0 < len(x) <= MAX_DECODE_TOKENS:
+            return rms_norm(x, self.weight, self.eps)
+        return norm_lanes(x, self.weight, self.eps, form)
+
+    def before(self, form: DeviceFormat | None) -> NormBefore | None:
+        """For whoever ends the layer before; None if it cannot, as matrices read activations in different orders."""
+        return None if form is None else NormBefore(self.weight, self.eps, form)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,6 +88,11 @@ class GpuLinears:
         if len(formats) == 1 and not any(count % PANEL_ROWS for count in rows):
             parts = (_joined(parts),)
         return cls(parts, rows)
+
+    @property
+    def data(self) -> list[torch.Tensor]:
+        """The packed bytes of all."""
+        return [part.weight.data for part in self.parts]
 
     @property
     def form(self) -> DeviceFormat | None:

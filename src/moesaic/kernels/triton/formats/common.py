@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["MAGIC", "byte_codes", "field"]
+__all__ = ["MAGIC", "byte_at", "byte_codes", "field", "one_word", "spread"]
 
 MAGIC = 0x4B000000
 """What `magic` has to be: float32 2^23."""
@@ -20,8 +20,17 @@ def field(word, high, magic, bit: tl.constexpr, mask: tl.constexpr, zero: tl.con
     The bits become the lowest before the point of a float 2^n + bits: an operation on integers and one on floats. To
     make it one, and not two, of integers `magic` is an argument of the kernel: it has the bits of 2^23, but if the
     compiler knew, it would not keep them in a register. Bits in `flip` are inverted first.
+
+    Without `magic` (None): the bits where they are, which as a float are a subnormal number, 2^(bit - 149) times as
+    large, and `zero` is left to the caller; of what lies behind the float's 24 lowest bits, those in `high`.
     """
-    if bit + 8 <= 23:
+    if magic is None:
+        if bit + 8 <= 24:
+            part = word & (mask << bit)
+        else:
+            part = high & (mask << (bit - 16))
+        return part.to(tl.float32, bitcast=True)
+    elif bit + 8 <= 23:
         part = (word & (mask << bit)) ^ (magic - ((bit << 23) - (flip << bit)))
         return part.to(tl.float32, bitcast=True) - ((1 << (23 - bit)) + zero)
     else:
@@ -31,11 +40,43 @@ def field(word, high, magic, bit: tl.constexpr, mask: tl.constexpr, zero: tl.con
 
 @triton.jit
 def byte_codes(quad, magic, bit: tl.constexpr, mask: tl.constexpr, zero: tl.constexpr, flip: tl.constexpr) -> Any:
-    """The four fields of a word that begin at `bit` of each byte."""
+    """The four fields of a word that begin at `bit` of each byte; without `magic` 2^bit and 2^(bit + 8) as large."""
     high = quad >> 16
+    if magic is None:
+        return (
+            field(quad, high, magic, bit, mask, 0, 0),
+            field(quad, high, magic, bit + 8, mask, 0, 0),
+            field(high, high, magic, bit, mask, 0, 0),
+            field(high, high, magic, bit + 8, mask, 0, 0),
+        )
     return (
         field(quad, high, magic, bit, mask, zero, flip),
         field(quad, high, magic, bit + 8, mask, zero, flip),
         field(quad, high, magic, bit + 16, mask, zero, flip),
         field(quad, high, magic, bit + 24, mask, zero, flip),
     )
+
+
+@triton.jit
+def byte_at(bytes, unit) -> Any:
+    """Unit `unit` of fields of bytes, int32: a byte for each row, or, from pointers to int32, those of four rows."""
+    if bytes.dtype.element_ty == tl.int32:
+        return tl.load(bytes + 4 * unit)
+    else:
+        return tl.load(bytes + 16 * unit).to(tl.int32)
+
+
+@triton.jit
+def spread(word) -> Any:
+    """The lowest byte of integers for each row; or bytes of four rows each, int32 [items, 4], as [items, 16 rows]."""
+    if len(word.shape) == 2 and word.shape[1] == 4:
+        each = word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
+        return tl.reshape(each & 255, (word.shape[0], 16))
+    else:
+        return word & 255
+
+
+@triton.jit
+def one_word(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    """What a step of a format loads whose tiles begin with a word for each step of each item."""
+    return (tl.load(words + 16 * (F.steps * item + step)),)

@@ -1,16 +1,19 @@
 """What the kernels have to know of a format: how its tiles are walked, and two functions. It knows no format.
 
 A panel's tiles are walked in *items*, one per lane of a kernel. An item is `planes` x `steps` units of `width` weights
-that a lane reads from 16 rows: `codes` gives the weights of a step, all planes of it, as floats; `scales` gives what
-they are multiplied by and, if there are offsets, what is added. The weight of plane p, step s, position c of item n is
+that a lane reads from 16 rows: `load` reads what a step needs, `codes` makes the weights of the step of it, all planes,
+as floats; `load_scales` and `scales` do so for what they are multiplied by and, if there are offsets, what is added.
+They are apart so that a kernel can have all loads of an item under way before it waits for the first. The weight of
+plane p, step s, position c of item n is
 
     k = n // interleave * (interleave * item) + n % interleave * (steps * width)
         + p * (interleave * steps * width) + s * width + c,           item = planes * steps * width
 
 so planes are the parts of a word that lie apart along the row (nibbles, for example), and items are interleaved where a
-group of scales is shorter than what words hold of one plane. Both functions get pointers to the tile for each lane and
+group of scales is shorter than what words hold of one plane. What loads gets pointers to the tile for each lane and
 row, `words` of 4 bytes, `halves` of 2 and `bytes` of 1: a unit j of a field that starts at byte `start` of the block is
-`words + 4 * start + 16 * j`, `halves + 8 * start + 16 * j` or `bytes + 16 * start + 16 * j`.
+`words + 4 * start + 16 * j`, `halves + 8 * start + 16 * j` or `byte_at(bytes, start + j)`. The last may be an integer
+with the bytes of four rows, so what computes does to every byte what it does to the lowest, and `spread` makes rows.
 """
 
 from __future__ import annotations
@@ -30,20 +33,25 @@ class DeviceFormat:
 
     Attributes:
         name: unique; compiled kernels are named after it.
-        codes: `(words, halves, bytes, grid, magic, item, cols, step) -> planes * width floats`, plane by plane,
-            [items, rows] each; `item` counts in the tile.
-        scales: `(words, halves, bytes, item, format) -> num_scales floats`, followed by as many offsets if
-            `has_offset`; consecutive planes share a scale. None: codes are the weights.
+        load: `(words, halves, bytes, item, cols, step, format) -> tensors`; `item` counts in the tile.
+        codes: `(loaded, grid, magic, item, step) -> planes * width floats`, plane by plane, [items, rows] each.
+        load_scales: `(words, halves, bytes, item, format) -> tensors`.
+        scales: `(loaded, item, format) -> num_scales floats`, followed by as many offsets if `has_offset`; consecutive
+            planes, or steps, share a scale. None: codes are the weights.
         planes, steps, width, interleave: see above; all powers of two.
         num_scales: of an item, a divisor of `planes`.
         has_offset: weight = scale * code + offset.
         items_per_tile: 0 if a panel is one tile, whose items may end behind the last column.
         tile_units: bytes of a tile / 16.
         grid: makes the codebook, int32 on the CPU, that `codes` looks weights up in.
+        bits: for each of a step's weights n, if `codes` without `magic` gives 2^(n - 149) times their codes.
+        few: another walk through the same tiles, for few tokens.
     """
 
     name: str
+    load: Any
     codes: Any
+    load_scales: Any = None
     scales: Any = None
     planes: int = 1
     steps: int = 8
@@ -54,6 +62,8 @@ class DeviceFormat:
     items_per_tile: int = 1
     tile_units: int = 0
     grid: Callable[[], torch.Tensor] | None = None
+    bits: tuple[int, ...] = ()
+    few: DeviceFormat | None = None
 
     def __repr__(self) -> str:
         return f"format_{self.name}"
@@ -61,9 +71,15 @@ class DeviceFormat:
     @property
     def cache_key(self) -> str:
         """What Triton's cache of compiled kernels has to distinguish: the functions' sources and all numbers."""
-        functions = [f.cache_key for f in (self.codes, self.scales) if f is not None]
-        numbers = [getattr(self, f.name) for f in fields(self) if f.name not in ("codes", "scales", "grid")]
-        return f"{functions}{numbers}"
+        functions = [f.cache_key for f in (self.load, self.codes, self.load_scales, self.scales) if f is not None]
+        others = ("load", "codes", "load_scales", "scales", "grid", "few")
+        numbers = [getattr(self, f.name) for f in fields(self) if f.name not in others]
+        return f"{functions}{numbers}{None if self.few is None else self.few.cache_key}"
+
+    @property
+    def lanes(self) -> DeviceFormat:
+        """The form in which few tokens are multiplied."""
+        return self if self.few is None else self.few
 
     @property
     def num_sums(self) -> int:

@@ -12,15 +12,15 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_codes
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["Q2_K", "Q3_K", "Q6_K", "TQ2_0"]
 
 
 @triton.jit
-def _q2_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    word = tl.load(words + 16 * (4 * item + step))
+def _q2_k(loaded, grid, magic, item, step) -> Any:
+    word = loaded[0]
     return (
         byte_codes(word, magic, 0, 3, 0, 0)
         + byte_codes(word, magic, 2, 3, 0, 0)
@@ -30,23 +30,39 @@ def _q2_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _q2_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    d = tl.load(halves + 8 * 80).to(tl.float32)
-    minus_dmin = -tl.load(halves + 8 * 82).to(tl.float32)
-    packed = bytes + 16 * (64 + item // 2 * 8 + item % 2)
+def _load_q2_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    first = 64 + item // 2 * 8 + item % 2
+    return (
+        byte_at(bytes, first),
+        byte_at(bytes, first + 2),
+        byte_at(bytes, first + 4),
+        byte_at(bytes, first + 6),
+        tl.load(halves + 8 * 80),
+        tl.load(halves + 8 * 82),
+    )
+
+
+@triton.jit
+def _q2_k_scales(loaded, item, F: tl.constexpr) -> Any:
+    d = loaded[4].to(tl.float32)
+    minus_dmin = -loaded[5].to(tl.float32)
     scales = ()
     offsets = ()
     for p in tl.static_range(4):
-        both = tl.load(packed + 32 * p).to(tl.int32)
-        scales = scales + (d * (both & 15).to(tl.float32),)
-        offsets = offsets + (minus_dmin * (both >> 4).to(tl.float32),)
+        scales = scales + (d * spread(loaded[p] & 0x0F0F0F0F).to(tl.float32),)
+        offsets = offsets + (minus_dmin * spread(loaded[p] >> 4 & 0x0F0F0F0F).to(tl.float32),)
     return scales + offsets
 
 
 @triton.jit
-def _q3_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    word = tl.load(words + 16 * (4 * item + step))
-    third = tl.load(words + 4 * 64 + 16 * (item % 2 * 4 + step)) >> (item // 2 * 4)
+def _load_q3_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    return tl.load(words + 16 * (4 * item + step)), tl.load(words + 4 * 64 + 16 * (item % 2 * 4 + step))
+
+
+@triton.jit
+def _q3_k(loaded, grid, magic, item, step) -> Any:
+    word = loaded[0]
+    third = loaded[1] >> (item // 2 * 4)
     return (
         byte_codes((word & 0x03030303) | (third << 2 & 0x04040404), magic, 0, 7, 4, 0)
         + byte_codes((word >> 2 & 0x03030303) | (third << 1 & 0x04040404), magic, 0, 7, 4, 0)
@@ -56,24 +72,41 @@ def _q3_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _q3_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    d = tl.load(halves + 8 * 108).to(tl.float32)
-    half, shift = item % 2, item // 2 * 4
-    packed = bytes + 16 * (96 + half)
+def _load_q3_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    half = item % 2
+    return (
+        byte_at(bytes, 96 + half),
+        byte_at(bytes, 98 + half),
+        byte_at(bytes, 100 + half),
+        byte_at(bytes, 102 + half),
+        byte_at(bytes, 104 + half),
+        byte_at(bytes, 106 + half),
+        tl.load(halves + 8 * 108),
+    )
+
+
+@triton.jit
+def _q3_k_scales(loaded, item, F: tl.constexpr) -> Any:
+    d = loaded[6].to(tl.float32)
+    shift = item // 2 * 4
     scales = ()
     for p in tl.static_range(4):
-        low = tl.load(packed + 32 * p).to(tl.int32) >> shift & 15
-        high = tl.load(packed + 16 * (8 + p % 2 * 2)).to(tl.int32) >> (shift + p // 2 * 2) & 3
-        scales = scales + (d * ((low | (high << 4)) - 32).to(tl.float32),)
+        high = loaded[4 + p % 2] >> (shift + p // 2 * 2)
+        bits = spread((loaded[p] >> shift & 0x0F0F0F0F) | (high << 4 & 0x30303030))
+        scales = scales + (d * (bits - 32).to(tl.float32),)
     return scales
 
 
 @triton.jit
-def _q6_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
+def _load_q6_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
     i = item % 2 * 4 + step
-    a = tl.load(words + 16 * (item // 2 * 16 + i))
-    b = tl.load(words + 16 * (item // 2 * 16 + 8 + i))
-    high = tl.load(words + 4 * 128 + 16 * (item // 2 * 8 + i))
+    low = words + 16 * (item // 2 * 16 + i)
+    return tl.load(low), tl.load(low + 16 * 8), tl.load(words + 4 * 128 + 16 * (item // 2 * 8 + i))
+
+
+@triton.jit
+def _q6_k(loaded, grid, magic, item, step) -> Any:
+    a, b, high = loaded
     return (
         byte_codes((a & 0x0F0F0F0F) | (high << 4 & 0x30303030), magic, 0, 63, 32, 0)
         + byte_codes((b & 0x0F0F0F0F) | (high << 2 & 0x30303030), magic, 0, 63, 32, 0)
@@ -83,18 +116,29 @@ def _q6_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _q6_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    d = tl.load(halves + 8 * 208).to(tl.float32)
-    packed = bytes + 16 * (192 + item // 2 * 8 + item % 2)
+def _load_q6_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    first = 192 + item // 2 * 8 + item % 2
+    return (
+        byte_at(bytes, first),
+        byte_at(bytes, first + 2),
+        byte_at(bytes, first + 4),
+        byte_at(bytes, first + 6),
+        tl.load(halves + 8 * 208),
+    )
+
+
+@triton.jit
+def _q6_k_scales(loaded, item, F: tl.constexpr) -> Any:
+    d = loaded[4].to(tl.float32)
     scales = ()
     for p in tl.static_range(4):
-        scales = scales + (d * tl.load(packed + 32 * p).to(tl.int8, bitcast=True).to(tl.float32),)
+        scales = scales + (d * (spread(loaded[p] ^ -0x7F7F7F80) - 128).to(tl.float32),)
     return scales
 
 
 @triton.jit
-def _tq2_0(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    word = tl.load(words + 16 * (8 * item + step))
+def _tq2_0(loaded, grid, magic, item, step) -> Any:
+    word = loaded[0]
     return (
         byte_codes(word, magic, 0, 3, 1, 0)
         + byte_codes(word, magic, 2, 3, 1, 0)
@@ -104,12 +148,22 @@ def _tq2_0(words, halves, bytes, grid, magic, item, cols, step) -> Any:
 
 
 @triton.jit
-def _tq2_0_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    return (tl.load(halves + 8 * 64).to(tl.float32),)
+def _load_tq2_0_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return (tl.load(halves + 8 * 64),)
+
+
+@triton.jit
+def _tq2_0_scales(loaded, item, F: tl.constexpr) -> Any:
+    return (loaded[0].to(tl.float32),)
 
 
 _HALVES: dict[str, Any] = {"planes": 4, "steps": 4, "interleave": 2, "num_scales": 4, "items_per_tile": 4}
-Q2_K = DeviceFormat("Q2_K", _q2_k, _q2_k_scales, tile_units=84, has_offset=True, **_HALVES)
-Q3_K = DeviceFormat("Q3_K", _q3_k, _q3_k_scales, tile_units=110, **_HALVES)
-Q6_K = DeviceFormat("Q6_K", _q6_k, _q6_k_scales, tile_units=210, **_HALVES)
-TQ2_0 = DeviceFormat("TQ2_0", _tq2_0, _tq2_0_scales, planes=4, steps=8, items_per_tile=2, tile_units=66)
+Q2_K = DeviceFormat(
+    "Q2_K", one_word, _q2_k, _load_q2_k_scales, _q2_k_scales, tile_units=84, has_offset=True,
+    bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14), **_HALVES,
+)  # fmt: skip
+Q3_K = DeviceFormat("Q3_K", _load_q3_k, _q3_k, _load_q3_k_scales, _q3_k_scales, tile_units=110, **_HALVES)
+Q6_K = DeviceFormat("Q6_K", _load_q6_k, _q6_k, _load_q6_k_scales, _q6_k_scales, tile_units=210, **_HALVES)
+TQ2_0 = DeviceFormat(
+    "TQ2_0", one_word, _tq2_0, _load_tq2_0_scales, _tq2_0_scales, planes=4, steps=8, items_per_tile=2, tile_units=66
+)

@@ -7,64 +7,82 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_codes
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["Q4_K", "Q5_K"]
 
 
 @triton.jit
-def _six_bits(bytes, halves, start: tl.constexpr, item) -> Any:
-    """Scales and negated minima of the groups 2 item and 2 item + 1; the field of 12 bytes begins at `start`."""
-    d = tl.load(halves + 8 * (start + 12)).to(tl.float32)
-    minus_dmin = -tl.load(halves + 8 * (start + 14)).to(tl.float32)
-    packed = bytes + 16 * start
+def _load_six_bits(bytes, halves, start: tl.constexpr, item) -> Any:
+    """Of the field of 12 bytes that begins at `start`, those of the groups 2 item and 2 item + 1; d and dmin."""
     # Groups 0 to 3: six bits of bytes 0-3 and 4-7; 4 to 7: a nibble of bytes 8-11 under two bits of the former.
-    group = item * 2 % 4
-    is_late = item >= 2
-    a = tl.load(packed + 16 * group).to(tl.int32)
-    b = tl.load(packed + 16 * (group + 1)).to(tl.int32)
-    e = tl.load(packed + 16 * (group + 4)).to(tl.int32)
-    f = tl.load(packed + 16 * (group + 5)).to(tl.int32)
-    g = tl.load(packed + 16 * (group + 8)).to(tl.int32)
-    h = tl.load(packed + 16 * (group + 9)).to(tl.int32)
-    scale0 = tl.where(is_late, (g & 15) | (a >> 2 & 48), a & 63)
-    scale1 = tl.where(is_late, (h & 15) | (b >> 2 & 48), b & 63)
-    minimum0 = tl.where(is_late, (g >> 4) | (e >> 2 & 48), e & 63)
-    minimum1 = tl.where(is_late, (h >> 4) | (f >> 2 & 48), f & 63)
+    group = start + item * 2 % 4
     return (
-        d * scale0.to(tl.float32),
-        d * scale1.to(tl.float32),
-        minus_dmin * minimum0.to(tl.float32),
-        minus_dmin * minimum1.to(tl.float32),
+        byte_at(bytes, group),
+        byte_at(bytes, group + 1),
+        byte_at(bytes, group + 4),
+        byte_at(bytes, group + 5),
+        byte_at(bytes, group + 8),
+        byte_at(bytes, group + 9),
+        tl.load(halves + 8 * (start + 12)),
+        tl.load(halves + 8 * (start + 14)),
     )
 
 
 @triton.jit
-def _q4_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    word = tl.load(words + 16 * (8 * item + step))
-    return byte_codes(word, magic, 0, 15, 0, 0) + byte_codes(word, magic, 4, 15, 0, 0)
+def _late_or_early(is_late, low, late, early) -> Any:
+    return spread(tl.where(is_late, (low & 0x0F0F0F0F) | (late >> 2 & 0x30303030), early & 0x3F3F3F3F)).to(tl.float32)
 
 
 @triton.jit
-def _q4_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    return _six_bits(bytes, halves, 128, item)
+def _six_bits(loaded, item, F: tl.constexpr) -> Any:
+    """Scales and negated minima."""
+    a, b, e, f, g, h, d, dmin = loaded
+    is_late = item >= 2
+    d = d.to(tl.float32)
+    minus_dmin = -dmin.to(tl.float32)
+    return (
+        d * _late_or_early(is_late, g, a, a),
+        d * _late_or_early(is_late, h, b, b),
+        minus_dmin * _late_or_early(is_late, g >> 4, e, e),
+        minus_dmin * _late_or_early(is_late, h >> 4, f, f),
+    )
 
 
 @triton.jit
-def _q5_k(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    word = tl.load(words + 16 * (8 * item + step))
-    fifth = tl.load(words + 16 * (32 + step)) >> (2 * item)
+def _q4_k(loaded, grid, magic, item, step) -> Any:
+    return byte_codes(loaded[0], magic, 0, 15, 0, 0) + byte_codes(loaded[0], magic, 4, 15, 0, 0)
+
+
+@triton.jit
+def _load_q4_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return _load_six_bits(bytes, halves, 128, item)
+
+
+@triton.jit
+def _load_q5_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    return tl.load(words + 16 * (8 * item + step)), tl.load(words + 16 * (32 + step))
+
+
+@triton.jit
+def _q5_k(loaded, grid, magic, item, step) -> Any:
+    word = loaded[0]
+    fifth = loaded[1] >> (2 * item)
     low = (word & 0x0F0F0F0F) | (fifth << 4 & 0x10101010)
     high = (word >> 4 & 0x0F0F0F0F) | (fifth << 3 & 0x10101010)
     return byte_codes(low, magic, 0, 31, 0, 0) + byte_codes(high, magic, 0, 31, 0, 0)
 
 
 @triton.jit
-def _q5_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    return _six_bits(bytes, halves, 160, item)
+def _load_q5_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return _load_six_bits(bytes, halves, 160, item)
 
 
 _K_NIBBLES: dict[str, Any] = {"planes": 2, "steps": 8, "num_scales": 2, "has_offset": True, "items_per_tile": 4}
-Q4_K = DeviceFormat("Q4_K", _q4_k, _q4_k_scales, tile_units=144, **_K_NIBBLES)
-Q5_K = DeviceFormat("Q5_K", _q5_k, _q5_k_scales, tile_units=176, **_K_NIBBLES)
+Q4_K = DeviceFormat(
+    "Q4_K", one_word, _q4_k, _load_q4_k_scales, _six_bits, tile_units=144, bits=(0, 8, 0, 8, 4, 12, 4, 12), **_K_NIBBLES
+)
+Q5_K = DeviceFormat(
+    "Q5_K", _load_q5_k, _q5_k, _load_q5_k_scales, _six_bits, tile_units=176, bits=(0, 8) * 4, **_K_NIBBLES
+)

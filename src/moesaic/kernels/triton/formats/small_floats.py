@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from moesaic.kernels.triton.formats.common import byte_at, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["FP8", "FP8_32", "MXFP4", "NVFP4"]
@@ -24,14 +25,24 @@ def _e4m3(word, byte: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _fp8(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    pair = tl.load(halves + 16 * (16 * item + step)).to(tl.int16, bitcast=True).to(tl.int32)
+def _load_fp8(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    return (tl.load(halves + 16 * (16 * item + step)),)
+
+
+@triton.jit
+def _fp8(loaded, grid, magic, item, step) -> Any:
+    pair = loaded[0].to(tl.int16, bitcast=True).to(tl.int32)
     return _e4m3(pair, 0), _e4m3(pair, 1)
 
 
 @triton.jit
-def _fp8_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    return (tl.load(words + 4 * (F.tile_units - 4)).to(tl.float32, bitcast=True),)
+def _load_fp8_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return (tl.load(words + 4 * (F.tile_units - 4)),)
+
+
+@triton.jit
+def _fp8_scales(loaded, item, F: tl.constexpr) -> Any:
+    return (loaded[0].to(tl.float32, bitcast=True),)
 
 
 @triton.jit
@@ -50,30 +61,38 @@ def _e2m1_planes(word) -> Any:
 
 
 @triton.jit
-def _mxfp4(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    return _e2m1_planes(tl.load(words + 16 * step))
+def _fp4(loaded, grid, magic, item, step) -> Any:
+    return _e2m1_planes(loaded[0])
 
 
 @triton.jit
-def _mxfp4_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    e = tl.load(bytes + 16 * 16).to(tl.int32)
+def _load_mxfp4_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return (byte_at(bytes, 16),)
+
+
+@triton.jit
+def _mxfp4_scales(loaded, item, F: tl.constexpr) -> Any:
+    e = spread(loaded[0])
     bits = tl.where(e < 2, 0x00200000 << e, (e - 1) << 23)
     return (bits.to(tl.float32, bitcast=True),)
 
 
 @triton.jit
-def _nvfp4(words, halves, bytes, grid, magic, item, cols, step) -> Any:
-    return _e2m1_planes(tl.load(words + 16 * (2 * item + step)))
+def _load_nvfp4_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
+    return (byte_at(bytes, 32 + item),)
 
 
 @triton.jit
-def _nvfp4_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
-    d = tl.load(bytes + 16 * (32 + item)).to(tl.int32)
+def _nvfp4_scales(loaded, item, F: tl.constexpr) -> Any:
+    d = spread(loaded[0])
     bits = tl.where(d == 0x7F, 0, (d & 0x7F) << 20)  # NaN counts as zero
     return (bits.to(tl.float32, bitcast=True) * 2.0**119,)
 
 
-FP8 = DeviceFormat("FP8", _fp8, _fp8_scales, steps=16, width=2, items_per_tile=4, tile_units=132)
-FP8_32 = DeviceFormat("FP8_32", _fp8, _fp8_scales, steps=16, width=2, tile_units=36)
-MXFP4 = DeviceFormat("MXFP4", _mxfp4, _mxfp4_scales, planes=2, steps=4, tile_units=17)
-NVFP4 = DeviceFormat("NVFP4", _nvfp4, _nvfp4_scales, planes=2, steps=2, items_per_tile=4, tile_units=36)
+_FP8: dict[str, Any] = {"steps": 16, "width": 2}
+FP8 = DeviceFormat("FP8", _load_fp8, _fp8, _load_fp8_scales, _fp8_scales, items_per_tile=4, tile_units=132, **_FP8)
+FP8_32 = DeviceFormat("FP8_32", _load_fp8, _fp8, _load_fp8_scales, _fp8_scales, tile_units=36, **_FP8)
+MXFP4 = DeviceFormat("MXFP4", one_word, _fp4, _load_mxfp4_scales, _mxfp4_scales, planes=2, steps=4, tile_units=17)
+NVFP4 = DeviceFormat(
+    "NVFP4", one_word, _fp4, _load_nvfp4_scales, _nvfp4_scales, planes=2, steps=2, items_per_tile=4, tile_units=36
+)

@@ -1,0 +1,156 @@
+"""The end of a layer and the norm of what follows, in one launch, for few tokens.
+
+A program has a token: it adds up what is added to a hidden state, normalises it, and writes that in the order in which
+the next product reads activations. Everything it needs is asked for at once, as some of it comes from far: the answer
+of the CPU over PCIe, the norm's weights from VRAM. It knows no models.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from moesaic.errors import KernelError
+from moesaic.kernels._checks import describe
+from moesaic.kernels.triton.activations import Lanes, column, store_blocks
+from moesaic.kernels.triton.elementwise import check_parts, combine
+from moesaic.kernels.triton.formats import DeviceFormat
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.norm import norm_lanes
+from moesaic.kernels.triton.read_ahead import ReadAhead
+
+__all__ = ["NormBefore", "combine_norm"]
+
+_MOST = 16384
+"""Activations that a program has in registers."""
+
+
+class NormBefore(NamedTuple):
+    """The norm in front of products.
+
+    Attributes:
+        weight: float32 `[width]`.
+        eps: added to the mean square.
+        form: of the matrices.
+        ahead: weights that will be needed then, for whoever has to wait first; None: none in particular.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    form: DeviceFormat
+    ahead: ReadAhead | None = None
+
+
+def combine_norm(
+    hidden: torch.Tensor,
+    shared: torch.Tensor | None,
+    cached: torch.Tensor | None,
+    from_cpu: torch.Tensor | None,
+    scale: float,
+    shared_gate: torch.Tensor | None,
+    norm: NormBefore,
+) -> Lanes:
+    """`combine` of up to MAX_DECODE_TOKENS tokens, in place, and the norm of what hidden is then.
+
+    Args:
+        hidden, shared, cached, from_cpu, scale, shared_gate: see `combine`.
+        norm: what follows.
+
+    Raises:
+        KernelError: there are more tokens, or a tensor has another shape, type or layout than said here.
+    """
+    rows, width = hidden.shape
+    parts = (shared, cached, from_cpu)
+    check_parts(hidden, *parts, shared_gate)
+    weight, form = norm.weight, norm.form.lanes
+    if not 1 <= rows <= MAX_DECODE_TOKENS:
+        raise KernelError(f"hidden is {describe(hidden)}: expected 1 to {MAX_DECODE_TOKENS} rows.")
+    if weight.dtype != torch.float32 or weight.shape != (width,) or not weight.is_contiguous():
+        raise KernelError(f"weight is {describe(weight)}: expected float32 [{width}], contiguous.")
+    lanes = Lanes.empty(rows, width, form, hidden.device)
+    blocks = triton.next_power_of_2(lanes.num_blocks)
+    size = blocks * form.item * 8
+    if size > _MOST:
+        combine(hidden, *parts, scale, shared_gate)
+        return norm_lanes(hidden, weight, norm.eps, form)
+    _combine_norm_kernel[(rows,)](
+        hidden,
+        *(hidden if x is None else x for x in parts),
+        hidden if shared_gate is None else shared_gate,
+        weight,
+        lanes.values,
+        hidden.stride(0),
+        *(0 if x is None else x.stride(0) for x in parts),
+        0 if shared_gate is None else shared_gate.stride(0),
+        scale,
+        norm.eps,
+        width,
+        lanes.num_blocks,
+        form,
+        BLOCKS=blocks,
+        SHARED=shared is not None,
+        CACHED=cached is not None,
+        FROM_CPU=from_cpu is not None,
+        GATED=shared_gate is not None,
+        num_warps=4 if size <= 2048 else 8 if size <= 8192 else 16,
+    )
+    return lanes
+
+
+@triton.jit
+def _combine_norm_kernel(
+    hidden,
+    shared,
+    cached,
+    from_cpu,
+    gate,
+    weight,
+    lanes,
+    hidden_stride,
+    shared_stride,
+    cached_stride,
+    cpu_stride,
+    gate_stride,
+    scale,
+    eps,
+    cols,
+    num_blocks,
+    F: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SHARED: tl.constexpr,
+    CACHED: tl.constexpr,
+    FROM_CPU: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    size: tl.constexpr = F.item
+    item = tl.arange(0, BLOCKS)[:, None, None] * 8 + tl.arange(0, 8)[None, None, :]
+    k = column(item, tl.arange(0, size)[None, :, None], F)
+    inside = k < cols
+    if FROM_CPU:
+        answer = tl.load(from_cpu + token * cpu_stride + k, mask=inside, other=0.0)
+    values = tl.load(hidden + token * hidden_stride + k, mask=inside, other=0.0)
+    if SHARED:
+        part = tl.load(shared + token * shared_stride + k, mask=inside, other=0.0)
+        if GATED:
+            factor = tl.load(gate + token * gate_stride)
+    if CACHED:
+        from_cache = tl.load(cached + token * cached_stride + k, mask=inside, other=0.0)
+    factors = tl.load(weight + k, mask=inside, other=0.0)
+    tl.debug_barrier()  # or the compiler puts some of these loads off until others are there
+    total = tl.zeros([BLOCKS, size, 8], tl.float32)
+    if SHARED:
+        if GATED:
+            part *= 1.0 / (1.0 + tl.exp(-factor))
+        total += part
+    if CACHED:
+        total += from_cache
+    if FROM_CPU:
+        total += answer
+    values += scale * total
+    tl.store(hidden + token * hidden_stride + k, values, mask=inside)
+    squares = tl.sum(tl.reshape(values * values, (BLOCKS * size * 8,)), 0)
+    store_blocks(lanes, token, num_blocks, values * (1.0 / tl.sqrt(squares / cols + eps)) * factors, F, BLOCKS)

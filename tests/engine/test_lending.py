@@ -236,7 +236,8 @@ def test_a_long_chunk_has_memory_of_experts() -> None:
     allowed.held = lot  # somebody still holds what was allocated meanwhile
     for _ in range(lending_module._STEPS):
         lending.after_step()
-    assert lending.nbytes == (lending.lots.total - 2) * lot and not lending.figures().staging
+    assert lending.nbytes == (lending.lots.total - 2) * lot
+    assert ON_GPU or not lending.figures().staging  # there experts have no use for its lots
     allowed.held = 0
     for _ in range(lending_module._STEPS):
         lending.after_step()

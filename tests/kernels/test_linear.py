@@ -45,7 +45,8 @@ def check_bfloat16(result: np.ndarray, x: np.ndarray, values: np.ndarray) -> Non
     assert (np.abs(error) <= 2.0**-7 * magnitude + FLOAT32_SUMS * np.abs(exact).max()).all()
     if x.shape[1] >= 256 and np.abs(exact).sum() > 0:
         assert np.sqrt((error**2).sum() / (exact**2).sum()) < 5e-3
-        assert abs((error * np.sign(exact)).sum() / np.abs(exact).sum()) < 2e-3
+        chance = max(1.0, np.sqrt(200 / error.size))  # a few sums are off to one side by chance
+        assert abs((error * np.sign(exact)).sum() / np.abs(exact).sum()) < 2e-3 * chance
 
 
 @pytest.mark.parametrize("name", ALL_FORMATS)

@@ -90,7 +90,8 @@ def test_experts_are_looked_up():
     slot_of_expert[1, cached] = torch.arange(100, 115, dtype=torch.int32, device=DEVICE)
     routed = route(logits, RouteOptions(6), slot_of_expert=slot_of_expert[1])
     plain = route(logits, RouteOptions(6))
-    assert torch.equal(routed.experts, plain.experts) and torch.equal(routed.weights, plain.weights)
+    assert torch.equal(routed.experts, plain.experts)
+    assert torch.allclose(routed.weights, plain.weights, rtol=1e-6)  # another kernel, whose sums may be contracted
     assert routed.slots.dtype == torch.int32 and routed.misses.dtype == torch.int64
     assert torch.equal(routed.slots, slot_of_expert[1][routed.experts])
     assert torch.equal(routed.misses, torch.where(routed.slots >= 0, -1, routed.experts))
@@ -173,7 +174,8 @@ def test_a_router_asks_the_cpu(tokens, looks_up):
     for repeat in (1, 2):  # the counter of programs is back where it was
         routed = route(logits, RouteOptions(6), slot_of_expert=table, request=request)
         plain = route(logits, RouteOptions(6), slot_of_expert=table)
-        assert torch.equal(routed.experts, plain.experts) and torch.equal(routed.weights, plain.weights)
+        assert torch.equal(routed.experts, plain.experts)
+    assert torch.allclose(routed.weights, plain.weights, rtol=1e-6)  # another kernel, whose sums may be contracted
         assert torch.equal(request.chosen[:tokens], plain.experts) and torch.equal(
             request.weights[:tokens], plain.weights
         )

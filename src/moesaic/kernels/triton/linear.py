@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
@@ -12,10 +11,9 @@ from moesaic.kernels.limits import EXPANDED_WEIGHTS
 from moesaic.kernels.triton.activations import Lanes, to_lanes, to_operands
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
-from moesaic.kernels.triton.few_products import panel_products
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.products import tile_products
+from moesaic.kernels.triton.linear_kernels import panels_kernel, sum_kernel, tiles_kernel
 from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, is_interpreted, weight_views
 
 __all__ = ["MAX_DECODE_TOKENS", "linear"]
@@ -30,112 +28,6 @@ _MOST_PRODUCTS = 256
 the tokens are the next programs', which find the weights in the second-level cache."""
 
 _MULTIPROCESSORS = 132  # of a large GPU
-
-
-@triton.jit(do_not_specialize=["split_stride", "num_tokens", "num_items", "iterations"])
-def _panels_kernel(
-    x,
-    x_stride,
-    words,
-    halves,
-    grid,
-    constants,
-    bias,
-    out,
-    out_stride,
-    split_stride,
-    num_tokens,
-    rows,
-    cols,
-    num_items,
-    panel_units,
-    iterations,
-    F: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ITEMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-) -> None:
-    """A program has a panel, a part of its columns, `iterations` of ITEMS items, and TOKENS tokens."""
-    first_token = tl.program_id(0) * TOKENS
-    index, split = tl.program_id(1), tl.program_id(2)
-    first = split * iterations
-    last = tl.minimum(first + iterations, tl.cdiv(num_items, ITEMS))
-    panel = index.to(tl.int64) * panel_units
-    x += first_token * x_stride
-    lane = tl.arange(0, ITEMS)[:, None]
-    totals = panel_products(
-        x, x_stride, words, halves, grid, constants, panel, lane, cols, num_items, first, last, F, TOKENS, ITEMS
-    )
-    r = index * 16 + tl.arange(0, 16)
-    for t in tl.static_range(TOKENS):
-        token = first_token + t
-        result = tl.sum(totals[t], axis=0)
-        if HAS_BIAS:
-            result += tl.load(bias + r, mask=r < rows, other=0.0)
-        at = out + split.to(tl.int64) * split_stride + token * out_stride + r
-        tl.store(at, result, mask=(r < rows) & (token + r * 0 < num_tokens))
-
-
-@triton.jit(do_not_specialize=["split_stride"])
-def _sum_kernel(parts, bias, out, out_stride, rows, split_stride, SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr) -> None:
-    """Adds up the parts of a product, always in the same order."""
-    r = tl.program_id(0) * 128 + tl.arange(0, 128)
-    token = tl.program_id(1)
-    total = tl.zeros((128,), tl.float32)
-    for split in range(0, SPLITS):
-        total += tl.load(parts + split * split_stride + token * rows + r, mask=r < rows, other=0.0)
-    if HAS_BIAS:
-        total += tl.load(bias + r, mask=r < rows, other=0.0)
-    tl.store(out + token * out_stride + r, total, mask=r < rows)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def _tiles_kernel(
-    x,
-    words,
-    halves,
-    bytes,
-    grid,
-    magic,
-    bias,
-    out,
-    out_stride,
-    num_tokens,
-    rows,
-    cols,
-    num_items,
-    panel_units,
-    F: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-) -> None:
-    """A program has TOKENS tokens and ROWS rows; neighbours have the same rows, which they find in the L2 cache."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    r = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[None, :]
-    inside = tl.minimum(r, rows - 1)
-    panel = (inside // 16).to(tl.int64) * panel_units
-    total = tile_products(
-        x,
-        token,
-        token < num_tokens,
-        num_tokens,
-        words,
-        halves,
-        bytes,
-        grid,
-        magic,
-        panel,
-        inside % 16,
-        cols,
-        num_items,
-        F,
-        PRECISION,
-    )
-    if HAS_BIAS:
-        total += tl.load(bias + r, mask=r < rows, other=0.0)
-    tl.store(out + token.to(tl.int64) * out_stride + r, total, mask=(token < num_tokens) & (r < rows))
 
 
 def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
@@ -172,7 +64,7 @@ def _few_tokens(
     warps, splits, iterations = decode_shape(num_panels, num_items, warps_at_a_time(form, tokens))
     parts = out if splits == 1 else torch.empty(splits, num_tokens, rows, dtype=torch.float32, device=lanes.device)
     inner_bias = bias if splits == 1 else None
-    _panels_kernel[(triton.cdiv(num_tokens, tokens), num_panels, splits)](
+    panels_kernel[(triton.cdiv(num_tokens, tokens), num_panels, splits)](
         lanes,
         lanes.stride(0),
         views.words,
@@ -196,7 +88,7 @@ def _few_tokens(
         num_warps=warps,
     )
     if splits > 1:
-        _sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
+        sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
             parts, parts if bias is None else bias, out, out.stride(0), rows, parts.stride(0), splits, bias is not None
         )
 
@@ -209,7 +101,7 @@ def _many_tokens(
     operands = to_operands(x, form, dtype)
     tokens = tile_tokens(num_tokens, dtype)
     num_rows, warps, stages = tile_shape(tokens, form)
-    _tiles_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(rows, num_rows))](
+    tiles_kernel[(triton.cdiv(num_tokens, tokens), triton.cdiv(rows, num_rows))](
         operands,
         views.words,
         views.halves,

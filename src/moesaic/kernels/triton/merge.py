@@ -16,11 +16,11 @@ from moesaic.kernels._checks import check_shape, describe
 from moesaic.kernels.triton.activations import Lanes, is_unpadded
 from moesaic.kernels.triton.attention_tiles import MAX_SPLITS, padded
 from moesaic.kernels.triton.formats import DeviceFormat
+from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.merge_kernels import merge_kernel
 
 __all__ = ["Parts", "columns_together", "fits_lanes", "lanes_of_heads", "merge"]
 
-_MOST_LANES = 8  # tokens that products take as `lanes`
 _MANY_HEADS = 96  # of which 128 columns a warp are enough programs to be quick
 
 
@@ -50,7 +50,7 @@ def fits_lanes(form: DeviceFormat | None, num_tokens: int, heads: int, dim: int)
     Not of more tokens than products take in that order, not where rows are padded, nor where one of the sums that the
     order has is of two heads or of some steps of an item.
     """
-    if form is None or not 0 < num_tokens <= _MOST_LANES or not is_unpadded(form, heads * dim):
+    if form is None or not 0 < num_tokens <= MAX_DECODE_TOKENS or not is_unpadded(form, heads * dim):
         return False
     few = form.lanes
     return few.num_sums == 0 or (few.num_sums <= few.planes and dim % columns_together(form) == 0)

@@ -241,6 +241,21 @@ def test_misses_of_several_sequences_come_to_the_gpu(mode: str) -> None:
     check_together("qwen3_moe", mode, 5, uploads=some_uploads)
 
 
+@pytest.mark.parametrize("num_layers", [None, 1])
+def test_the_likeliest_tokens_are_those_of_the_logits(num_layers: int | None) -> None:
+    """With the head on the GPU, which chooses by itself, and behind a split; twice, so that a graph is replayed."""
+    runner = on_gpu("qwen3_moe", ON_GPU, num_layers=num_layers).runner
+    sequences = [runner.new_sequence() for _ in range(2)]
+    twins = [runner.new_sequence() for _ in range(2)]
+    found = []
+    for tokens in ([3, 40], [7, 21], [30, 5]):
+        logits = runner.decode(sequences, tokens, to_host=True)
+        assert logits.device.type == "cpu"
+        found.append(runner.decode_likeliest(twins, tokens))
+        assert found[-1] == logits.argmax(-1).tolist()
+    assert len({token for tokens in found for token in tokens}) > 1
+
+
 def test_padding_uses_no_experts() -> None:
     """What runs before a graph is captured is neither counted as used nor as missing."""
     runner = on_gpu("qwen3_moe", uploads=some_uploads).runner

@@ -14,9 +14,7 @@ import statistics
 from dataclasses import asdict, dataclass
 
 from moesaic.engine.bench import prepare_synthetic
-from moesaic.engine.decode_probe import Probe, measure_overhead
-from moesaic.engine.decode_work import decode_work
-from moesaic.engine.estimate import divide
+from moesaic.engine.estimate import divide, measure_decode
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import load
 from moesaic.engine.timed_runs import TimedRuns
@@ -45,13 +43,13 @@ class Result:
 def compare(model: str, name: str, num_layers: int, turns: int) -> Result:
     hardware = detect_hardware()
     prepared = prepare_synthetic(model, FormatMix.parse(name), num_layers, "cpu")
-    work = decode_work(prepared)
-    runs = TimedRuns(load(prepared, progress=False), "decode", PROMPT_TOKENS, NEW_TOKENS)
+    subject = prepare_synthetic(model, FormatMix.parse(name), num_layers, "cpu")  # loading takes one up
+    runs = TimedRuns(load(subject, progress=False), "decode", PROMPT_TOKENS, NEW_TOKENS)
     runs.run()
     expected, measured, bandwidth, milliseconds = [], [], [], []
     for _ in range(turns):
         bandwidth.append(read_bandwidth(hardware.probe_bytes, 0.5).median)
-        parts = divide(work, Probe(hardware.cold_bytes, 1.0), measure_overhead(work.vocab_size, 0.1), bandwidth[-1])
+        parts = divide(prepared.plan, measure_decode(prepared, hardware), bandwidth[-1])
         milliseconds.append(tuple(1e3 * part.seconds for part in parts))
         expected.append(1e3 / sum(milliseconds[-1]))
         measured.append(runs.run())

@@ -138,9 +138,9 @@ def test_the_report_for_people(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_the_estimate_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    parts = (Part("experts", 40_000_000, 0.002, 20.0, 0.8), Part("overhead", 0, 0.0005, None, None))
+    parts = (Part("layers", 40_000_000, 0.002, 20.0, 0.8), Part("head and others", 5_000_000, 0.0005, 10.0, 0.4))
     paths = ("AVX-512 VNNI, dot products of int8", "AMX, tiles of bfloat16")
-    made = Estimate("qwen3-30b-a3b", "Q2_K", 4, 48, "amx", 16, *paths, 40_000_000, parts, 400.0)
+    made = Estimate("qwen3-30b-a3b", "Q2_K", 4, 48, 3, "amx", 16, *paths, 45_000_000, parts, 400.0)
     asked: dict[str, object] = {}
 
     def estimate_decode(bandwidth: float, **options: object) -> Estimate:
@@ -158,10 +158,11 @@ def test_the_estimate_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     lines = capsys.readouterr().out.splitlines()
     assert "qwen3-30b-a3b, Q2_K, 4 of 48 layers, 16 threads" in lines
     assert "fastest prefill        amx: AMX, tiles of bfloat16" in lines
-    assert [line.split() for line in lines if line.startswith("experts")] == [
-        ["experts", "40.0", "2.000", "20.0", "80%"]
+    assert [line.split() for line in lines if line.startswith("layers ")] == [
+        ["layers", "40.0", "2.000", "20.0", "80%"]
     ]
-    assert [line.split() for line in lines if line.startswith("together")] == [["together", "40.0", "2.500"]]
+    assert [line.split() for line in lines if line.startswith("together")] == [["together", "45.0", "2.500"]]
+    assert "(measured with random weights of the shapes of 3 layers)" in lines
     assert "expected decode: 400.00 tok/s at a short context" in lines
 
     assert doctor.run(arguments(*words, "--json")) == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ DESCRIPTION = (
     "Print processor features and the instruction set chosen, cores, NUMA nodes, DRAM and its read bandwidth (median "
     "and best of repeated reads of 8 times the caches; the median is what decode is compared with), GPUs, versions, "
     "and every problem found with advice. With MODEL or --synthetic also the fastest path and the decode speed to "
-    "expect, from measured rates; no weight is loaded. Exit code 1 if something must be mended."
+    "expect, measured with random weights of the shapes of a few layers; no weight is loaded. Exit code 1 if something "
+    "must be mended."
 )
 
 _MINIMUM_VERSIONS = {"torch": (2, 11), "transformers": (5, 17)}
@@ -215,6 +217,7 @@ def _examine_model(report: Report, arguments: argparse.Namespace) -> None:
         gguf=arguments.gguf,
         plan=plan_of(arguments),
         offline=arguments.offline,
+        progress=sys.stderr.isatty(),
     )
 
 
@@ -238,12 +241,16 @@ def _render_estimate(estimate: Estimate) -> list[str]:
         f"{'part of a token':<22} {'MB read':>9} {'ms':>9} {'GB/s':>7} {'of the bandwidth':>17}",
     ]
     for part in estimate.parts:
-        rate, share = part.gigabytes_per_second, part.bandwidth_share
-        read = "" if rate is None or share is None else f" {rate:7.1f} {share:17.0%}"
-        lines.append(f"{part.name:<22} {part.bytes_per_token / 1e6:9.1f} {part.seconds * 1e3:9.3f}{read}")
+        read = f"{part.bytes_per_token / 1e6:9.1f} {part.seconds * 1e3:9.3f}"
+        lines.append(f"{part.name:<22} {read} {part.gigabytes_per_second:7.1f} {part.bandwidth_share:17.0%}")
     total = sum(part.seconds for part in estimate.parts)
     lines.append(f"{'together':<22} {estimate.bytes_per_token / 1e6:9.1f} {total * 1e3:9.3f}")
-    return [*lines, f"expected decode: {estimate.tokens_per_second:.2f} tok/s at a short context", ""]
+    lines.append(f"expected decode: {estimate.tokens_per_second:.2f} tok/s at a short context")
+    return [*lines, f"(measured with random weights of the shapes of {_layers(estimate.sampled_layers)})", ""]
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _render(report: Report) -> str:

@@ -1,36 +1,53 @@
 """The decode speed to expect of a model on this computer, before any weight is loaded, and the fastest paths.
 
-Bytes are the plan's, rates are measured on products of the model's shapes and formats; nothing else enters. Context is
-taken to be short: reading a long cache is not part of it.
+What is measured is decode itself, of a few layers of the model's shapes and formats with random weights; what is
+calculated is how long all layers take, by the bytes that a token reads of them. Context is taken to be short: reading a
+long cache is not part of it.
 """
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
-from typing import Protocol
 
 from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
-from moesaic.engine.decode_probe import Overhead, Probe, measure_overhead
-from moesaic.engine.decode_work import DecodeWork, decode_work
-from moesaic.engine.loader import Prepared
+from moesaic.engine.layer_sample import choose_layers, layer_costs, take_layers
+from moesaic.engine.loader import Prepared, load
+from moesaic.engine.packing import Progress
+from moesaic.engine.timed_runs import TimedRuns
 from moesaic.errors import PlanError
 from moesaic.kernels import active_isa, num_threads, set_num_threads, tiles_from
-from moesaic.placement import Plan, Rules, detect_hardware, load_plan
+from moesaic.placement import Hardware, Plan, Rules, detect_hardware, load_plan
 from moesaic.quant import WeightFormat, get_format
 
-__all__ = ["Estimate", "Part", "Products", "divide", "estimate_decode", "fastest_paths"]
+__all__ = ["DecodeTime", "Estimate", "Part", "divide", "estimate_decode", "fastest_paths", "measure_decode"]
 
-_SECONDS = 1.0
-_DEMO_SECONDS = 0.1
+_PROMPT_TOKENS, _NEW_TOKENS = 16, 33  # as `moesaic bench decode`
+_RUNS = 5
+_CACHES = 2  # a token reads at least half of `cold_bytes`: four times the last-level caches
+_MEMORY_SHARE = 2
+_MAX_BYTES = 8 << 30  # filled in a few seconds
 _GIGA = 1e9
 _INSTRUCTIONS = {"amx": "AVX-512 VNNI", "avx512": "AVX-512 VNNI", "avxvnni": "AVX-VNNI", "avx2": "AVX2"}
 
 
-class Products(Protocol):
-    """What measures the products of a step (`decode_probe.Probe`)."""
+@dataclass(frozen=True, slots=True)
+class DecodeTime:
+    """What a decode step of a few layers takes.
 
-    def products(self, work: DecodeWork) -> tuple[float, float, float]:
-        """Seconds of experts, of other matrices of the layers, and of matrices outside."""
+    Attributes:
+        sampled_layers: layers that ran.
+        sampled_bytes: bytes of weights that a token reads in them.
+        all_bytes: bytes of weights that a token reads in all layers of the model.
+        in_layers: seconds of a step inside the layers.
+        outside: seconds of it outside: embedding, head, choice of the token, and what Python takes.
+    """
+
+    sampled_layers: int
+    sampled_bytes: int
+    all_bytes: int
+    in_layers: float
+    outside: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +55,18 @@ class Part:
     """A part of a decode step.
 
     Attributes:
-        name: "experts", "attention and others" or "overhead".
+        name: "layers" or "head and others".
         bytes_per_token: bytes of weights that it reads, from the plan.
         seconds: time that it takes.
-        gigabytes_per_second: the one over the other; None where nothing is read.
+        gigabytes_per_second: the one over the other.
         bandwidth_share: of that in the measured read bandwidth.
     """
 
     name: str
     bytes_per_token: int
     seconds: float
-    gigabytes_per_second: float | None
-    bandwidth_share: float | None
+    gigabytes_per_second: float
+    bandwidth_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +78,7 @@ class Estimate:
         weight_format: format(s) of the experts.
         num_layers: layers that are estimated.
         total_layers: layers of the real model.
+        sampled_layers: layers that were run to estimate it.
         isa: instruction set of the kernels.
         threads: worker threads.
         decode_path: what multiplies one token, in words.
@@ -74,6 +92,7 @@ class Estimate:
     weight_format: str
     num_layers: int
     total_layers: int
+    sampled_layers: int
     isa: str
     threads: int
     decode_path: str
@@ -94,8 +113,9 @@ def estimate_decode(
     gguf: str | None = None,
     plan: str | Rules = "auto",
     offline: bool = False,
+    progress: Progress = False,
 ) -> Estimate:
-    """Measure the parts of a model's decode step and add them up; no weight of the model is read.
+    """Time decode with a few layers and calculate it for all; no weight of the model is read.
 
     Args:
         bandwidth: measured read bandwidth in GB/s, which the parts' rates are compared with.
@@ -107,6 +127,7 @@ def estimate_decode(
         gguf: as for `from_pretrained`.
         plan: a template, a file or rules that place nothing on a GPU; `auto` is taken as on a computer without one.
         offline: as for `from_pretrained`.
+        progress: as for `from_pretrained`, of making the random weights.
 
     Raises:
         ConfigError: an unknown preset, or more layers than it has.
@@ -114,6 +135,7 @@ def estimate_decode(
         ModelNotFoundError: there is no such model.
         CheckpointError: a file of it is damaged.
         PlanError: the plan uses a GPU.
+        PlanDoesNotFitError: not even one layer fits in memory.
     """
     if threads is not None:
         set_num_threads(threads)
@@ -128,36 +150,57 @@ def estimate_decode(
         model, preset, weight_format, num_layers, gguf, rules, offline, hardware=hardware
     )
     prepared.checkpoint.close()
-    work = decode_work(prepared)
-    probe = Probe(hardware.cold_bytes, _SECONDS)
-    parts = divide(work, probe, measure_overhead(work.vocab_size, _DEMO_SECONDS), bandwidth)
-    return _estimate(prepared, preset or str(model), total_layers, parts)
+    time = measure_decode(prepared, hardware, progress=progress)
+    return _estimate(prepared, preset or str(model), total_layers, time, divide(prepared.plan, time, bandwidth))
 
 
-def divide(work: DecodeWork, products: Products, overhead: Overhead, bandwidth: float) -> tuple[Part, ...]:
-    """The parts of a decode step: experts, attention and other matrices, and what is no product."""
-    experts, others, outside = products.products(work)
-    rest = overhead.per_layer * work.num_layers + overhead.per_token
-    other_bytes = work.bytes_per_token - work.expert_bytes
+def measure_decode(
+    prepared: Prepared, hardware: Hardware, *, runs: int = _RUNS, progress: Progress = False
+) -> DecodeTime:
+    """Time decode with as many of a model's layers as it takes to read weights from DRAM.
+
+    Args:
+        prepared: the model, of which nothing is read.
+        hardware: this computer.
+        runs: of which the median counts; a shorter one before them warms up.
+        progress: of making the random weights.
+
+    Raises:
+        PlanDoesNotFitError: not even one layer fits in memory.
+    """
+    costs = layer_costs(prepared)
+    room = min(_MAX_BYTES, hardware.dram_available // _MEMORY_SHARE)
+    chosen = choose_layers(costs, hardware.cold_bytes // _CACHES, room)
+    bench = TimedRuns(load(take_layers(prepared, chosen), progress=progress), "decode", _PROMPT_TOKENS, _NEW_TOKENS)
+    bench.run()
+    step = 1 / statistics.median(bench.run() for _ in range(runs))
+    _, layer_share = bench.profile()
+    sampled, all_bytes = (sum(cost.bytes_per_token for cost in part) for part in ([costs[i] for i in chosen], costs))
+    return DecodeTime(len(chosen), sampled, all_bytes, step * layer_share, step * (1 - layer_share))
+
+
+def divide(plan: Plan, time: DecodeTime, bandwidth: float) -> tuple[Part, ...]:
+    """The parts of a decode step with all layers: the layers, and what is outside them."""
+    in_layers = time.in_layers * time.all_bytes / time.sampled_bytes
     return (
-        _part("experts", work.expert_bytes, experts, bandwidth),
-        _part("attention and others", other_bytes, others + outside, bandwidth),
-        Part("overhead", 0, rest, None, None),
+        _part("layers", time.all_bytes, in_layers, bandwidth),
+        _part("head and others", plan.bytes_per_token - time.all_bytes, time.outside, bandwidth),
     )
 
 
 def _part(name: str, num_bytes: int, seconds: float, bandwidth: float) -> Part:
-    rate = num_bytes / seconds / _GIGA if seconds > 0 else None
-    return Part(name, num_bytes, seconds, rate, None if rate is None else rate / bandwidth)
+    rate = num_bytes / seconds / _GIGA
+    return Part(name, num_bytes, seconds, rate, rate / bandwidth)
 
 
-def _estimate(prepared: Prepared, model: str, total_layers: int, parts: tuple[Part, ...]) -> Estimate:
+def _estimate(prepared: Prepared, model: str, total_layers: int, time: DecodeTime, parts: tuple[Part, ...]) -> Estimate:
     decode, prefill = fastest_paths(prepared.plan)
     return Estimate(
         model=model,
         weight_format=expert_formats(prepared.plan),
         num_layers=num_layers_of(prepared),
         total_layers=total_layers,
+        sampled_layers=time.sampled_layers,
         isa=active_isa(),
         threads=num_threads(),
         decode_path=decode,

@@ -20,8 +20,12 @@ MOESAIC_DEFINE_KERNELS(ProbeKernels, probe_kernels)
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr int kMinRepetitions = 3;
+constexpr double kWindow = 0.05;              // seconds that all threads read, whatever each of them gets done
 constexpr int64_t kFloatsPerStep = 128;       // what one round of the summing kernel reads
+constexpr int64_t kFloatsPerLook = 1 << 16;   // 256 KiB between two looks at the clock
 constexpr std::size_t kHugePage = 2u << 20u;  // so that the page table is not what is measured
 constexpr int64_t kPeakRounds = 1 << 20;
 
@@ -43,7 +47,6 @@ std::unique_ptr<float, Free> touched_memory(int64_t num_floats) {
 // prepare() makes what a thread works on; work(item) returns the amount it did.
 template <class Prepare, class Work>
 Rates measure(double seconds, Prepare&& prepare, Work&& work) {
-    using Clock = std::chrono::steady_clock;
     std::vector<double> rates;
     std::atomic<int64_t> amount{0};
     bool again = true;
@@ -72,16 +75,30 @@ Rates measure(double seconds, Prepare&& prepare, Work&& work) {
 
 }  // namespace
 
+// Every thread reads its own memory, in turn, until the window is over. That all of them read the same amount would
+// make the slowest thread the measure, while threads that work on one thing help each other.
 Rates read_bandwidth(int64_t num_bytes, double seconds) {
     const int64_t per_thread = num_bytes / static_cast<int64_t>(sizeof(float)) / num_threads();
     const int64_t num_floats = std::max(kFloatsPerStep, per_thread / kFloatsPerStep * kFloatsPerStep);
     const auto sum = probe_kernels().sum;
+    const double window = std::min(kWindow, seconds / kMinRepetitions);
+    struct Reader {
+        std::unique_ptr<float, Free> memory;
+        int64_t next = 0;
+    };
     return measure(
-        seconds, [&] { return touched_memory(num_floats); },
-        [&](const auto& memory) {
-            volatile float sink = sum(memory.get(), num_floats);  // a result that is used cannot be left out
-            (void)sink;
-            return num_floats * static_cast<int64_t>(sizeof(float));
+        seconds, [&] { return Reader{touched_memory(num_floats)}; },
+        [&](Reader& reader) {
+            const auto begin = Clock::now();
+            int64_t done = 0;
+            do {
+                const int64_t count = std::min(kFloatsPerLook, num_floats - reader.next);
+                volatile float sink = sum(reader.memory.get() + reader.next, count);  // used, so it cannot be left out
+                (void)sink;
+                done += count;
+                reader.next = reader.next + count == num_floats ? 0 : reader.next + count;
+            } while (std::chrono::duration<double>(Clock::now() - begin).count() < window);
+            return done * static_cast<int64_t>(sizeof(float));
         });
 }
 

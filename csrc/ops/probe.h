@@ -23,7 +23,7 @@ struct Rates {
 
 // Rate in GB/s at which the team reads num_bytes of memory, each thread a part that it allocated and touched itself. It
 // is that of DRAM only if num_bytes is several times the last-level caches. Repeats for about `seconds`, at least three
-// times. Throws std::bad_alloc.
+// times, each for a fixed time in which a thread reads what it can. Throws std::bad_alloc.
 Rates read_bandwidth(int64_t num_bytes, double seconds);
 
 enum class PeakKind : int32_t { kMultiplyAddF32 = 0, kDotI8 = 1, kTileBf16 = 2 };

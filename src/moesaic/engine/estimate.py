@@ -25,8 +25,8 @@ __all__ = ["DecodeTime", "Estimate", "Part", "divide", "estimate_decode", "faste
 _PROMPT_TOKENS, _NEW_TOKENS = 16, 33  # as `moesaic bench decode`
 _RUNS = 5
 _CACHES = 2  # a token reads at least half of `cold_bytes`: four times the last-level caches
-_MEMORY_SHARE = 2
-_MAX_BYTES = 8 << 30  # filled in a few seconds
+_MEMORY_SHARE = 4
+_MAX_BYTES = 24 << 30  # filled in a few seconds by as many threads as have caches that ask for it
 _GIGA = 1e9
 _INSTRUCTIONS = {"amx": "AVX-512 VNNI", "avx512": "AVX-512 VNNI", "avxvnni": "AVX-VNNI", "avx2": "AVX2"}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import subprocess
 import sys
 from importlib import metadata
 
@@ -170,6 +171,25 @@ def test_the_estimate_of_a_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert report["estimate"]["tokens_per_second"] == 400.0
     assert report["estimate"]["parts"][0]["bandwidth_share"] == 0.8
     assert (report["read_bandwidth"], report["best_read_bandwidth"]) == (25.0, 30.0)
+
+
+def test_pytorch_is_loaded_before_the_extension() -> None:
+    """After it, PyTorch 2.11 for CUDA crashes while it is imported."""
+    program = (
+        "import sys\n"
+        "order = []\n"
+        "class Watch:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        order.append(name)\n"
+        "sys.meta_path.insert(0, Watch())\n"
+        "from moesaic.cli import doctor\n"
+        "from moesaic.placement.hardware import detect_hardware\n"
+        "doctor._PROBE_SECONDS = 0.01\n"
+        "doctor.diagnose(detect_hardware())\n"
+        "print(order.index('torch') < order.index('moesaic._native'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
 
 
 def test_nothing_is_estimated_where_nothing_could_run(monkeypatch: pytest.MonkeyPatch) -> None:

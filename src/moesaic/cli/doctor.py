@@ -12,6 +12,7 @@ import platform
 import sys
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from moesaic.cli.options import add_any_model_arguments, list_presets, plan_of
@@ -121,6 +122,7 @@ def _examine_versions(report: Report) -> None:
 
 
 def _examine_native(report: Report, threads: int | None) -> None:
+    _torch()  # before the extension, as everywhere else: after it, some builds of PyTorch crash while they are imported
     try:
         from moesaic import _native
     except ImportError as error:
@@ -192,12 +194,20 @@ def _examine_gpus(report: Report) -> None:
 
 
 def _torch_finds_a_gpu() -> bool:
+    torch = _torch()
+    try:
+        return torch is not None and torch.cuda.is_available()
+    except (OSError, RuntimeError):  # a broken installation is what doctor is for
+        return False
+
+
+def _torch() -> ModuleType | None:
+    """PyTorch; None if it cannot be imported."""
     try:
         import torch
-
-        return torch.cuda.is_available()
-    except (ImportError, OSError, RuntimeError):  # a broken installation is what doctor is for
-        return False
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return torch
 
 
 def _examine_model(report: Report, arguments: argparse.Namespace) -> None:

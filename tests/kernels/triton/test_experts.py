@@ -13,7 +13,7 @@ from tests.kernels.triton.conftest import DEVICE
 from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels.experts import Activation
 from moesaic.kernels.triton import experts as subject
-from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode, takes_pairs
 from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs, bring
 from moesaic.quant import FORMATS
 
@@ -152,6 +152,28 @@ def test_blocks_of_many_pairs_and_sums_into_an_output():
     assert case.error(out - 1) < grouped_tolerance()
 
 
+def test_each_of_many_pairs_by_itself():
+    case = Case(("Q8_0", "Q4_1", "F32"), 32, 64, num_tokens=40, biased=True)
+    assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "expected"),
+    [
+        (8, 2, 4, True),  # what a step of few tokens is made for
+        (9, 2, 4, False),
+        (32, 8, 128, True),
+        (64, 8, 128, True),
+        (65, 8, 128, False),
+        (32, 1, 1, False),  # a dense MLP
+        (204, 10, 512, True),
+        (205, 10, 512, False),  # more than a call takes
+    ],
+)
+def test_pairs_are_sorted_where_experts_have_many(num_tokens, top_k, num_experts, expected):
+    assert takes_pairs(num_tokens, top_k, num_experts) == expected
+
+
 def test_tokens_without_an_expert_in_a_slot_are_zero():
     case = Case(("F32", "F32", "F32"), 32, 48, num_tokens=2)
     case.slots.fill_(-1)
@@ -228,7 +250,7 @@ def test_wrong_calls_are_refused(monkeypatch):
     with pytest.raises(KernelError, match=r"table is .* expected int32 \[30\]"):
         pairs.blocks(case.table[1:])
     with pytest.raises(KernelError, match="use ExpertPairs"):
-        monkeypatch.setattr(subject, "MAX_DECODE_TOKENS", 2)
+        monkeypatch.setattr(subject, "MAX_PAIRS", 2)
         experts_decode(x, slots, experts, weights, arena, layout)
     with pytest.raises(KernelError, match="down is 48 x 32: expected 32 x 48"):
         ExpertLayout(None, layout.up, replace(layout.up), layout.activation)

@@ -24,6 +24,7 @@ from moesaic.quant import WeightFormat
 
 __all__ = [
     "MAX_DECODE_TOKENS",
+    "MAX_PAIRS",
     "ExpertLayout",
     "MatrixLayout",
     "bias_of",
@@ -31,8 +32,14 @@ __all__ = [
     "check_choices",
     "experts_decode",
     "same_order",
+    "takes_pairs",
     "units_of",
 ]
+
+MAX_PAIRS = 2048
+"""Pairs of a token and an expert that `experts_decode` takes."""
+
+_PAIRS_PER_EXPERT = 4  # on average; a matrix that is taken apart for tiles takes the time of about 7 products with it
 
 _ALIGNMENT = 16
 
@@ -201,6 +208,12 @@ def bias_of(part: MatrixLayout | None, otherwise: torch.Tensor) -> tuple[torch.T
     return part.bias, True
 
 
+def takes_pairs(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether pairs of a token and an expert one by one (`experts_decode`) are quicker than sorted (`ExpertPairs`)."""
+    pairs = num_tokens * top_k
+    return pairs <= MAX_PAIRS and (num_tokens <= MAX_DECODE_TOKENS or pairs <= _PAIRS_PER_EXPERT * num_experts)
+
+
 def experts_decode(
     x: torch.Tensor,
     slots: torch.Tensor,
@@ -211,12 +224,12 @@ def experts_decode(
     out: torch.Tensor | None = None,
     accumulate: bool = False,
 ) -> torch.Tensor:
-    """Weighted sum of each token's experts that have slots; made for few tokens, float32 throughout.
+    """Weighted sum of each token's experts that have slots; made for few tokens of an expert, float32 throughout.
 
     Nothing waits for the device, so that a graph can capture it; results do not depend on timing.
 
     Args:
-        x: float32 `[tokens, hidden]`, tokens <= MAX_DECODE_TOKENS; rows may be any distance apart.
+        x: float32 `[tokens, hidden]`, tokens * top_k <= MAX_PAIRS; rows may be any distance apart.
         slots: int32 `[tokens, top_k]`, the slot of each chosen expert, -1: leave it out.
         experts: int32 or int64 `[tokens, top_k]`, their numbers, which only biases need.
         weights: float32 `[tokens, top_k]`.
@@ -240,8 +253,10 @@ def experts_decode(
     check_choices(x, arena.device, layout.hidden, choices)
     check_arena(arena, layout, 1)
     num_tokens, top_k = slots.shape
-    if num_tokens > MAX_DECODE_TOKENS:
-        raise KernelError(f"{num_tokens} tokens: experts_decode takes up to {MAX_DECODE_TOKENS}; use ExpertPairs.")
+    if num_tokens * top_k > MAX_PAIRS:
+        raise KernelError(
+            f"{num_tokens} tokens of {top_k} experts: experts_decode takes up to {MAX_PAIRS} pairs; use ExpertPairs."
+        )
     if out is None:
         make = torch.zeros if accumulate else torch.empty
         out = make(num_tokens, layout.hidden, dtype=torch.float32, device=x.device)

@@ -15,7 +15,13 @@ import torch
 from moesaic.errors import KernelError
 from moesaic.kernels import PackedTensor, SlicedTensor
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS, ExpertLayout, MatrixLayout, experts_decode
+from moesaic.kernels.triton.experts import (
+    MAX_DECODE_TOKENS,
+    ExpertLayout,
+    MatrixLayout,
+    experts_decode,
+    takes_pairs,
+)
 from moesaic.kernels.triton.grouped_experts import ExpertPairs
 
 __all__ = ["ResidentExperts", "SlotLayout", "copy_experts", "page_lock", "slot_bytes", "slot_layout"]
@@ -59,7 +65,7 @@ class SlotLayout:
         Returns:
             float32 `[tokens, hidden_size]`.
         """
-        if len(hidden) <= MAX_DECODE_TOKENS:
+        if takes_pairs(len(experts), experts.shape[1], self.num_experts):
             return experts_decode(hidden, slots, experts, weights, arena, self.kernel)
         pairs = self.pairs(hidden, experts, weights)
         pairs.multiply(arena, self.kernel, num_slots, pairs.blocks(table))

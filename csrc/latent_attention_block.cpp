@@ -27,12 +27,22 @@ void project(const LatentAttentionBlock& b, const float* normed, std::int64_t nu
     linear({&second, 1}, {rank, b.q_b.cols}, num_tokens);
 }
 
+// Of queries (null: there are none) and keys.
 void rotate(const LatentAttentionBlock& b, const AttentionBlockCall& c, float* q, float* compressed) {
     const std::int64_t head = b.nope_dim + b.rope_dim, row = b.latent_dim + b.rope_dim;
     RotaryArgs a = rotary_of(c, b.rope_layout, b.rope_dim / 2);
-    a.q = {q + b.nope_dim, projected(c, b.num_heads, head), b.num_heads, b.rope_dim, nullptr};
+    if (q != nullptr) a.q = {q + b.nope_dim, projected(c, b.num_heads, head), b.num_heads, b.rope_dim, nullptr};
     a.k = {compressed + b.latent_dim, projected(c, 1, row), 1, b.rope_dim, nullptr};
     norm_and_rotate(a);
+}
+
+// Latents and rotated keys of compressed [tokens, latent + rope], by way of latent [tokens, latent].
+void append_compressed(const LatentAttentionBlock& b, const AttentionBlockCall& c, const float* compressed,
+                       float* latent) {
+    const std::int64_t num_tokens = c.batch * c.num_tokens, row = b.latent_dim + b.rope_dim;
+    normalize(b.kv_a_norm, compressed, row, num_tokens, b.latent_dim, latent);
+    append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
+    append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
 }
 
 // mixed [tokens, heads, latent] = softmax over the cache of latents.
@@ -96,6 +106,19 @@ void attend_absorbed(const LatentAttentionBlock& b, const AttentionBlockCall& c,
 
 }  // namespace
 
+void append_latents(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+    const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
+    Buffers buffers(num_tokens * (hidden + row + b.latent_dim) + 3 * 16);
+    float* normed = buffers.take(padded(num_tokens * hidden));
+    float* compressed = buffers.take(padded(num_tokens * row));
+    float* latent = buffers.take(padded(num_tokens * b.latent_dim));
+    normalize(b.norm, c.x, hidden, num_tokens, hidden, normed);
+    const LinearJob job = job_of(b.kv_a, compressed);
+    linear({&job, 1}, {normed, hidden}, num_tokens);
+    rotate(b, c, nullptr, compressed);
+    append_compressed(b, c, compressed, latent);
+}
+
 void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
     const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
     const std::int64_t values = b.num_heads * b.value_dim;
@@ -114,10 +137,8 @@ void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockC
 
     normalize(b.norm, c.x, hidden, num_tokens, hidden, normed);
     project(b, normed, num_tokens, buffers, q, compressed);
-    normalize(b.kv_a_norm, compressed, row, num_tokens, b.latent_dim, latent);
     rotate(b, c, q, compressed);
-    append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
-    append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
+    append_compressed(b, c, compressed, latent);
 
     if (part == num_tokens) {
         attend_absorbed(b, c, q, q_latent, mixed, attended);

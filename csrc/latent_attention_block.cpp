@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "block_steps.h"
+#include "expanded_latents.h"
 
 namespace moesaic {
 
@@ -104,6 +105,40 @@ void attend_absorbed(const LatentAttentionBlock& b, const AttentionBlockCall& c,
     linear_heads(b.v_b, {mixed, latents, b.latent_dim}, {attended, values, b.value_dim}, num_tokens);
 }
 
+struct TokenSpan {
+    std::int64_t begin, end;
+};
+
+// The sequences of a paged call whose keys and values are expanded, and the spans of tokens of all others; without
+// pages there is one span.
+struct Forms {
+    std::vector<std::int64_t> expanded;
+    std::vector<TokenSpan> absorbed;
+    std::int64_t longest_part = 0;  // of the tokens that are multiplied by k_b together
+
+    Forms(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+        const std::int64_t num_tokens = c.batch * c.num_tokens;
+        std::int64_t begin = 0;
+        for (std::int64_t s = 0; c.paged != nullptr && s < c.paged->num_sequences; ++s) {
+            const KeyPages& pages = c.paged->pages;
+            if (!expanding_pays(b, c, pages.starts[s + 1] - pages.starts[s], pages.num_keys[s])) continue;
+            expanded.push_back(s);
+            add({begin, pages.starts[s]}, kTokensPerPart);
+            begin = pages.starts[s + 1];
+        }
+        add({begin, num_tokens}, c.paged == nullptr ? num_tokens : kTokensPerPart);
+    }
+
+  private:
+    void add(TokenSpan span, std::int64_t most) {
+        for (std::int64_t end; span.begin < span.end; span.begin = end) {
+            end = std::min(span.begin + most, span.end);
+            absorbed.push_back({span.begin, end});
+            longest_part = std::max(longest_part, end - span.begin);
+        }
+    }
+};
+
 }  // namespace
 
 void append_latents(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
@@ -122,8 +157,8 @@ void append_latents(const LatentAttentionBlock& b, const AttentionBlockCall& c) 
 void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
     const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
     const std::int64_t values = b.num_heads * b.value_dim;
-    const std::int64_t part = c.paged == nullptr ? num_tokens : std::min(num_tokens, kTokensPerPart);
-    const std::int64_t latents = part * b.num_heads * b.latent_dim;
+    const Forms forms(b, c);
+    const std::int64_t latents = forms.longest_part * b.num_heads * b.latent_dim;
     Buffers buffers(num_tokens * (2 * hidden + query_width(b) + row + b.latent_dim + values + 2 * b.q_a.rows) +
                     2 * latents + 10 * 16);
     float* normed = buffers.take(padded(num_tokens * hidden));
@@ -140,11 +175,12 @@ void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockC
     rotate(b, c, q, compressed);
     append_compressed(b, c, compressed, latent);
 
-    if (part == num_tokens) {
-        attend_absorbed(b, c, q, q_latent, mixed, attended);
-    } else {
-        for (std::int64_t begin = 0; begin < num_tokens; begin += part) {
-            const CallPart some(c, begin, std::min(num_tokens, begin + part));
+    for (const std::int64_t sequence : forms.expanded) attend_expanded(b, c, sequence, q, attended);
+    for (const auto& [begin, end] : forms.absorbed) {
+        if (end - begin == num_tokens) {
+            attend_absorbed(b, c, q, q_latent, mixed, attended);
+        } else {
+            const CallPart some(c, begin, end);
             attend_absorbed(b, some.call(), q + begin * query_width(b), q_latent, mixed, attended + begin * values);
         }
     }

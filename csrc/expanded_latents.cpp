@@ -16,6 +16,20 @@ namespace {
 constexpr std::int64_t kQueriesFrom = 32;                     // fewer are not worth the way
 constexpr std::int64_t kMostFloats = std::int64_t{4} << 20u;  // of keys and values that are there at once
 
+// What products cost relative to each other: those of attention, of packed matrices, and of matrices that have to be
+// transposed, which is done in float32.
+struct Prices {
+    std::int64_t attention, matrix, transposed;
+};
+constexpr Prices kPrices{3, 1, 3}, kPricesByTiles{1, 1, 6};
+
+// Attention with a head of keys for each head of queries, as far as the call tells.
+AttentionArgs attention_of_heads(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+    AttentionArgs a = attention_of(c, b.scale);
+    a.group = 1;
+    return a;
+}
+
 float as_float(std::uint16_t bits, CacheType type) {
     if (type == CacheType::kF16) return quantize::float_from_half(bits);
     return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16u);
@@ -89,13 +103,13 @@ class Expanded {
           num_queries_(c.paged->pages.starts[sequence + 1] - first_query_),
           num_keys_(c.paged->pages.num_keys[sequence]),
           num_past_(num_keys_ - num_queries_),
-          args_(attention_of(c, b.scale)),
+          args_(attention_of_heads(b, c)),
           latents_(static_cast<std::size_t>(num_keys_ * b.latent_dim)),
           rope_(static_cast<std::size_t>(num_keys_ * b.rope_dim)) {
         read_cache(args_, sequence, c.cache.keys, c.cache.key_stride, b.latent_dim, num_keys_, latents_.data());
         read_cache(args_, sequence, c.cache.values, c.cache.value_stride, b.rope_dim, num_keys_, rope_.data());
         args_.pages = nullptr;
-        args_.batch = args_.group = 1;
+        args_.batch = 1;
         args_.num_queries = num_queries_;
         args_.num_keys = num_keys_;
         args_.causal_offset = &num_past_;
@@ -160,9 +174,17 @@ class Expanded {
 bool expanding_pays(const LatentAttentionBlock& b, const AttentionBlockCall& c, std::int64_t num_queries,
                     std::int64_t num_keys) {
     if (c.paged == nullptr || c.cache.window > 0 || num_queries < kQueriesFrom || independent_rows()) return false;
+    const Prices prices = goes_by_tiles(attention_of_heads(b, c), num_queries) ? kPricesByTiles : kPrices;
     const std::int64_t past = num_keys - num_queries, pairs = num_queries * past + num_queries * (num_queries + 1) / 2;
-    const std::int64_t expanded = b.nope_dim + b.value_dim;
-    return pairs * (2 * b.latent_dim - expanded) > past * b.latent_dim * expanded;
+    auto with_nope = [&](bool transposed) {
+        return b.latent_dim *
+               ((transposed ? prices.transposed : prices.matrix) * b.nope_dim + prices.matrix * b.value_dim);
+    };
+    const std::int64_t absorbed =
+        pairs * prices.attention * (2 * b.latent_dim + b.rope_dim) + num_queries * with_nope(b.k_b_transposed);
+    const std::int64_t expanded =
+        pairs * prices.attention * (b.nope_dim + b.rope_dim + b.value_dim) + num_keys * with_nope(!b.k_b_transposed);
+    return expanded < absorbed;
 }
 
 void attend_expanded(const LatentAttentionBlock& b, const AttentionBlockCall& c, std::int64_t sequence, const float* q,

@@ -8,9 +8,9 @@
 
 namespace moesaic {
 
-// Whether so many queries at the end of so many keys take fewer products expanded, on pages. The one place that decides
-// it: a pair of a query and a key saves 2 latent - nope - value products per head, and each key that is no query's own
-// costs latent (nope + value), which the queries spend in the absorbed form.
+// Whether so many queries at the end of so many keys cost less expanded, on pages: the one place that decides it. A
+// pair of a query and a key takes nope + rope + value products per head instead of 2 latent + rope; each key, instead
+// of each query, takes latent (nope + value) before that.
 bool expanding_pays(const LatentAttentionBlock& block, const AttentionBlockCall& call, std::int64_t num_queries,
                     std::int64_t num_keys);
 

@@ -111,7 +111,7 @@ class Step:
 
 
 LATENTS, KEYS = [(LATENT + ROPE,)], [(KV_HEADS, DIM)] * 2
-MIXED = [(0, 40), (7, 3), (100, 90), (100, 32), (0, 1), (20, 55)]
+MIXED = [(0, 80), (7, 3), (100, 90), (100, 32), (0, 1), (20, 65)]
 EXPANDED = [True, False, True, False, False, True]
 
 

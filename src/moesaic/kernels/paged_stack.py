@@ -128,8 +128,8 @@ class PagedStack:
             raise KernelError(f"x is {describe(x)}: expected float32 [tokens, {self.hidden}].")
         for name, part in (("cos", cos), ("sin", sin)):
             check_shape(name, part, (len(x), self.num_pairs))
-        angles = (vector_address(name, part, part.numel()) for name, part in (("cos", cos), ("sin", sin)))
-        return vector_address("x", x, x.numel()), len(x), *angles, self.num_pairs
+        cos_address, sin_address = vector_address("cos", cos, cos.numel()), vector_address("sin", sin, sin.numel())
+        return vector_address("x", x, x.numel()), len(x), cos_address, sin_address, self.num_pairs
 
     @staticmethod
     def _tables(x: torch.Tensor, slot_mapping: torch.Tensor, *where: torch.Tensor) -> tuple[int, ...]:

@@ -204,7 +204,7 @@ template <class F>
 #ifdef MOESAIC_HAS_NARROW_SUMS
 constexpr int kMostDirect = group_period<F>() <= 2 ? 3 : 1;
 #else
-constexpr int kMostDirect = kHas32Registers ? 4 : 1;
+constexpr int kMostDirect = kHas32Registers ? 8 : 1;
 #endif
 
 // direct() for as many tokens as there are, at most T.

@@ -62,7 +62,7 @@ class BenchResult:
         bandwidth_share: of that in `read_bandwidth`.
         python_share: share of the time that no native call was computing, in a run of its own.
         layer_share: share of the time spent in decoder layers, from that run.
-        extrapolated_tokens_per_second: with all layers, if fewer were run: calculated, not measured. Only the last token
+        extrapolated_tokens_per_second: with all layers, if fewer were run: calculated. Only the last token
             of a prompt goes through all of the last layer, which is not counted among those that are repeated.
         batch: sequences that ran together.
         gpu: what there is to say about a model on a GPU (see `engine.gpu.bench`); bandwidth and shares of Python and

@@ -26,8 +26,8 @@ __all__ = ["IndependentRows", "PagedRunner", "paged_runner_for"]
 
 IndependentRows = Literal["none", "decode", "all"]
 """In which steps the numbers of a sequence do not depend, to the bit, on what else is in the step. That makes a
-difference only on processors with tiles (AMX), whose products of many tokens round otherwise than those of few: prompts
-are much faster with them."""
+difference on processors with tiles (AMX), whose products of many tokens round otherwise than those of few, and with
+latent attention, whose prompts are computed in the cheaper of two forms: prompts are much faster so."""
 
 
 class PagedRunner:

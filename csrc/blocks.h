@@ -95,6 +95,9 @@ struct AttentionBlockCall {
 
 void attention_block(const AttentionBlock& block, const AttentionBlockCall& call);
 void latent_attention_block(const LatentAttentionBlock& block, const AttentionBlockCall& call);
+// Of the same calls, only what they leave in the cache; call.out is not used.
+void append_keys(const AttentionBlock& block, const AttentionBlockCall& call);
+void append_latents(const LatentAttentionBlock& block, const AttentionBlockCall& call);
 
 // x += residual_scale * (experts(norm(x)) + shared experts(norm(x)) [* sigmoid(gate)]).
 struct FeedForwardBlock {

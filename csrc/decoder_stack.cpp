@@ -1,5 +1,6 @@
 #include "decoder_stack.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -67,6 +68,58 @@ void PagedStack::run(AttentionBlockCall call, std::int64_t first, std::int64_t c
         }
     }
     run_together();
+}
+
+namespace {
+
+// The last tokens of the sequences of a call, as a call of one token each whose keys are in the cache already.
+class LastTokens {
+  public:
+    LastTokens(const AttentionBlockCall& c, std::int64_t hidden) : call_(c), step_(*c.paged) {
+        const std::int64_t count = step_.num_sequences, pairs = c.angle_stride.head;
+        angles_.resize(static_cast<std::size_t>(2 * count * pairs));
+        starts_.push_back(0);
+        for (std::int64_t s = 0; s < count; ++s) {
+            const std::int64_t last = c.paged->pages.starts[s + 1] - 1;
+            std::copy_n(c.x + last * hidden, hidden, c.out + s * hidden);
+            std::copy_n(c.cos + last * pairs, pairs, angles_.data() + s * pairs);
+            std::copy_n(c.sin + last * pairs, pairs, angles_.data() + (count + s) * pairs);
+            starts_.push_back(static_cast<std::int32_t>(s + 1));
+        }
+        slots_.assign(static_cast<std::size_t>(count), -1);
+        step_.pages.starts = starts_.data();
+        step_.slots = slots_.data();
+        call_.x = c.out;
+        call_.num_tokens = count;
+        call_.cos = angles_.data();
+        call_.sin = angles_.data() + count * pairs;
+        call_.paged = &step_;
+    }
+    LastTokens(const LastTokens&) = delete;
+    LastTokens& operator=(const LastTokens&) = delete;
+    const AttentionBlockCall& call() const { return call_; }
+
+  private:
+    AttentionBlockCall call_;
+    PagedStep step_;
+    std::vector<std::int32_t> starts_;
+    std::vector<std::int64_t> slots_;
+    std::vector<float> angles_;
+};
+
+}  // namespace
+
+void PagedStack::finish(const AttentionBlockCall& call) const {
+    const DecoderStack::Layer& layer = stack->layers.back();
+    AttentionBlockCall keys = call;
+    keys.cache = caches.back();
+    if (layer.attention != nullptr) {
+        append_keys(*layer.attention, keys);
+    } else {
+        append_latents(*layer.latent_attention, keys);
+    }
+    const LastTokens last(call, layer.feed_forward->experts->hidden);
+    run(last.call(), static_cast<std::int64_t>(caches.size()) - 1, 1);
 }
 
 void check_paged_step(const PagedStep& step, std::int64_t num_tokens, std::int64_t table_width,

@@ -29,6 +29,10 @@ struct PagedStack {
 
     // Layers [first, first + count), in place: call.x is call.out, and call.cache is not used.
     void run(AttentionBlockCall call, std::int64_t first, std::int64_t count) const;
+
+    // The last layer for the last token of each sequence alone: call.out is [sequences, hidden]. Other tokens leave
+    // keys and values, since nothing else of them is ever asked for; call.x stays as it is. Every sequence has a token.
+    void finish(const AttentionBlockCall& call) const;
 };
 
 // Throws std::invalid_argument unless the starts, lengths, tables and slots of a step belong to its tokens and lie in a

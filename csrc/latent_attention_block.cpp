@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "block_steps.h"
+#include "expanded_latents.h"
 
 namespace moesaic {
 
@@ -27,12 +28,22 @@ void project(const LatentAttentionBlock& b, const float* normed, std::int64_t nu
     linear({&second, 1}, {rank, b.q_b.cols}, num_tokens);
 }
 
+// Of queries (null: there are none) and keys.
 void rotate(const LatentAttentionBlock& b, const AttentionBlockCall& c, float* q, float* compressed) {
     const std::int64_t head = b.nope_dim + b.rope_dim, row = b.latent_dim + b.rope_dim;
     RotaryArgs a = rotary_of(c, b.rope_layout, b.rope_dim / 2);
-    a.q = {q + b.nope_dim, projected(c, b.num_heads, head), b.num_heads, b.rope_dim, nullptr};
+    if (q != nullptr) a.q = {q + b.nope_dim, projected(c, b.num_heads, head), b.num_heads, b.rope_dim, nullptr};
     a.k = {compressed + b.latent_dim, projected(c, 1, row), 1, b.rope_dim, nullptr};
     norm_and_rotate(a);
+}
+
+// Latents and rotated keys of compressed [tokens, latent + rope], by way of latent [tokens, latent].
+void append_compressed(const LatentAttentionBlock& b, const AttentionBlockCall& c, const float* compressed,
+                       float* latent) {
+    const std::int64_t num_tokens = c.batch * c.num_tokens, row = b.latent_dim + b.rope_dim;
+    normalize(b.kv_a_norm, compressed, row, num_tokens, b.latent_dim, latent);
+    append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
+    append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
 }
 
 // mixed [tokens, heads, latent] = softmax over the cache of latents.
@@ -94,13 +105,60 @@ void attend_absorbed(const LatentAttentionBlock& b, const AttentionBlockCall& c,
     linear_heads(b.v_b, {mixed, latents, b.latent_dim}, {attended, values, b.value_dim}, num_tokens);
 }
 
+struct TokenSpan {
+    std::int64_t begin, end;
+};
+
+// The sequences of a paged call whose keys and values are expanded, and the spans of tokens of all others; without
+// pages there is one span.
+struct Forms {
+    std::vector<std::int64_t> expanded;
+    std::vector<TokenSpan> absorbed;
+    std::int64_t longest_part = 0;  // of the tokens that are multiplied by k_b together
+
+    Forms(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+        const std::int64_t num_tokens = c.batch * c.num_tokens;
+        std::int64_t begin = 0;
+        for (std::int64_t s = 0; c.paged != nullptr && s < c.paged->num_sequences; ++s) {
+            const KeyPages& pages = c.paged->pages;
+            if (!expanding_pays(b, c, pages.starts[s + 1] - pages.starts[s], pages.num_keys[s])) continue;
+            expanded.push_back(s);
+            add({begin, pages.starts[s]}, kTokensPerPart);
+            begin = pages.starts[s + 1];
+        }
+        add({begin, num_tokens}, c.paged == nullptr ? num_tokens : kTokensPerPart);
+    }
+
+  private:
+    void add(TokenSpan span, std::int64_t most) {
+        for (std::int64_t end; span.begin < span.end; span.begin = end) {
+            end = std::min(span.begin + most, span.end);
+            absorbed.push_back({span.begin, end});
+            longest_part = std::max(longest_part, end - span.begin);
+        }
+    }
+};
+
 }  // namespace
+
+void append_latents(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
+    const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
+    Buffers buffers(num_tokens * (hidden + row + b.latent_dim) + 3 * 16);
+    float* normed = buffers.take(padded(num_tokens * hidden));
+    float* compressed = buffers.take(padded(num_tokens * row));
+    float* latent = buffers.take(padded(num_tokens * b.latent_dim));
+    normalize(b.norm, c.x, hidden, num_tokens, hidden, normed);
+    const LinearJob job = job_of(b.kv_a, compressed);
+    linear({&job, 1}, {normed, hidden}, num_tokens);
+    rotate(b, c, nullptr, compressed);
+    append_compressed(b, c, compressed, latent);
+}
 
 void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockCall& c) {
     const std::int64_t num_tokens = c.batch * c.num_tokens, hidden = b.kv_a.cols, row = b.latent_dim + b.rope_dim;
     const std::int64_t values = b.num_heads * b.value_dim;
-    const std::int64_t part = c.paged == nullptr ? num_tokens : std::min(num_tokens, kTokensPerPart);
-    const std::int64_t latents = part * b.num_heads * b.latent_dim;
+    const Forms forms(b, c);
+    const std::int64_t latents = forms.longest_part * b.num_heads * b.latent_dim;
     Buffers buffers(num_tokens * (2 * hidden + query_width(b) + row + b.latent_dim + values + 2 * b.q_a.rows) +
                     2 * latents + 10 * 16);
     float* normed = buffers.take(padded(num_tokens * hidden));
@@ -114,16 +172,15 @@ void latent_attention_block(const LatentAttentionBlock& b, const AttentionBlockC
 
     normalize(b.norm, c.x, hidden, num_tokens, hidden, normed);
     project(b, normed, num_tokens, buffers, q, compressed);
-    normalize(b.kv_a_norm, compressed, row, num_tokens, b.latent_dim, latent);
     rotate(b, c, q, compressed);
-    append(c, latent, b.latent_dim, 1, b.latent_dim, c.cache.keys, c.cache.key_stride);
-    append(c, compressed + b.latent_dim, row, 1, b.rope_dim, c.cache.values, c.cache.value_stride);
+    append_compressed(b, c, compressed, latent);
 
-    if (part == num_tokens) {
-        attend_absorbed(b, c, q, q_latent, mixed, attended);
-    } else {
-        for (std::int64_t begin = 0; begin < num_tokens; begin += part) {
-            const CallPart some(c, begin, std::min(num_tokens, begin + part));
+    for (const std::int64_t sequence : forms.expanded) attend_expanded(b, c, sequence, q, attended);
+    for (const auto& [begin, end] : forms.absorbed) {
+        if (end - begin == num_tokens) {
+            attend_absorbed(b, c, q, q_latent, mixed, attended);
+        } else {
+            const CallPart some(c, begin, end);
             attend_absorbed(b, some.call(), q + begin * query_width(b), q_latent, mixed, attended + begin * values);
         }
     }

@@ -27,6 +27,20 @@ MOESAIC_INLINE vi biased_start(const ActivationGroup& x, int h, int raised) {
     }
 }
 
+// What sums of T tokens start from, with that bias or without.
+template <class F, int T>
+MOESAIC_INLINE vi first_sum(const ActivationGroup& x, int h, int raised = 0) {
+    if constexpr (kBiasedSums<F, T>) return biased_start<F>(x, h, raised);
+    return initial_sum<F>(x, h, raised);
+}
+
+// Such a sum times its scale; bias: -kSumBias times the scale.
+template <class F, int T>
+MOESAIC_INLINE vf scaled_dots(vi dots, vf scale, vf bias) {
+    if constexpr (kBiasedSums<F, T>) return fma(as_float(dots), scale, bias);
+    return mul(to_float(dots), scale);
+}
+
 // dots[t] = half `h` of group g of weights (or all of it) times a group of T tokens, whose values come in the order of
 // the quads, plus the zero point.
 template <class F, int T>
@@ -34,10 +48,7 @@ MOESAIC_INLINE void direct_dots(const vb (&quads)[8], int g, int h, const Activa
                                 const int8_t* const (&values)[T], vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>;
     MOESAIC_UNROLL
-    for (int t = 0; t < T; ++t) {
-        dots[t] = kBiasedSums<F, T> ? biased_start<F>(*tokens[t], h, raise_of<F>(g))
-                                    : initial_sum<F>(*tokens[t], h, raise_of<F>(g));
-    }
+    for (int t = 0; t < T; ++t) dots[t] = first_sum<F, T>(*tokens[t], h, raise_of<F>(g));
     MOESAIC_UNROLL
     for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
         MOESAIC_UNROLL
@@ -53,8 +64,7 @@ MOESAIC_INLINE void add_scaled(const vi (&dots)[T], const typename F::Scales& sc
     const vf scale = direct_scale<F>(scales, g, h), bias = mul(scale, set1(-kSumBias));
     MOESAIC_UNROLL
     for (int t = 0; t < T; ++t) {
-        const vf scaled = kBiasedSums<F, T> ? fma(as_float(dots[t]), scale, bias) : mul(to_float(dots[t]), scale);
-        sums[t] = fma(scaled, set1(tokens[t]->scale), sums[t]);
+        sums[t] = fma(scaled_dots<F, T>(dots[t], scale, bias), set1(tokens[t]->scale), sums[t]);
     }
     if constexpr (F::kHasOffset) {
         const vf offset = F::offset(scales, sub);
@@ -194,7 +204,7 @@ template <class F>
 #ifdef MOESAIC_HAS_NARROW_SUMS
 constexpr int kMostDirect = group_period<F>() <= 2 ? 3 : 1;
 #else
-constexpr int kMostDirect = kHas32Registers ? 4 : 1;
+constexpr int kMostDirect = kHas32Registers ? 8 : 1;
 #endif
 
 // direct() for as many tokens as there are, at most T.

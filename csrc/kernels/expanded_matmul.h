@@ -42,10 +42,10 @@ template <class F>
 constexpr int kLargestAlike = kFullRange<F> ? 255 : 127 / kNarrowQuads<F>;
 
 // The traits on which the product of expanded weights depends; formats that agree in them share its code.
-template <int ScaleGroup, int ZeroShift, bool HasOffset, int Largest>
+template <int ScaleGroup, int ZeroShift, bool HasOffset, int Largest, bool HasWideScales>
 struct ExpandedTraits {
     static constexpr int kScaleGroup = ScaleGroup, kZeroShift = ZeroShift, kLargest = Largest;
-    static constexpr bool kHasOffset = HasOffset;
+    static constexpr bool kHasOffset = HasOffset, kHasWideScales = HasWideScales;
 };
 
 // How many of the tokens left to take next: as few blocks as possible, of nearly equal size.
@@ -61,7 +61,7 @@ MOESAIC_INLINE void dot_half(const Expanded* weights, int g, const ActivationGro
     constexpr int kQuads = 8 / kSubs<F>;
     MOESAIC_UNROLL
     for (int t = 0; t < T; ++t) {
-        const vi start = initial_sum<F>(tokens[t][group], h);
+        const vi start = first_sum<F, T>(tokens[t][group], h);
         MOESAIC_UNROLL
         for (int p = 0; p < P; ++p) dots[t][p] = start;
     }
@@ -138,12 +138,18 @@ void multiply(const Expanded* weights, int num_groups, const ActivationGroup* co
             vi dots[T][P];
             dot_half<F, T, P>(weights, g, tokens, first_group + g, h, dots);
             const int sub = g * kSubs<F> + h;
+            vf scales[P], biases[P];
+            MOESAIC_UNROLL
+            for (int p = 0; p < P; ++p) {
+                scales[p] = load(weights[p].scales[sub]);
+                biases[p] = mul(scales[p], set1(-kSumBias));
+            }
             MOESAIC_UNROLL
             for (int t = 0; t < T; ++t) {
                 const ActivationGroup& x = tokens[t][first_group + g];
                 MOESAIC_UNROLL
                 for (int p = 0; p < P; ++p) {
-                    const vf scaled = mul(to_float(dots[t][p]), load(weights[p].scales[sub]));
+                    const vf scaled = scaled_dots<F, T>(dots[t][p], scales[p], biases[p]);
                     sums[t][p] = fma(scaled, set1(x.scale), sums[t][p]);
                     if constexpr (F::kHasOffset) {
                         sums[t][p] = fma(load(weights[p].offsets[sub]), scaled_sum<F>(x, h), sums[t][p]);
@@ -182,7 +188,7 @@ void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup
 template <class F>
 void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
                      int64_t num_tokens, float* out, const uint8_t* next) {
-    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, kLargestAlike<F>>;
+    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, kLargestAlike<F>, has_wide_scales<F>()>;
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     Expanded expanded[kMaxPanels];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));

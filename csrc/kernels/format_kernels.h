@@ -46,6 +46,18 @@ void transposed(const uint8_t* panels, int64_t panel_bytes, int64_t num_panels, 
     }
 }
 
+template <class F>
+void transpose_panel(const uint8_t* panel, int64_t first_col, int num_cols, float* out, int64_t stride) {
+    alignas(64) float weights[16 * kTransposedCols];
+    weights_as_floats<F>(panel, first_col, num_cols, weights);
+    for (int k = 0; k < num_cols; k += 16, out += stride) {
+        vf block[16];
+        for (int i = 0; i < 16; ++i) block[i] = load(weights + 16 * (k + i));
+        transpose(block);
+        for (int r = 0; r < 16; ++r) store(out + 16 * r, block[r]);
+    }
+}
+
 #ifdef MOESAIC_HAS_TILES
 // From how many tokens on tiles are faster than dot products of integers, or than float32. For integers: at 16 tokens
 // 1.1 to 1.6 x, and products by tiles take as long for fewer.
@@ -57,6 +69,7 @@ template <class F>
 constexpr MatmulKernels kernels_of() {
     MatmulKernels kernels{};
     kernels.transposed = transposed<F>;
+    kernels.transpose = transpose_panel<F>;
     if constexpr (F::kQuantized) {
         kernels.matmul = quantized_matmul<F>;
     } else {

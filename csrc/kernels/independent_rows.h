@@ -1,5 +1,6 @@
 // Products by tiles round weights otherwise than those of few tokens, so that what a token gets depends on how many
-// tokens a call has. Whoever needs the same numbers for a sequence in any batch does without them.
+// tokens a call has; so do transposed weights and expanded latents. Whoever needs the same numbers for a sequence in
+// any batch does without them.
 #pragma once
 
 namespace moesaic {

@@ -13,6 +13,15 @@
 
 namespace moesaic {
 
+void check_rows(const FormatInfo& format, std::int64_t rows, std::int64_t cols, std::int64_t first,
+                std::int64_t count) {
+    check_matrix(format, rows, cols);
+    if (first < 0 || count < 1 || first > rows - count) {
+        throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
+                                    " of a matrix with " + std::to_string(rows) + " rows");
+    }
+}
+
 namespace {
 
 // Tokens of one pass over a pair of panels: their sums stay in the cache.
@@ -100,15 +109,6 @@ void multiply_pairs(const LinearJob& job, const MatmulKernels& kernels, Pairs pa
     }
 }
 
-void check_rows(const FormatInfo& format, std::int64_t rows, std::int64_t cols, std::int64_t first,
-                std::int64_t count) {
-    check_matrix(format, rows, cols);
-    if (first < 0 || count < 1 || first > rows - count) {
-        throw std::invalid_argument("rows " + std::to_string(first) + " to " + std::to_string(first + count) +
-                                    " of a matrix with " + std::to_string(rows) + " rows");
-    }
-}
-
 void check_jobs(std::span<const LinearJob> jobs, std::int64_t num_inputs) {
     for (const LinearJob& job : jobs) {
         check_rows(*job.format, job.rows, job.cols, job.first_row, job.num_rows);
@@ -171,52 +171,6 @@ void linear_heads(const HeadMatrices& w, HeadRows<const float> x, HeadRows<float
                         w.num_rows, nullptr, y.data + h * y.head_stride, y.token_stride, h});
     }
     linear(jobs, {x.data, x.token_stride, x.head_stride, w.num_heads}, num_tokens);
-}
-
-namespace {
-
-// The rows of one head for a few tokens, padded with zeros to whole panels.
-struct PaddedRows {
-    AlignedArray<float> storage;
-    const float* rows[kMaxTransposedTokens];
-
-    void fill(const float* x, std::int64_t token_stride, int num_tokens, std::int64_t before, std::int64_t count) {
-        const std::int64_t padded = (before + count + 15) / 16 * 16;
-        float* data = storage.reserve(static_cast<std::size_t>(padded * num_tokens));
-        for (int t = 0; t < num_tokens; ++t, data += padded) {
-            std::fill_n(data, before, 0.0f);
-            std::copy_n(x + t * token_stride, count, data + before);
-            std::fill(data + before + count, data + padded, 0.0f);
-            rows[t] = data;
-        }
-    }
-};
-
-}  // namespace
-
-void linear_transposed_heads(const HeadMatrices& w, HeadRows<const float> x, HeadRows<float> y,
-                             std::int64_t num_tokens) {
-    check_rows(*w.format, w.rows, w.cols, w.first_row, w.num_rows + (w.num_heads - 1) * w.row_step);
-    const MatmulKernels& kernels = matmul_table().formats[w.format->index];
-    const std::int64_t panel_bytes = w.format->panel_bytes(w.cols);
-    const std::int64_t col_blocks = (w.cols + kTransposedCols - 1) / kTransposedCols;
-    const std::int64_t token_blocks = (num_tokens + kMaxTransposedTokens - 1) / kMaxTransposedTokens;
-    thread_pool().parallel_for(w.num_heads * col_blocks * token_blocks, 1, [&](std::int64_t item, std::int64_t) {
-        static thread_local PaddedRows padded;
-        const std::int64_t token = item % token_blocks * kMaxTransposedTokens;
-        const std::int64_t col = item / token_blocks % col_blocks * kTransposedCols;
-        const std::int64_t head = item / token_blocks / col_blocks;
-        const std::int64_t first_row = w.first_row + head * w.row_step;
-        const int here = static_cast<int>(std::min<std::int64_t>(kMaxTransposedTokens, num_tokens - token));
-        float* out[kMaxTransposedTokens];
-        for (int t = 0; t < here; ++t) out[t] = y.data + (token + t) * y.token_stride + head * y.head_stride + col;
-        padded.fill(x.data + token * x.token_stride + head * x.head_stride, x.token_stride, here, first_row % 16,
-                    w.num_rows);
-        kernels.transposed(w.weights + head * w.matrix_bytes + first_row / 16 * panel_bytes, panel_bytes,
-                           (first_row % 16 + w.num_rows + 15) / 16, col,
-                           static_cast<int>(std::min<std::int64_t>(kTransposedCols, w.cols - col)), padded.rows, here,
-                           out);
-    });
 }
 
 }  // namespace moesaic

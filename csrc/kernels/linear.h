@@ -29,6 +29,9 @@ struct LinearInputs {
     std::int64_t num_inputs = 1;
 };
 
+// Throws std::invalid_argument unless a matrix of rows x cols can have this format and has those rows.
+void check_rows(const FormatInfo& format, std::int64_t rows, std::int64_t cols, std::int64_t first, std::int64_t count);
+
 // All jobs in one pass of the pool; their matrices have as many columns as the inputs. Each input is quantised once.
 // Throws std::invalid_argument for shapes that do not go together.
 void linear(std::span<const LinearJob> jobs, const LinearInputs& inputs, std::int64_t num_tokens);

@@ -57,6 +57,10 @@ struct MatmulKernels {
     void (*transposed)(const std::uint8_t* panels, std::int64_t panel_bytes, std::int64_t num_rows,
                        std::int64_t first_col, int num_cols, const float* const* tokens, int num_tokens,
                        float* const* out);
+
+    // The transpose of 16 rows, as panels of F32: columns [first_col + 16 p, ...) are floats at out + p * stride, the
+    // 16 of each row side by side. num_cols <= kTransposedCols is a multiple of 16 and, as first_col, of the block.
+    void (*transpose)(const std::uint8_t* panel, std::int64_t first_col, int num_cols, float* out, std::int64_t stride);
 };
 
 // Does a product of these sizes want bfloat16 activations?

@@ -100,6 +100,43 @@ void bind_paged_attention(nb::module_& m) {
         "k_ptr, k_strides, dim) of the score's terms, dim 0: absent; strides of (unused or block, head, token).");
 }
 
+// Where the tokens of a step are, and where their keys go.
+struct StackTables {
+    Address slots, tables;
+    std::int64_t table_width;
+    Address lengths, starts;
+    std::int64_t num_sequences;
+};
+
+PagedStep checked_step(const PagedStack& stack, const StackTables& t, std::int64_t num_tokens) {
+    PagedStep step = step_of(t.tables, t.table_width, t.lengths, t.starts, t.num_sequences);
+    step.pages.block_size = stack.block_size;
+    step.slots = as_pointer<const std::int64_t>(t.slots);
+    check_paged_step(step, num_tokens, t.table_width, stack.num_blocks);
+    return step;
+}
+
+struct StackTokens {
+    Address x;
+    std::int64_t count;
+    Address cos, sin;
+    std::int64_t num_pairs;
+};
+
+// `step` must outlive the call.
+AttentionBlockCall stack_call(const PagedStep& step, const StackTokens& tokens, Address out) {
+    AttentionBlockCall call{};
+    call.x = as_pointer<const float>(tokens.x);
+    call.out = as_pointer<float>(out);
+    call.batch = 1;
+    call.num_tokens = tokens.count;
+    call.cos = as_pointer<const float>(tokens.cos);
+    call.sin = as_pointer<const float>(tokens.sin);
+    call.angle_stride = {0, tokens.num_pairs, 1};
+    call.paged = &step;
+    return call;
+}
+
 void bind_paged_stack(nb::module_& m) {
     nb::class_<PagedStack>(m, "PagedStack", "Decoder layers on a cache in pages.")
         .def(
@@ -118,27 +155,38 @@ void bind_paged_stack(nb::module_& m) {
             [](const PagedStack& self, Address x_ptr, std::int64_t num_tokens, std::int64_t first, std::int64_t count,
                Address cos_ptr, Address sin_ptr, std::int64_t num_pairs, Address slots_ptr, Address tables_ptr,
                std::int64_t table_width, Address lengths_ptr, Address starts_ptr, std::int64_t num_sequences) {
-                const PagedStep step{
-                    {as_pointer<const std::int32_t>(tables_ptr), table_width, self.block_size,
-                     as_pointer<const std::int32_t>(lengths_ptr), as_pointer<const std::int32_t>(starts_ptr)},
-                    num_sequences,
-                    as_pointer<const std::int64_t>(slots_ptr)};
-                check_paged_step(step, num_tokens, table_width, self.num_blocks);
-                AttentionBlockCall call{};
-                call.x = call.out = as_pointer<float>(x_ptr);
-                call.batch = 1;
-                call.num_tokens = num_tokens;
-                call.cos = as_pointer<const float>(cos_ptr);
-                call.sin = as_pointer<const float>(sin_ptr);
-                call.angle_stride = {0, num_pairs, 1};
-                call.paged = &step;
+                const StackTables tables{slots_ptr, tables_ptr, table_width, lengths_ptr, starts_ptr, num_sequences};
+                const PagedStep step = checked_step(self, tables, num_tokens);
+                const AttentionBlockCall call =
+                    stack_call(step, {x_ptr, num_tokens, cos_ptr, sin_ptr, num_pairs}, x_ptr);
                 ReleaseGil release;
                 self.run(call, first, count);
             },
             "x_ptr"_a, "num_tokens"_a, "first"_a, "count"_a, "cos_ptr"_a, "sin_ptr"_a, "num_pairs"_a, "slots_ptr"_a,
             "tables_ptr"_a, "table_width"_a, "lengths_ptr"_a, "starts_ptr"_a, "num_sequences"_a,
             "Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, "
-            "tables or slots do not go together, or lead out of the pool.");
+            "tables or slots do not go together, or lead out of the pool.")
+        .def(
+            "finish",
+            [](const PagedStack& self, Address x_ptr, std::int64_t num_tokens, Address cos_ptr, Address sin_ptr,
+               std::int64_t num_pairs, Address slots_ptr, Address tables_ptr, std::int64_t table_width,
+               Address lengths_ptr, Address starts_ptr, std::int64_t num_sequences, Address out_ptr) {
+                const StackTables tables{slots_ptr, tables_ptr, table_width, lengths_ptr, starts_ptr, num_sequences};
+                const PagedStep step = checked_step(self, tables, num_tokens);
+                for (std::int64_t s = 0; s < num_sequences; ++s) {
+                    if (step.pages.starts[s] == step.pages.starts[s + 1]) {
+                        throw nb::value_error("a sequence has no token in the step, so it has no last one");
+                    }
+                }
+                const AttentionBlockCall call =
+                    stack_call(step, {x_ptr, num_tokens, cos_ptr, sin_ptr, num_pairs}, out_ptr);
+                ReleaseGil release;
+                self.finish(call);
+            },
+            "x_ptr"_a, "num_tokens"_a, "cos_ptr"_a, "sin_ptr"_a, "num_pairs"_a, "slots_ptr"_a, "tables_ptr"_a,
+            "table_width"_a, "lengths_ptr"_a, "starts_ptr"_a, "num_sequences"_a, "out_ptr"_a,
+            "The last layer for the last token of each sequence, into out [num_sequences, hidden]; the others leave "
+            "keys and values. ValueError as for the call, or if a sequence has no token.");
 }
 
 // (format, weights_ptr, rows, cols, bias_ptr)

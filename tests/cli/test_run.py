@@ -195,6 +195,12 @@ def test_bench_of_random_weights_extrapolates(
     assert (result["num_layers"], result["total_layers"], result["weight_format"]) == (2, 6, "Q8_0")
     slower = 1 - result["layer_share"] + 3 * result["layer_share"]
     assert result["extrapolated_tokens_per_second"] == pytest.approx(result["tokens_per_second"] / slower)
+    prefill = ["bench", "prefill", *bench[2:6], "--prompt-tokens", "40", "--repeat", "1", "--json"]
+    for layers, is_known in ((1, False), (2, True)):  # of the last layer, a prompt needs little
+        assert main([*prefill, "--layers", str(layers)]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["extrapolated_tokens_per_second"] is not None) == is_known
+    assert result["extrapolated_tokens_per_second"] < result["tokens_per_second"]
     assert main([*bench, "--prompt-tokens", "600"]) == 1
     assert "context is 512" in capsys.readouterr().err
     assert main([*bench, "--layers", "1"]) == 0

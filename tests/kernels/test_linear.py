@@ -22,7 +22,14 @@ from tests.kernels.oracle import (
 )
 
 from moesaic.errors import KernelError
-from moesaic.kernels import linear, linear_heads, linear_multi, linear_transposed, linear_transposed_heads
+from moesaic.kernels import (
+    independent_rows,
+    linear,
+    linear_heads,
+    linear_multi,
+    linear_transposed,
+    linear_transposed_heads,
+)
 from moesaic.quant import FORMATS
 
 FLOAT32_SUMS = 1e-5
@@ -157,6 +164,22 @@ def test_heads(stacked, head_rows, each_isa):
         expected = np.einsum("thn,hnk->thk", x.numpy().astype(np.float64), values[:, rows])
         out = torch.empty(heads, num_tokens, cols).transpose(0, 1)
         assert relative_error(linear_transposed_heads(x, weight, rows, out), expected) < FLOAT32_SUMS
+
+
+@pytest.mark.parametrize("name", ["Q5_1", "Q4_K", "IQ2_S", "FP8", "BF16", "F32"])
+def test_transposed_heads_of_many_tokens(name, each_isa):
+    """Many tokens meet transposed weights, if a head has whole panels of rows; few, and independent ones, do not."""
+    heads, cols, rows = 3, 768, slice(16, 48)
+    weight, values = packed(name, 64, cols, heads)
+    for num_tokens in (8, 9, 150):
+        x = tokens(num_tokens, heads, 32)
+        expected = np.einsum("thn,hnk->thk", x.numpy().astype(np.float64), values[:, rows])
+        out = torch.empty(heads, num_tokens, cols).transpose(0, 1)
+        assert relative_error(linear_transposed_heads(x, weight, rows, out), expected) < FLOAT32_SUMS
+        with independent_rows(True):
+            alone = torch.cat([linear_transposed_heads(row[None], weight, rows) for row in x])
+            assert torch.equal(linear_transposed_heads(x, weight, rows), alone)
+        assert torch.equal(out, alone) == (num_tokens == 8)
 
 
 def test_no_tokens():

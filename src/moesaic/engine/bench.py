@@ -62,7 +62,8 @@ class BenchResult:
         bandwidth_share: of that in `read_bandwidth`.
         python_share: share of the time that no native call was computing, in a run of its own.
         layer_share: share of the time spent in decoder layers, from that run.
-        extrapolated_tokens_per_second: with all layers, if fewer were run: calculated, not measured.
+        extrapolated_tokens_per_second: with all layers, if fewer were run: calculated. Only the last token
+            of a prompt goes through all of the last layer, which is not counted among those that are repeated.
         batch: sequences that ran together.
         gpu: what there is to say about a model on a GPU (see `engine.gpu.bench`); bandwidth and shares of Python and
             layers are None then.
@@ -225,8 +226,9 @@ def _result(
     batch = 1
     if isinstance(bench, TimedRuns):
         achieved = rate * plan.bytes_per_token / _GIGA if bench.what == "decode" else None
-        python_share, layer_share = bench.profile()
-        extrapolated = _extrapolate(rate, layer_share, run_layers, total_layers)
+        python_share, layer_share, whole_share = bench.profile()
+        short = bench.short_layers
+        extrapolated = _extrapolate(rate, whole_share, run_layers - short, total_layers - short)
     else:
         from moesaic.engine.gpu.bench import gpu_figures
 
@@ -304,8 +306,11 @@ def prepare_synthetic(
 
 
 def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:
-    """Tokens per second with all layers, as if each took the mean time of those that were run; None if all were."""
-    if run_layers == total_layers:
+    """Tokens per second with all layers, as if each took the mean time of those that were run; None if all were.
+
+    None, too, if there was none of the kind that is repeated.
+    """
+    if run_layers in (0, total_layers):
         return None
     return rate / (1.0 - layer_share + layer_share * total_layers / run_layers)
 

@@ -174,7 +174,7 @@ def measure_decode(
     bench = TimedRuns(load(take_layers(prepared, chosen), progress=progress), "decode", _PROMPT_TOKENS, _NEW_TOKENS)
     bench.run()
     step = 1 / statistics.median(bench.run() for _ in range(runs))
-    _, layer_share = bench.profile()
+    _, layer_share, _ = bench.profile()
     sampled, all_bytes = (sum(cost.bytes_per_token for cost in part) for part in ([costs[i] for i in chosen], costs))
     return DecodeTime(len(chosen), sampled, all_bytes, step * layer_share, step * (1 - layer_share))
 

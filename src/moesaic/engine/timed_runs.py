@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -44,6 +45,11 @@ class TimedRuns:
         self._random = torch.Generator().manual_seed(_SEED)
         self._stream = token_stream_of(model)
 
+    @property
+    def short_layers(self) -> int:
+        """Layers that only the last token of a prompt goes through as a whole, so that they say nothing of others."""
+        return int(self.what == "prefill" and self._stream is not None)
+
     def run(self) -> float:
         """One run; tokens per second."""
         clock = self._generate()
@@ -51,8 +57,8 @@ class TimedRuns:
             return self.prompt_tokens / (clock.times[0] - clock.started)
         return (self.new_tokens - 1) / (clock.times[-1] - clock.times[0])
 
-    def profile(self) -> tuple[float, float]:
-        """Shares of the time outside native calls, and inside decoder layers, of what `run` measures."""
+    def profile(self) -> tuple[float, float, float]:
+        """Shares of the time outside native calls, in decoder layers, and in those but `short_layers`, in a run."""
         with _time_in_layers(self._model.get_decoder()) as inside:
             clock = self._generate(lambda: (native_seconds(), inside.seconds))
         # marks[0] is taken when the run starts, marks[1] when the first token is there.
@@ -60,9 +66,10 @@ class TimedRuns:
         times = (clock.started, *clock.times)
         elapsed = times[last] - times[first]
         native, in_layers = (b - a for a, b in zip(clock.marks[first], clock.marks[last], strict=True))
+        in_whole_layers = in_layers
         if self._stream is not None:  # whose step is one call
-            in_layers = native * self._share_of_layers(self._stream)
-        return 1.0 - native / elapsed, in_layers / elapsed
+            in_layers, in_whole_layers = (native * share for share in self._shares_of_layers(self._stream))
+        return 1.0 - native / elapsed, in_layers / elapsed, in_whole_layers / elapsed
 
     def _generate(self, mark: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0)) -> _Clock:
         vocab_size = int(self._model.config.get_text_config().vocab_size)
@@ -81,11 +88,14 @@ class TimedRuns:
             )
         return clock
 
-    def _share_of_layers(self, stream: TokenStream) -> float:
-        """Of native calls in what `run` measures, the layers' share of the time, in steps that are called by parts."""
+    def _shares_of_layers(self, stream: TokenStream) -> tuple[float, float]:
+        """Of native calls in what `run` measures, the shares of all layers and of those but `short_layers`.
+
+        In steps that are called by parts.
+        """
         runner, token = stream.runner, torch.zeros(1, dtype=torch.int64)
         stream.forget()
-        sequence, layers, others = runner.new_sequence(), 0.0, 0.0
+        sequence, whole, short, others = runner.new_sequence(), 0.0, 0.0, 0.0
         parts = list(torch.zeros(self.prompt_tokens, dtype=torch.int64).split(runner.max_chunk))
         num_prompt = len(parts)
         if self.what == "decode":
@@ -95,15 +105,21 @@ class TimedRuns:
                 marks = [native_seconds()]
                 work = runner.start_prefill([(sequence, part)])
                 marks.append(native_seconds())
-                work.advance(runner.num_layers)
+                work.advance(runner.num_layers - self.short_layers)
                 marks.append(native_seconds())
+                if self.short_layers:
+                    work.advance(self.short_layers)
+                    marks.append(native_seconds())
+                else:
+                    marks.append(marks[-1])
                 work.logits()
                 marks.append(native_seconds())
                 if self.what == "prefill" or index >= num_prompt:
-                    layers += marks[2] - marks[1]
-                    others += marks[1] - marks[0] + marks[3] - marks[2]
+                    embedded, through, ended, chosen = (b - a for a, b in pairwise(marks))
+                    whole, short, others = whole + through, short + ended, others + embedded + chosen
         runner.forget(sequence)
-        return layers / (layers + others)
+        total = whole + short + others
+        return (whole + short) / total, whole / total
 
 
 def _answer(stream: TokenStream, prompt: list[int], num_tokens: int, clock: _Clock) -> None:

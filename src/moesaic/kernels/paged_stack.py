@@ -85,28 +85,56 @@ class PagedStack:
         Raises:
             KernelError: a tensor has another shape, type or layout than said here, or tables lead out of the pool.
         """
-        tokens = len(x)
         count = self.num_layers - first if count is None else count
         if first < 0 or count < 0 or first + count > self.num_layers:
             raise KernelError(f"layers {first} to {first + count} of {self.num_layers}.")
+        tokens, tables = self._tokens(x, cos, sin), self._tables(x, slot_mapping, block_tables, seq_lens, query_start)
+        try:
+            self.native(*tokens[:2], first, count, *tokens[2:], *tables)
+        except ValueError as error:
+            raise KernelError(f"The tables of a step do not go together: {error}.") from error
+
+    def finish(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run the last layer for the last token of each sequence; the others only leave keys and values in the caches.
+
+        Args: as those of a call. Each sequence has a token.
+
+        Returns:
+            float32 `[seqs, hidden]`; x stays as it is.
+
+        Raises:
+            KernelError: as for a call, or a sequence has no token.
+        """
+        tokens, tables = self._tokens(x, cos, sin), self._tables(x, slot_mapping, block_tables, seq_lens, query_start)
+        out = torch.empty(len(seq_lens), self.hidden)
+        try:
+            self.native.finish(*tokens, *tables, out.data_ptr())
+        except ValueError as error:
+            raise KernelError(f"The tables of a step do not go together: {error}.") from error
+        return out
+
+    def _tokens(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[int, int, int, int, int]:
+        """Checked: address and number of tokens, addresses and number of angles."""
         if x.dtype != torch.float32 or x.ndim != 2 or x.shape[1] != self.hidden:
             raise KernelError(f"x is {describe(x)}: expected float32 [tokens, {self.hidden}].")
         for name, part in (("cos", cos), ("sin", sin)):
-            check_shape(name, part, (tokens, self.num_pairs))
-        try:
-            self.native(
-                vector_address("x", x, x.numel()),
-                tokens,
-                first,
-                count,
-                vector_address("cos", cos, cos.numel()),
-                vector_address("sin", sin, sin.numel()),
-                self.num_pairs,
-                vector_address("slot_mapping", slot_mapping, tokens, torch.int64),
-                *step_arguments(block_tables, seq_lens, query_start),
-            )
-        except ValueError as error:
-            raise KernelError(f"The tables of a step do not go together: {error}.") from error
+            check_shape(name, part, (len(x), self.num_pairs))
+        cos_address, sin_address = vector_address("cos", cos, cos.numel()), vector_address("sin", sin, sin.numel())
+        return vector_address("x", x, x.numel()), len(x), cos_address, sin_address, self.num_pairs
+
+    @staticmethod
+    def _tables(x: torch.Tensor, slot_mapping: torch.Tensor, *where: torch.Tensor) -> tuple[int, ...]:
+        """Checked: what the native calls take of a step."""
+        return vector_address("slot_mapping", slot_mapping, len(x), torch.int64), *step_arguments(*where)
 
 
 def _pool_of(

@@ -37,6 +37,11 @@ class StepInput:
     query_start: torch.Tensor
     state_slots: torch.Tensor
 
+    @property
+    def last_tokens(self) -> torch.Tensor:
+        """int64 `[seqs]`: the last token of each sequence, all of which have one."""
+        return self.query_start[1:].long() - 1
+
     @classmethod
     def empty(cls, tokens: int, seqs: int, max_blocks: int, device: torch.device | str = "cpu") -> StepInput:
         """All padding: the buffers of a graph. On the CPU, pinned if there is a GPU to copy to."""

@@ -45,6 +45,18 @@ class PagedLayers(Protocol):
         """
         ...
 
+    def finish(self, hidden: torch.Tensor, angles: Angles, where: StepInput) -> torch.Tensor:
+        """The last layer for the last token of each sequence; of the others, only what they leave in its cache.
+
+        Nothing else of them is ever asked for: logits are those of last tokens.
+
+        Args: as those of a call; hidden may be overwritten. Each sequence has a token.
+
+        Returns:
+            float32 `[seqs, hidden_size]`.
+        """
+        ...
+
 
 class FusedLayers:
     """All layers in one native call.
@@ -63,8 +75,15 @@ class FusedLayers:
         self, hidden: torch.Tensor, angles: Angles, where: StepInput, first: int = 0, count: int | None = None
     ) -> None:
         """As `PagedLayers`."""
-        tables = where.slot_mapping, where.block_tables, where.seq_lens, where.query_start
-        self.stack(hidden, *angles, *tables, first, count)
+        self.stack(hidden, *angles, *self._tables(where), first, count)
+
+    def finish(self, hidden: torch.Tensor, angles: Angles, where: StepInput) -> torch.Tensor:
+        """As `PagedLayers`."""
+        return self.stack.finish(hidden, *angles, *self._tables(where))
+
+    @staticmethod
+    def _tables(where: StepInput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return where.slot_mapping, where.block_tables, where.seq_lens, where.query_start
 
 
 class PagedGqa:
@@ -199,3 +218,11 @@ class LayersInParts:
         for attention, feed_forward, cache in self._layers[first : None if count is None else first + count]:
             attention(hidden, angles, where, cache)
             feed_forward(hidden)
+
+    def finish(self, hidden: torch.Tensor, angles: Angles, where: StepInput) -> torch.Tensor:
+        """As `PagedLayers`; attention is computed for all tokens."""
+        attention, feed_forward, cache = self._layers[-1]
+        attention(hidden, angles, where, cache)
+        last = hidden.index_select(0, where.last_tokens)
+        feed_forward(last)
+        return last

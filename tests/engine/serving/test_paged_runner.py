@@ -57,11 +57,12 @@ def test_every_family_gives_the_logits_of_the_model_library(family):
     assert runner.pool.num_free == runner.pool.num_blocks
 
 
+@pytest.mark.parametrize("independent", ["decode", "all"])
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
-def test_latents_of_a_long_prompt_are_made_in_parts(family):
-    """The borders of the parts, 256 tokens each, lie inside of sequences and between them."""
+def test_latents_of_a_long_prompt_are_made_in_parts(family, independent):
+    """The borders of the parts, 256 tokens each, lie inside of sequences and between them; or latents are expanded."""
     model = load_tiny(family)
-    runner = runner_of(model, num_blocks=60)
+    runner = runner_of(model, num_blocks=60, independent=independent)
     ids = tiny_inputs(3, 330)
     with torch.no_grad():
         expected = model(ids).logits

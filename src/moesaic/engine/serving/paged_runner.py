@@ -26,8 +26,8 @@ __all__ = ["IndependentRows", "PagedRunner", "paged_runner_for"]
 
 IndependentRows = Literal["none", "decode", "all"]
 """In which steps the numbers of a sequence do not depend, to the bit, on what else is in the step. That makes a
-difference only on processors with tiles (AMX), whose products of many tokens round otherwise than those of few: prompts
-are much faster with them."""
+difference on processors with tiles (AMX), whose products of many tokens round otherwise than those of few, and with
+latent attention, whose prompts are computed in the cheaper of two forms: prompts are much faster so."""
 
 
 class PagedRunner:
@@ -201,6 +201,7 @@ class PagedPrefill:
         prompts = [sequence.prompt_length for sequence, _ in parts]
         self._angles = decoder.angles(self._where.positions, self._where.query_start, prompts)
         self._done = 0
+        self._last: torch.Tensor | None = None  # of each sequence, behind the layers
 
     @property
     def num_layers_left(self) -> int:
@@ -211,20 +212,24 @@ class PagedPrefill:
     def advance(self, num_layers: int) -> None:
         """Go through so many more layers, or those that are left."""
         count = min(num_layers, self.num_layers_left)
+        finishes = count > 0 and count == self.num_layers_left
+        # Of the last layer only the last tokens are asked for; where there are no others, it is a layer like all.
+        apart = finishes and len(self._hidden) > len(self._before)
         with independent_rows(self._independent):
-            self._layers(self._hidden, self._angles, self._where, self._done, count)
+            self._layers(self._hidden, self._angles, self._where, self._done, count - apart)
+            if apart:
+                self._last = self._layers.finish(self._hidden, self._angles, self._where)
+            elif finishes:
+                self._last = self._hidden
         self._done += count
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
         """float32 `[sequences, vocab_size]` of the last token of each; when no layer is left."""
-        if self.num_layers_left:
+        if self._last is None:
             raise KernelError(f"{self.num_layers_left} layers are left: there are no logits yet.")
-        hidden = self._hidden
-        if len(hidden) != len(self._before):
-            hidden = hidden.index_select(0, self._where.query_start[1:].long() - 1)
         with independent_rows(self._independent):
-            return self._decoder.ends.logits(hidden)
+            return self._decoder.ends.logits(self._last)
 
     def abandon(self) -> None:
         """Take the new positions back; the work is over. Sequences with recurrent states are emptied."""

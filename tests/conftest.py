@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.triton_interpreter import remember_members
+from tests.triton_interpreter import quicken_interpreter
 
 from moesaic import kernels
 
@@ -28,7 +28,7 @@ def soak_seconds(request: pytest.FixtureRequest) -> float:
 
 def pytest_runtest_setup() -> None:
     """Whichever module imported Triton."""
-    remember_members()
+    quicken_interpreter()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -14,7 +14,7 @@ from demo.tasks import LONG_TASKS, TASKS
 from moesaic import _native
 from moesaic.weights.resolve import resolve
 
-_NUM_ITEMS = {"generic": 10}  # plain C++ is ten times slower
+_NUM_ITEMS = {"generic": 4}  # plain C++ is ten times slower
 _DEFAULT_NUM_ITEMS = 32
 _NUM_LONG_ITEMS = 2
 _MAX_CONTEXT = 500  # a context of 8,192 takes minutes on two cores: `make eval-demo` measures that

@@ -16,6 +16,7 @@
     └── GenerationError            a request cannot be answered
         ├── LogitsError            no next token can be chosen for an answer (names its row of the step)
         ├── RequestError           what it asks for is wrong or too much (names the parameter)
+        │   └── ContextError       its prompt leaves no room for an answer in the context
         ├── OverloadedError        too many requests wait already; says when to come back
         └── EngineDeadError        the engine that would answer has ended
 
@@ -30,6 +31,7 @@ import os
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContextError",
     "EngineDeadError",
     "ExpertTimeoutError",
     "GenerationError",
@@ -152,6 +154,24 @@ class RequestError(GenerationError):
     def __init__(self, message: str, param: str | None = None) -> None:
         self.param = param
         super().__init__(message)
+
+
+class ContextError(RequestError):
+    """A prompt leaves no room for an answer in the context; programs shorten a conversation when they are told so.
+
+    Args:
+        tokens: of the prompt.
+        context_length: most tokens of prompt and answer together.
+        counted: whether these are all; else there are more.
+    """
+
+    def __init__(self, tokens: int, context_length: int, counted: bool = True) -> None:
+        # Programs look for both beginnings: "prompt is too long", "maximum context length is N tokens".
+        super().__init__(
+            f"the prompt is too long: it has {'' if counted else 'more than '}{tokens} tokens, but the maximum context "
+            f"length is {context_length} tokens for prompt and answer together: shorten it.",
+            "prompt",
+        )
 
 
 class OverloadedError(GenerationError):

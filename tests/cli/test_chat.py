@@ -35,7 +35,7 @@ class Terminal:
         signal.signal(signal.SIGINT, before)
         os.close(slave)
         self._unread = ""
-        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def expect(self, text: str) -> str:
         """Read until `text` appears; everything up to and including it."""
@@ -49,7 +49,7 @@ class Terminal:
         return re.sub(r"\x1b\[\??[0-9;]*[a-zA-Z]", "", seen)
 
     def send(self, text: str) -> None:
-        os.write(self._master, text.encode())
+        os.write(self._master, text.encode("utf-8", "surrogateescape"))
 
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -169,6 +169,11 @@ def test_commands(terminal: Terminal, tmp_path: Path) -> None:
 
 def test_a_refused_prompt_leaves_the_conversation_as_it_was(terminal: Terminal) -> None:
     assert "context is 8" in terminal.ask("too long")
+    assert len(messages(terminal.ask("short"))) == 1
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_conversation_goes_on(terminal: Terminal) -> None:
+    assert "not UTF-8 text" in terminal.ask("a\udcff")
     assert len(messages(terminal.ask("short"))) == 1
 
 

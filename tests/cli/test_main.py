@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import re
 import subprocess
@@ -13,8 +14,8 @@ import pytest
 
 import moesaic
 from moesaic.cli.main import build_parser, main
-from moesaic.cli.terminal import printable
-from moesaic.errors import MoesaicError
+from moesaic.cli.terminal import given_text, printable
+from moesaic.errors import ConfigError, MoesaicError
 
 
 def moesaic_command(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
@@ -97,6 +98,49 @@ def test_an_interrupt_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr("moesaic.cli.doctor.run", interrupted)
     assert main(["doctor"]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("redirection", "code"), [(">/dev/full", 1), (">&-", 0), (">&- 2>&-", 0)])
+def test_output_that_cannot_be_written_is_an_error_and_closed_output_is_none(redirection: str, code: int) -> None:
+    line = f"exec {sys.executable} -m moesaic.cli.main plan --synthetic list {redirection}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert done.stderr.startswith("moesaic: No space left on device") == (code == 1)
+
+
+def test_a_full_disk_is_named_with_its_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(arguments: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "big.gguf")
+
+    monkeypatch.setattr("moesaic.cli.doctor.run", full)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "moesaic: big.gguf: No space left on device.\n"
+
+
+def test_text_of_another_encoding_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    missing = str(tmp_path / "no-such-model")
+    for arguments, where in ((["hi \udcff"], "PROMPT"), (["hi", "--system", "\udcff"], "--system")):
+        done = moesaic_command("run", missing, *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"moesaic: {where} is not UTF-8 text")
+    piped = subprocess.run(
+        [sys.executable, "-m", "moesaic.cli.main", "run", missing],
+        input=b"hi \xff", capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert piped.returncode == 2
+    assert b"standard input is not utf-8 text" in piped.stderr.lower()
+
+
+def test_utf8_is_understood_in_any_locale() -> None:
+    assert given_text("你好".encode().decode("ascii", "surrogateescape"), "PROMPT") == "你好"
+    assert given_text("é", "PROMPT") == "é"
+    with pytest.raises(ConfigError, match=r"PROMPT is not UTF-8 text .* at position 1"):
+        given_text("x\udcff", "PROMPT")
+    with pytest.raises(ConfigError, match=r"PROMPT is not UTF-8 text .* at position 0"):
+        given_text("\ud800", "PROMPT")
 
 
 def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

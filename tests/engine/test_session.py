@@ -177,6 +177,8 @@ def test_prompts_that_cannot_be_answered(session: Session) -> None:
     assert session.answer([5] * 510, Sampling(50, 0)).generated_tokens <= 2
     with pytest.raises(GenerationError, match="no such role"):
         session.encode_chat([{"role": "forbidden", "content": ""}])
+    with pytest.raises(GenerationError, match=r"U\+DCFF at position 1"):
+        session.encode_raw("x\udcff")
     plain = Session(session.model, make_tiny_tokenizer(chat_template=None))
     with pytest.raises(GenerationError, match="--raw"):
         plain.encode_chat([{"role": "user", "content": "x"}])

@@ -35,6 +35,34 @@ def test_nothing_is_answered_before_a_model_is_there() -> None:
     assert "moesaic_engine_ready 0.0" in call(app, "GET", "/metrics").text
 
 
+def test_the_home_page_is_there_for_browsers_and_clients_of_ollama() -> None:
+    app = build_app(None)  # `ollama` asks for HEAD / before anything else, and gives up where that is no 200
+    answer = call(app, "GET", "/")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/plain; charset=utf-8")
+    assert answer.text.startswith("Moesaic is running.")
+    head = call(app, "HEAD", "/")
+    assert (head.status_code, head.text) == (200, "")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "it ends too early"),
+        (b"x", "invalid character at byte 0"),
+        (b'{"model": "demo",}', "trailing comma in object at byte 17"),
+        (b'{"temperature": NaN}', "invalid character at byte 16"),
+        (b'{"model": "\xff"}', "a text is not UTF-8"),
+        (b'{"a": "\\ud800"}', "half a surrogate pair"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_where(body: bytes, reason: str) -> None:
+    app = build_app(make_app().state.moesaic)
+    answer = call(app, "POST", "/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("the body is not valid JSON: ") and reason in message
+
+
 @pytest.mark.parametrize(("status", "code"), [("loading", "model_loading"), ("dead", "engine_unavailable")])
 def test_requests_are_refused_while_no_model_is_ready(status: str, code: str) -> None:
     answer = call(make_app(engine=ScriptedEngine(status=status)), "POST", "/v1/echo")  # type: ignore[arg-type]

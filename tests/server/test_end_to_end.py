@@ -133,8 +133,15 @@ def test_openai_errors(gpt: openai.OpenAI, server: Served) -> None:
         gpt.chat.completions.create(model="gpt-4o", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="at most 16"):
         gpt.chat.completions.create(model="demo", messages=QUESTION, n=17)
-    with pytest.raises(openai.BadRequestError, match="context is"):
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 8192 tokens") as refused:
         gpt.chat.completions.create(model="demo", messages=[{"role": "user", "content": "many words " * 10_000}])
+    assert (refused.value.code, refused.value.param) == ("context_length_exceeded", "messages")  # agents look for it
+    began = time.perf_counter()
+    with pytest.raises(openai.BadRequestError, match="it has more than 16384 tokens"):
+        gpt.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x" * (15 << 20)}])
+    with pytest.raises(openai.BadRequestError, match="it has more than 16384 tokens"):
+        gpt.completions.create(model="demo", prompt="x" * (15 << 20))
+    assert time.perf_counter() - began < 20  # encoding all of it takes a minute each
     stranger = openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong-key", max_retries=0)
     with pytest.raises(openai.AuthenticationError):
         stranger.models.list()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -33,6 +35,26 @@ def test_text_without_special_tokens_is_encoded_as_usual(demo: Any) -> None:
     for text in ("Hello, world!", " a\n\nb ", "日本語 < | >", "", "x" * 1000):
         assert codec.plain(text) == codec.usual(text) == demo(text, add_special_tokens=False)["input_ids"]
     assert codec.usual("a<|end|>") == demo("a<|end|>", add_special_tokens=False)["input_ids"]
+
+
+def test_other_threads_go_on_while_a_long_text_is_encoded(demo: Any) -> None:
+    codec = Codec(demo)
+    gaps: list[float] = []
+    done = threading.Event()
+
+    def encode() -> None:
+        codec.usual("hi " * 300_000)
+        codec.plain("hi " * 300_000)
+        done.set()
+
+    began = last = time.perf_counter()
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.wait(0.001):
+        gaps.append(time.perf_counter() - last)
+        last = time.perf_counter()
+    thread.join()
+    assert max(gaps) < 0.4 * (time.perf_counter() - began)
 
 
 def test_the_tokenizers_own_special_tokens_stand_around_text() -> None:

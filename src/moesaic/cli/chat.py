@@ -15,9 +15,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from moesaic.cli.run import rates
-from moesaic.cli.terminal import printable, stream
+from moesaic.cli.terminal import given_text, printable, stream
 from moesaic.config import read_settings
-from moesaic.errors import GenerationError
+from moesaic.errors import ConfigError, GenerationError
 
 if TYPE_CHECKING:
     from moesaic.engine.answer import Answer, Sampling
@@ -56,10 +56,13 @@ class _Chat:
     def run(self) -> None:
         while True:
             try:
-                message = _read_message()
+                message = given_text(_read_message(), "this message")
             except EOFError:
                 print()
                 return
+            except (ConfigError, UnicodeDecodeError) as error:
+                print(f"moesaic: {printable(str(error))}", file=sys.stderr)
+                continue
             except KeyboardInterrupt:
                 print("\n(Ctrl-D leaves)", file=sys.stderr)
                 continue

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from moesaic import __version__
 from moesaic.cli import bench, doctor, plan, quantize, run, serve
-from moesaic.cli.terminal import printable
+from moesaic.cli.terminal import abandon_output, prepare_streams, printable
 from moesaic.errors import ConfigError, MoesaicError
 
 __all__ = ["build_parser", "main"]
@@ -69,20 +69,37 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    prepare_streams()
     arguments = _parse(argv)
     try:
-        return int(arguments.run(arguments))
+        code = int(arguments.run(arguments))
+        sys.stdout.flush()  # what cannot be written is an error of this run, not of the interpreter's end
+        return code
     except MoesaicError as error:
         if arguments.debug:
             raise
         print(f"moesaic: {printable(str(error))}", file=sys.stderr)
         return _USAGE if isinstance(error, ConfigError) else _FAILURE
     except BrokenPipeError:  # the reader of our output (head, less) has left
-        sys.stderr.close()
+        abandon_output()
+        return _FAILURE
+    except OSError as error:  # a disk that is full or fails
+        if arguments.debug:
+            raise
+        abandon_output()
+        print(f"moesaic: {printable(_reason(error))}", file=sys.stderr)
         return _FAILURE
     except KeyboardInterrupt:
         print("moesaic: interrupted", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _reason(error: OSError) -> str:
+    """What the system said, of which file; without a file it was standard output or a device behind it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.filename is None:
+        return f"{reason}, when reading or writing (standard output, or a temporary file)."
+    return f"{error.filename}: {reason}."
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from moesaic.cli.options import (
     plan_of,
     positive_int,
 )
-from moesaic.cli.terminal import printable, stream
+from moesaic.cli.terminal import given_text, printable, stream
 from moesaic.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Load the model and answer."""
     if arguments.raw and arguments.system is not None:
         raise ConfigError("--system needs the chat template, which --raw leaves out: give one of the two.")
+    if arguments.system is not None:
+        arguments.system = given_text(arguments.system, "--system")
     prompt = _prompt(arguments)
     sampling = _sampling(arguments)  # checked before anything is loaded
     started = time.perf_counter()
@@ -84,7 +86,7 @@ def _converse(
     if arguments.json:
         answer = session.answer(ids, sampling)
         report = _report(arguments.model, answer, load_seconds) | {"defer_experts": arguments.defer_experts or 0}
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report, ensure_ascii=not _takes_utf8(sys.stdout.encoding)))
     else:
         answer = session.answer(ids, sampling, on_text=stream)
         print(flush=True)
@@ -109,8 +111,22 @@ def rates(answer: Answer) -> str:
 def _prompt(arguments: argparse.Namespace) -> str | None:
     """The prompt, or None for a conversation."""
     if arguments.prompt == "-" or (arguments.prompt is None and not sys.stdin.isatty()):
-        return sys.stdin.read().removesuffix("\n")
-    return arguments.prompt if arguments.prompt is None else str(arguments.prompt)
+        return given_text(_read_input(), "standard input").removesuffix("\n")
+    return None if arguments.prompt is None else given_text(arguments.prompt, "PROMPT")
+
+
+def _read_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input is not {error.encoding} text ({error.reason} at position {error.start}): convert it, for "
+            "example with iconv, or set a locale with its encoding."
+        ) from None
+
+
+def _takes_utf8(encoding: str | None) -> bool:
+    return (encoding or "").lower().replace("-", "").replace("_", "") == "utf8"
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:

@@ -39,7 +39,7 @@ class Sampling:
         ranges = {"max_tokens": (1, math.inf), "temperature": (0, 100), "top_p": (0, 1), "top_k": (0, math.inf)}
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # neither is NaN
                 upper = "" if high == math.inf else f" and at most {high}"
                 raise ConfigError(f"{name} is {value}: expected at least {low}{upper}.")
 

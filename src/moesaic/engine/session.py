@@ -17,6 +17,7 @@ from moesaic.engine.answer import Answer, Sampling
 from moesaic.engine.generated_answers import GeneratedAnswers
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.stream_answers import StreamAnswers
+from moesaic.engine.serving.text import encode_text
 from moesaic.engine.serving.token_stream import token_stream_of
 from moesaic.errors import GenerationError
 
@@ -73,7 +74,7 @@ class Session:
 
     def encode_raw(self, text: str) -> list[int]:
         """Token ids of plain text, with the tokenizer's own special tokens around it."""
-        return list(self.tokenizer(text)["input_ids"])
+        return encode_text(self.tokenizer, text)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation up to where the answer begins.
@@ -87,7 +88,7 @@ class Session:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise GenerationError(f"the chat template refuses this conversation: {error}") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_text(self.tokenizer, text, add_special_tokens=False)
 
     def answer(
         self,

@@ -5,6 +5,7 @@ It does not know what the fields mean.
 
 from __future__ import annotations
 
+import re
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from moesaic.server.errors import ApiError
 __all__ = ["read_body", "refuse_unsupported"]
 
 T = TypeVar("T")
+_PLACE = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)")
 
 
 async def read_body(request: Request, kind: type[T]) -> T:
@@ -30,8 +32,18 @@ async def read_body(request: Request, kind: type[T]) -> T:
         message, _, where = str(error).partition(" - at `")
         param = where.rstrip("`").rpartition("$")[2].removeprefix(".") or None  # also of "`key` in `$.field`"
         raise ApiError(400, f"{param or 'the body'}: {message}.", param=param) from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise ApiError(400, "the body is not valid JSON.") from None
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not valid JSON: a text is not UTF-8 ({error.reason}).") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not valid JSON{_reason(str(error))}.") from None
+
+
+def _reason(message: str) -> str:
+    """What msgspec found, and where."""
+    if message == "Input data was truncated":  # also said of half a surrogate pair
+        return ": it ends too early, or a text holds half a surrogate pair"
+    found = _PLACE.fullmatch(message)
+    return f": {found[1]} at byte {found[2]}" if found else ""
 
 
 def refuse_unsupported(body: Any, defaults: dict[str, tuple[Any, ...]]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from moesaic.engine.serving.interface import EngineClient
 from moesaic.engine.serving.outputs import Chunk
 from moesaic.engine.serving.params import SamplingParams
-from moesaic.errors import RequestError
+from moesaic.errors import ContextError, RequestError
 from moesaic.server.answer import Answer
 from moesaic.server.conversation import ChatRequest, Event
 from moesaic.server.forcing import Thinking, answer_grammar
@@ -33,6 +33,8 @@ __all__ = ["ChatService"]
 
 _OWN_ARGUMENTS = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 _WORD = re.compile(r"[A-Za-z0-9_.-]{0,32}")
+_CHARACTERS = 16
+"""A text of more characters for each token of the context is looked at from its beginning first."""
 _TAILS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # no characters, by the Unicode standard
 
 
@@ -98,7 +100,7 @@ class ChatService:
 
     async def chat(self, request: ChatRequest, request_id: str) -> AsyncIterator[Event]:
         """Answer a conversation; closing the iterator cancels. Raises as `EngineClient.generate`."""
-        prompt = await asyncio.to_thread(self._prompt, request)
+        prompt = await asyncio.to_thread(self._prompt, request, fitting=True)
         params = self._params(request, prompt)
         taken = frozenset(call.id for message in request.messages for call in message.tool_calls)
         style = self._style if _offers_tools(request) else None
@@ -116,7 +118,7 @@ class ChatService:
     ) -> AsyncIterator[Chunk]:
         """Go on with a text, in which names of special tokens are text, or with tokens."""
         if isinstance(prompt, str):
-            ids = await asyncio.to_thread(self.encode, prompt)
+            ids = await asyncio.to_thread(self._encode_fitting, prompt)
         else:
             ids = list(prompt)
             self._codec.check(ids)
@@ -131,6 +133,16 @@ class ChatService:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokens of plain text, in which names of special tokens are text."""
         return self._codec.plain(text, add_special_tokens)
+
+    def _encode_fitting(self, text: str) -> list[int]:
+        self._refuse_too_long(text)
+        return self.encode(text)
+
+    def _refuse_too_long(self, text: str) -> None:
+        """Refuse a text far beyond the context by its beginning: millions of tokens take a minute."""
+        context = self._engine.context_length
+        if len(text) > _CHARACTERS * context and len(self._codec.usual(text[: _CHARACTERS * context])) > 2 * context:
+            raise ContextError(2 * context, context, counted=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens. Raises RequestError for numbers that are no tokens."""
@@ -170,7 +182,7 @@ class ChatService:
         tools = {tool.name: tool for tool in request.tools}
         return Scanner(reasoning, prompt.thinking == "open", style, tools, drop, interrupts)
 
-    def _prompt(self, request: ChatRequest) -> _Prompt:
+    def _prompt(self, request: ChatRequest, fitting: bool = False) -> _Prompt:
         template = self._template if not _offers_tools(request) else self._tools_template
         if template is None or self._turns is None:
             raise RequestError("this model has no chat template: use completions of plain text.", "messages")
@@ -178,6 +190,8 @@ class ChatService:
         texts = texts_of(request)
         mask = Mask(self._codec, texts)
         text = mask.plain_escapes(self._render(template, request, mask, texts))
+        if fitting:
+            self._refuse_too_long(text)
         blank = self._render(template, request, lambda part: blot_out(mask(part)), texts)
         if self._codec.controls(text) != self._codec.controls(blank):
             raise RequestError("a text of this conversation would become a special token of the model's.", "messages")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.errors import EngineDeadError, GenerationError, OverloadedError, RequestError
+from moesaic.errors import ContextError, EngineDeadError, GenerationError, OverloadedError, RequestError
 from moesaic.server.operation import Style
 
 __all__ = ["ApiError", "error_body", "to_api_error"]
@@ -41,6 +41,8 @@ def to_api_error(error: Exception) -> ApiError | None:
     match error:
         case ApiError():
             return error
+        case ContextError():
+            return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
         case RequestError():
             return ApiError(400, str(error), param=error.param)
         case OverloadedError():

@@ -75,17 +75,16 @@ class Codec:
         Raises:
             RequestError: the vocabulary itself makes a special token of it.
         """
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._plain, text)
         if not self._control_ids.isdisjoint(ids):
             raise RequestError("the text holds a special token of the model's that cannot be taken as text.", "prompt")
         if add_special_tokens:
-            ids = self._plain.encode(text, add_special_tokens=True).ids
+            ids = _encode(self._plain, text, add_special_tokens=True)
         return ids
 
     def usual(self, text: str) -> list[int]:
         """Tokens of text as templates write it: names of special tokens are those tokens."""
-        ids: list[int] = self._usual.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(self._usual, text)
 
     def controls(self, text: str) -> list[str]:
         """The special tokens in a text, in order, also those that are there only once it is normalised."""
@@ -120,6 +119,12 @@ class Codec:
         self.check(ids)
         text: str = self._usual.decode(list(ids), skip_special_tokens=False)
         return text
+
+
+def _encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+    """Token ids; other threads go on meanwhile, as they do not while `encode` takes a text that is not in a list."""
+    ids: list[int] = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
 
 
 class Mask:

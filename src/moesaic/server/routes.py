@@ -11,7 +11,7 @@ from moesaic.server.ollama import models as ollama_models
 from moesaic.server.openai import chat, completions, models, responses
 from moesaic.server.operation import Operation
 from moesaic.server.options import ServerOptions
-from moesaic.server.plain import description, health, metrics, tokens
+from moesaic.server.plain import description, health, home, metrics, tokens
 
 __all__ = ["all_operations"]
 
@@ -25,6 +25,7 @@ _MODULES = (
     ollama_generate,
     ollama_models,
     tokens,
+    home,
     health,
     metrics,
     description,

@@ -172,7 +172,7 @@ def test_where_answers_stop() -> None:
     ("ids", "params", "message"),
     [
         ([], GREEDY, "empty"),
-        (prompt(0, 256), GREEDY, "has 256 tokens, but the context is 256"),
+        (prompt(0, 256), GREEDY, "has 256 tokens, but the maximum context length is 256 tokens"),
         ([1, VOCAB_SIZE], GREEDY, "token 97: expected 0 to 96"),
         ([1, -1], GREEDY, "token -1"),
         ([1], SamplingParams(stop_token_ids=(3, 97)), "stop_token_ids has token 97"),

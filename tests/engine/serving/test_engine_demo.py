@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 import moesaic
 from moesaic import LLM, SamplingParams
@@ -154,11 +155,18 @@ def test_prompts_parameters_and_outputs(llm: LLM) -> None:
     drawn = [ask(llm, "Hi", SamplingParams(temperature=2, seed=7, max_tokens=9)) for _ in range(2)]
     assert drawn[0].token_ids == drawn[1].token_ids
     assert drawn[0].stats.seed == 7
+    assert ask(llm, question(2), SamplingParams(temperature=0, stop="602")).stop == "602"  # not one of its characters
+    assert [output.prompt_token_ids for output in llm.generate(torch.tensor([ids, ids]), GREEDY)] == [ids, ids]
+    assert [output.prompt_token_ids for output in llm.generate(np.array(ids), GREEDY)] == [ids]
     assert llm.generate([]) == []
     for prompts, params, message in (
         ([ids, []], GREEDY, "empty"),
         ([ids], [GREEDY, GREEDY], "2 SamplingParams for 1 prompts"),
-        ([[1] * 9000], GREEDY, "context is 8192"),
+        ([[1] * 9000], GREEDY, "the prompt is too long: it has 9000 tokens, .*context length is 8192 tokens"),
+        (["x\ud800"], GREEDY, r"U\+D800 at position 1"),
+        ([[1.5]], GREEDY, "numbers of tokens"),
+        ([None], GREEDY, "None: expected a text"),
+        (7, GREEDY, "prompts is 7"),
     ):
         with pytest.raises(RequestError, match=message):
             llm.generate(prompts, params)

@@ -16,7 +16,7 @@ from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.sampler import RequestSampler
 from moesaic.engine.serving.text import Detokenizer
 from moesaic.engine.serving.token_bytes import token_bytes
-from moesaic.errors import RequestError, TokenizerError
+from moesaic.errors import ContextError, RequestError, TokenizerError
 
 if TYPE_CHECKING:
     from moesaic.engine.serving.grammar import GrammarVocabulary
@@ -64,11 +64,7 @@ class Intake:
             raise RequestError("the prompt is empty: nothing to continue.", "prompt")
         least = 0 if params.max_tokens == 0 else 1
         if len(prompt_ids) + least > self._context_length:
-            raise RequestError(
-                f"the prompt has {len(prompt_ids)} tokens, but the context is {self._context_length} for prompt and "
-                "answer together: shorten it.",
-                "prompt",
-            )
+            raise ContextError(len(prompt_ids), self._context_length)
         vocab_size = self._vocab_size
         for name, ids in (
             ("prompt", prompt_ids),

@@ -5,8 +5,10 @@ It runs an engine in the calling thread, step by step, until all answers are the
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +20,7 @@ from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.outputs import Completion, RequestOutput
 from moesaic.engine.serving.params import Grammar, SamplingParams
 from moesaic.engine.serving.start import ServingOptions, make_engine
+from moesaic.engine.serving.text import encode_text
 from moesaic.errors import EngineDeadError, RequestError
 from moesaic.placement import Plan, Rules
 
@@ -213,9 +216,12 @@ class LLM:
                     bar.update(chunk.finish_reason is not None)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        return (
-            list(self.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else [int(token) for token in prompt]
-        )
+        if isinstance(prompt, str):
+            return encode_text(self.tokenizer, prompt)
+        prompt = _listed(prompt)
+        if not isinstance(prompt, Sequence) or not all(isinstance(token, Integral) for token in prompt):
+            raise RequestError(f"a prompt is {reprlib.repr(prompt)}: expected a text, or numbers of tokens.", "prompt")
+        return [int(token) for token in prompt]
 
     def _encode_chat(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, template: Mapping[str, Any]
@@ -232,9 +238,17 @@ class LLM:
             )
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise RequestError(f"the chat template refuses this conversation: {error}", "messages") from error
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode_text(self.tokenizer, text, add_special_tokens=False)
+
+
+def _listed(values: Any) -> Any:
+    """Arrays and tensors as lists, everything else as it is."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    prompts = _listed(prompts)
+    if not isinstance(prompts, Sequence):
+        raise RequestError(f"prompts is {reprlib.repr(prompts)}: expected a text, token ids, or several of these.")
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
     return cast(Sequence[Prompt], [prompts] if one else prompts)

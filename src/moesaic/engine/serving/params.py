@@ -7,8 +7,9 @@ know how any of it is done.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Literal
 
@@ -32,6 +33,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-2, 2),
     "logprobs": (0, MAX_LOGPROBS),
 }
+_WHOLE = ("n", "max_tokens", "min_tokens", "top_k", "seed", "logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for every time that a token is in the answer.
         logit_bias: added to logits of these tokens.
         seed: for the same answer again, whoever else is served; None draws one. Answer i uses seed + i.
-        stop: the answer ends before the first of these.
+        stop: the answer ends before the first of these; one text may stand alone.
         stop_token_ids: the answer ends with one of these, beside the model's own.
         ignore_eos: go on where the model would stop.
         logprobs: report the chosen tokens' log-probabilities (of the unmodified logits) and so many alternatives.
@@ -72,7 +74,7 @@ class SamplingParams:
         skip_special_tokens: special tokens give no text.
 
     Raises:
-        RequestError: a value is out of range; `param` names it.
+        RequestError: a value has a wrong type or is out of range; `param` names it.
     """
 
     n: int = 1
@@ -95,12 +97,28 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and low <= value <= high):
+            if value is not None and not low <= value <= high:  # neither is NaN
                 upper = "" if high == math.inf else f" and at most {high}"
                 raise RequestError(f"{name} is {value}: expected at least {low}{upper}.", name)
         if any(not text for text in self.stop):
             raise RequestError("stop holds an empty string: expected text at which to stop.", "stop")
         if any(not math.isfinite(bias) or abs(bias) > 100 for bias in self.logit_bias.values()):
             raise RequestError("logit_bias holds a value that is not between -100 and 100.", "logit_bias")
+
+    def _check_types(self) -> None:
+        """Refuse what would fail, or mean something else, in the middle of an answer."""
+        for name in (*_RANGES, "seed"):
+            value, whole = getattr(self, name), name in _WHOLE
+            if value is not None and not isinstance(value, Integral if whole else Real):
+                raise RequestError(f"{name} is {value!r}: expected a {'whole ' * whole}number.", name)
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name, kind, expected in (("stop", str, "texts"), ("stop_token_ids", Integral, "numbers of tokens")):
+            values = getattr(self, name)
+            if not isinstance(values, Iterable) or not all(isinstance(value, kind) for value in values):
+                raise RequestError(f"{name} is {values!r}: expected {expected}.", name)
+        if not all(isinstance(token, Integral) and isinstance(bias, Real) for token, bias in self.logit_bias.items()):
+            raise RequestError("logit_bias: expected a number for each number of a token.", "logit_bias")

@@ -226,7 +226,9 @@ def _check_defaults(params: SamplingParams, defaults: Mapping[str, Any]) -> None
         if value is None or getattr(params, name) is not None:
             continue
         try:
-            SamplingParams(**{name: value})
+            whole = isinstance(value, float) and value.is_integer()  # JSON has one kind of number
+            wanted: dict[str, Any] = {name: int(value) if whole else value}
+            SamplingParams(**wanted)
         except (RequestError, TypeError) as error:
             raise GenerationError(
                 f"the model's generation_config has {name} = {value!r}, which cannot be used: ask for another {name}."

@@ -15,8 +15,26 @@ from transformers import PreTrainedTokenizerBase
 
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.token_bytes import TokenTable
+from moesaic.errors import RequestError
 
-__all__ = ["Detokenizer"]
+__all__ = ["Detokenizer", "encode_text"]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text, with the tokenizer's own special tokens around it if asked for.
+
+    Raises:
+        RequestError: it holds lone surrogates, as text has that was decoded wrongly.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the prompt has U+{ord(text[error.start]):04X} at position {error.start}, which is no character: "
+            "decode its bytes as UTF-8.",
+            "prompt",
+        ) from None
+    return list(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
 
 
 class Detokenizer:

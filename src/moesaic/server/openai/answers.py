@@ -113,10 +113,8 @@ async def events_of(
         async with closing(chat.chat(request, identity)) as events:
             yield events
     except RequestError as error:
-        name = names.get(error.param or "")
-        if name is None:
-            raise
-        raise RequestError(str(error), name) from None
+        error.param = names.get(error.param or "", error.param)
+        raise
 
 
 def new_id(prefix: str) -> str:

@@ -22,7 +22,7 @@ BFLOAT16_TOLERANCE = 1e-2
 
 
 def tolerance(fmt: str, num_tokens: int) -> float:
-    if num_tokens <= subject.MAX_DECODE_TOKENS:
+    if num_tokens <= subject._MAX_FEW_TOKENS:
         return FLOAT_TOLERANCE
     return BFLOAT16_TOLERANCE if DEVICE == "cuda" and fmt != "F32" else FLOAT_TOLERANCE
 
@@ -69,7 +69,7 @@ def test_few_tokens(fmt, num_tokens):
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
-@pytest.mark.parametrize(("fmt", "num_tokens"), [("Q4_K", 5), ("TQ2_0", 3), ("IQ1_S_TERNARY", 3)])
+@pytest.mark.parametrize(("fmt", "num_tokens"), [("Q4_K", 5), ("Q8_0", 16), ("TQ2_0", 3), ("IQ1_S_TERNARY", 3)])
 def test_more_tokens_than_a_program_has(fmt, num_tokens):
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 

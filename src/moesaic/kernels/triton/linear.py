@@ -21,6 +21,10 @@ __all__ = ["MAX_DECODE_TOKENS", "linear"]
 MAX_DECODE_TOKENS = 8
 """Up to so many tokens are multiplied by vector units, straight from the tiles."""
 
+_MAX_FEW_TOKENS = 16
+"""Up to so many are multiplied by vector units, not only by decode's own kernels: tiles take as long for 9 as for 32.
+"""
+
 _EXPAND_FROM = 128  # from so many tokens on expanding a matrix takes less time than it saves
 
 _MOST_PRODUCTS = 256
@@ -197,7 +201,7 @@ def linear(
 ) -> torch.Tensor:
     """`x @ W.T + bias` for one packed matrix; nothing waits for the device, so that a graph can capture it.
 
-    Up to MAX_DECODE_TOKENS tokens are float32 throughout; of more, activations and weights are rounded to bfloat16
+    Up to 16 tokens are float32 throughout; of more, activations and weights are rounded to bfloat16
     before they are multiplied (not with F32 weights), sums are float32. Results do not depend on timing.
 
     Args:
@@ -234,7 +238,7 @@ def linear(
     views = weight_views(weight, index)
     if isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)
-    elif num_tokens <= MAX_DECODE_TOKENS:
+    elif num_tokens <= _MAX_FEW_TOKENS:
         _few_tokens(to_lanes(x, form), views, form, weight.rows, bias, out)
     elif num_tokens < _EXPAND_FROM:
         _many_tokens(x, views, form, weight.rows, bias, out)

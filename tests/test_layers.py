@@ -13,7 +13,7 @@ SOURCE = Path(__file__).resolve().parent.parent / "src" / "moesaic"
 # Packages on the same rank may not import each other, unless they are the same package.
 RANKS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"config", "_native", "demo"}),
+    frozenset({"config", "files", "_native", "demo"}),
     frozenset({"quant"}),
     frozenset({"weights", "kernels"}),
     frozenset({"kvcache"}),

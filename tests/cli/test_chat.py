@@ -167,6 +167,11 @@ def test_commands(terminal: Terminal, tmp_path: Path) -> None:
     assert len(messages(terminal.ask("bare"))) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_device_may_be_saved_to(terminal: Terminal) -> None:
+    assert "cannot write /dev/full: No space left on device" in terminal.ask("/save /dev/full")
+
+
 def test_a_refused_prompt_leaves_the_conversation_as_it_was(terminal: Terminal) -> None:
     assert "context is 8" in terminal.ask("too long")
     assert len(messages(terminal.ask("short"))) == 1

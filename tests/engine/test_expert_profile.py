@@ -36,7 +36,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         write_profile(tmp_path / "no" / "experts.json", ExpertProfile(SHAPE, 6, USES))
     path = save(tmp_path)
     before = path.read_text()
-    (tmp_path / f".experts.json.{os.getpid()}").mkdir()
+    (tmp_path / f".experts.json.{os.getpid()}.partial").mkdir()
     with pytest.raises(ConfigError, match="cannot be written"):
         write_profile(path, ExpertProfile(SHAPE, 7, USES))
     assert path.read_text() == before

@@ -18,6 +18,7 @@ from moesaic.cli.run import rates
 from moesaic.cli.terminal import given_text, printable, stream
 from moesaic.config import read_settings
 from moesaic.errors import ConfigError, GenerationError
+from moesaic.files import write_whole
 
 if TYPE_CHECKING:
     from moesaic.engine.answer import Answer, Sampling
@@ -128,9 +129,9 @@ class _Chat:
             return
         text = "\n\n".join(f"{message['role']}: {message['content']}" for message in self._messages)
         try:
-            Path(file).expanduser().write_text(text + "\n", encoding="utf-8")
+            write_whole(Path(file).expanduser(), text + "\n")
         except OSError as error:
-            print(f"cannot write {file}: {error.strerror}", file=sys.stderr)
+            print(f"cannot write {file}: {error.strerror}; what was there before is still there", file=sys.stderr)
         else:
             print(f"(saved {len(self._messages)} messages to {file})", file=sys.stderr)
 

@@ -8,9 +8,7 @@ no device and no policy.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from moesaic.errors import ConfigError
+from moesaic.files import write_whole
 from moesaic.placement import Plan
 
 __all__ = ["ExpertProfile", "ModelShape", "check_profile_use", "read_profile", "shape_of", "write_profile"]
@@ -94,16 +93,9 @@ def write_profile(path: str | Path, profile: ExpertProfile) -> None:
         "num_tokens": profile.num_tokens,
         "uses": [row[:count] for row, count in rows],
     }
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            json.dump(content, file, separators=(",", ":"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(target, json.dumps(content, separators=(",", ":")))
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise ConfigError(f"{target}: the expert profile cannot be written: {error.strerror or error}.") from error
 
 

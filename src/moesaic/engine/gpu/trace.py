@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns, StepTimes
 from moesaic.errors import ExpertTimeoutError
+from moesaic.files import write_whole
 
 __all__ = ["Alignment", "align", "build_trace", "lanes_of_profile", "lanes_of_steps", "write_trace"]
 
@@ -172,7 +173,7 @@ def write_trace(bench: GpuTimedRuns, path: Path, num_steps: int = 4) -> None:
             "check": check_order(on_gpu, steps),
         }
     notes["steps"] = f"median {_median_ms(plain):.3f} ms without the profiler, {_median_ms(steps):.3f} ms as shown"
-    path.write_text(json.dumps(build_trace(lanes, first, notes)))
+    write_whole(path, json.dumps(build_trace(lanes, first, notes)))
 
 
 def check_order(on_gpu: Sequence[Event], steps: Sequence[StepTimes]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels import (
     Activation,
@@ -31,14 +30,10 @@ from moesaic.quant import get_format, quantize
 HIDDEN, HEADS, KV_HEADS, DIM, PAIRS = 64, 6, 2, 32, 12
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    torch.manual_seed(0)
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 def packed(rows, cols, num_matrices=1, name="Q8_0"):

@@ -21,13 +21,10 @@ STEPS = [
 ]
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 class Layer:

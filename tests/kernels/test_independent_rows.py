@@ -23,13 +23,10 @@ from moesaic.weights.random_blocks import random_blocks
 BATCHES = (1, 2, 3, 4, 7, 33)
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 def packed(name, rows, cols, count=1, seed=0):

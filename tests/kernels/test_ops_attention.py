@@ -14,15 +14,11 @@ from moesaic.kernels import independent_rows, ops
 TOLERANCE = 2e-6  # of the largest value: float32 sums in another order
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has, without tiles."""
-    torch.manual_seed(0)
-    before = _native.active_isa()
-    _native.set_isa(request.param)
     with independent_rows():
-        yield request.param
-    _native.set_isa(before)
+        yield each_isa
 
 
 @pytest.fixture(params=[1, 3])

@@ -12,21 +12,16 @@ from transformers.models.granitemoe import modeling_granitemoe
 from transformers.models.minimax_m2 import modeling_minimax_m2
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels import ops
 
 NUM_TOKENS, NUM_EXPERTS = 200, 64
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    torch.manual_seed(0)
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 def stock(router_class, config_class, **config):

@@ -17,14 +17,10 @@ from moesaic.kernels import ops
 WIDTHS = [1, 15, 16, 33, 128, 2880, 5000]
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    torch.manual_seed(0)
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 def close(actual, expected, tolerance=1e-6):

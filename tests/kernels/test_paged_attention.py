@@ -15,14 +15,11 @@ LENGTHS = [1, 5, 64, 65, 700, 130]
 QUERIES = [1, 5, 1, 3, 1, 40]
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has, without tiles."""
-    before = _native.active_isa()
-    _native.set_isa(request.param)
     with independent_rows():
-        yield request.param
-    _native.set_isa(before)
+        yield each_isa
 
 
 @pytest.fixture(params=[1, 3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moesaic import _native
 from moesaic.errors import KernelError
 from moesaic.kernels import Activation, PackedExperts, PackedTensor, independent_rows
 from moesaic.kernels.blocks import AttentionBlock, FeedForwardBlock, HeadLinears, LatentAttentionBlock, Linear, Norm
@@ -17,14 +16,10 @@ HIDDEN, HEADS, KV_HEADS, DIM, NOPE, ROPE, LATENT, VALUE = 64, 6, 2, 32, 32, 16, 
 BLOCK = 16
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    torch.manual_seed(0)
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 def packed(rows, cols, num_matrices=1):

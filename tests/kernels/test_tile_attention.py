@@ -20,13 +20,10 @@ TOLERANCE = 1e-2
 MEAN_TOLERANCE = 4e-3
 
 
-@pytest.fixture(params=_native.isas(), autouse=True)
-def isa(request):
+@pytest.fixture(autouse=True)
+def isa(each_isa):
     """Every test of this module runs on each instruction set that this machine has."""
-    before = _native.active_isa()
-    _native.set_isa(request.param)
-    yield request.param
-    _native.set_isa(before)
+    return each_isa
 
 
 @pytest.fixture(params=[1, 3])

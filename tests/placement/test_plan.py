@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,8 +179,18 @@ def test_a_plan_that_does_not_fit_is_refused_with_the_shortfall(tiny: Tiny, hard
     ):
         big.check_fits(hardware)
     small = dataclasses.replace(hardware, dram_total=GIB, dram_available=GIB // 4, dram_limited=True)
-    with pytest.raises(PlanDoesNotFitError, match=r"the container's limit of 1\.00 GiB"):
+    with pytest.raises(PlanDoesNotFitError, match=r"the container's limit of 1\.00 GiB.*with a smaller format"):
         plan.check_fits(small)
+
+
+def test_a_context_that_does_not_fit_is_told_which_one_does(tiny: Tiny, hardware: Hardware) -> None:
+    plan = plan_of(tiny, "mixtral", hardware)
+    with pytest.raises(PlanDoesNotFitError, match=r"Use --context \d+ or less") as refused:
+        plan.check_fits(hardware, 1 << 28)
+    most = int(re.findall(r"--context (\d+)", str(refused.value))[0])
+    plan.check_fits(hardware, most)
+    with pytest.raises(PlanDoesNotFitError):
+        plan.check_fits(hardware, most + 1)
     with pytest.raises(PlanDoesNotFitError, match="cache for 100000000 tokens"):
         plan.check_fits(hardware, context=100_000_000)
 

@@ -73,9 +73,17 @@ def _dram_problem(plan: Plan, hardware: Hardware, context: int) -> str | None:
         f"it needs {format_gib(needs.total)} of DRAM (weights {format_gib(needs.weights)}, cache for {context} tokens "
         f"{format_gib(needs.kv_cache)}{pinned}, working memory {format_gib(needs.working)}), but "
         f"{format_gib(hardware.dram_available)} of {limit}{format_gib(hardware.dram_total)} are available: "
-        f"{format_gib(shortfall)} too little. Use a file or a rule with a smaller format (Q4_K: 4.5 bits a weight, "
-        "Q2_K: 2.6), or free memory."
+        f"{format_gib(shortfall)} too little. {_dram_advice(plan, needs, context, hardware.dram_available)}"
     )
+
+
+def _dram_advice(plan: Plan, needs: DramNeeds, context: int, available: int) -> str:
+    """What to do: a shorter context where that suffices."""
+    per_position = plan.kv_bytes_on("cpu")
+    room = available - (needs.total - context * per_position)
+    if per_position and room >= per_position:
+        return f"Use --context {room // per_position} or less, or free memory."
+    return "Use a file or a rule with a smaller format (Q4_K: 4.5 bits a weight, Q2_K: 2.6), or free memory."
 
 
 def vram_problem(plan: Plan, budget: VramBudget) -> str | None:

@@ -113,7 +113,17 @@ def scripted_state(*events: Event) -> tuple[ServerState, ScriptedChat]:
     engine = ScriptedEngine()
     chat = ScriptedChat(engine, events)
     model = ModelInfo(
-        "demo", 1_700_000_000, "/models/demo.gguf", "qwen3_moe", "Q4_K", 30_532_122_624, 17_000, 4096, "{{ x }}", "ab12"
+        "demo",
+        created=1_700_000_000,
+        path="/models/demo.gguf",
+        family="qwen3_moe",
+        container="gguf",
+        format="Q4_K",
+        parameters=30_532_122_624,
+        nbytes=17_000,
+        context_length=4096,
+        template="{{ x }}",
+        digest="ab12",
     )
     return ServerState(engine, chat, model, ("claude-anything", "other:7b")), chat
 

@@ -198,7 +198,9 @@ def test_ollama(llama: ollama.Client) -> None:
     streamed = llama.generate("demo", "What is 12 + 30?", options=GREEDY, stream=True)
     assert "".join(each.response for each in streamed) == ANSWER
     assert "demo" in {str(model.model).split(":")[0] for model in llama.list().models}
-    assert llama.show("demo").details.family == "deepseek_v3"
+    details = llama.show("demo").details
+    assert details is not None
+    assert (details.family, details.format) == ("deepseek_v3", "gguf")
     with pytest.raises(ollama.ResponseError, match="not found"):
         llama.chat("llama3", QUESTION)
 

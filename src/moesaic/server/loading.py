@@ -102,6 +102,7 @@ def _make_state(options: ModelOptions, client: EngineClient, engine: Engine) -> 
         created=int(time.time()),
         path=options.model,
         family=facts.family,
+        container=facts.container,
         format=facts.format,
         parameters=facts.parameters,
         nbytes=facts.nbytes,

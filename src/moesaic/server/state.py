@@ -66,6 +66,7 @@ class ModelInfo:
         created: Unix time at which it was loaded.
         path: MODEL as given, for people.
         family: the model type.
+        container: what its files are, e.g. "gguf".
         format: the format that most of its weights have.
         parameters: number of weights, 0 if unknown.
         nbytes: of its weights.
@@ -78,6 +79,7 @@ class ModelInfo:
     created: int = 0
     path: str = ""
     family: str = ""
+    container: str = ""
     format: str = ""
     parameters: int = 0
     nbytes: int = 0

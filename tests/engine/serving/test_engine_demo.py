@@ -179,7 +179,7 @@ def test_a_closed_model_gives_its_memory_back() -> None:
     llm = moesaic.LLM("demo", plan="cpu", progress=False, max_batch=2, kv_cache=4 << 20, context=500)
     facts = llm.engine.facts
     assert facts is not None
-    assert (facts.path, facts.family, facts.format) == ("demo", "deepseek_v3", "Q4_K")
+    assert (facts.path, facts.family, facts.container, facts.format) == ("demo", "deepseek_v3", "gguf", "Q4_K")
     assert facts.nbytes > 10_000_000
     assert llm.engine.context_length == 500
     assert len(ask(llm, question(1)).text) > 5

@@ -19,6 +19,7 @@ class ModelFacts:
     Attributes:
         path: MODEL as it was given.
         family: the model type.
+        container: what its files are: gguf, safetensors or synthetic.
         format: the format that most bytes of its weights have, as the file has it.
         parameters: number of weights.
         nbytes: of the weights in memory.
@@ -28,6 +29,7 @@ class ModelFacts:
 
     path: str
     family: str
+    container: str
     format: str
     parameters: int
     nbytes: int
@@ -48,6 +50,7 @@ class ModelFacts:
         return cls(
             path=path,
             family=str(prepared.config.model_type),
+            container=prepared.checkpoint.kind,
             format=max(sizes, key=sizes.__getitem__, default=""),
             parameters=sum(parameter.numel() for parameter in prepared.model.parameters()),
             nbytes=plan.nbytes,

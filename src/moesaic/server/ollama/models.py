@@ -121,7 +121,7 @@ def _time(model: ModelInfo, later: timedelta = timedelta(0)) -> str:
 
 def _details(model: ModelInfo) -> Details:
     return Details(
-        format="gguf" if model.path.lower().endswith(".gguf") else "safetensors",
+        format=model.container,
         family=model.family,
         families=[model.family],
         parameter_size=_short(model.parameters),

@@ -131,7 +131,7 @@ class _Chat:
         try:
             write_whole(Path(file).expanduser(), text + "\n")
         except OSError as error:
-            print(f"cannot write {file}: {error.strerror}; what was there before is still there", file=sys.stderr)
+            print(f"cannot write {file}: {error.strerror}", file=sys.stderr)
         else:
             print(f"(saved {len(self._messages)} messages to {file})", file=sys.stderr)
 

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-FOLDER = str(Path(__file__).resolve().parents[2] / "benchmarks")
-if FOLDER not in sys.path:
-    sys.path.insert(0, FOLDER)
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+for folder in map(str, (BENCHMARKS, BENCHMARKS / "peers")):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from moesaic.engine.gpu.out_of_vram import told_if_out_of_vram
 from moesaic.engine.gpu.prefill import ChunkPath
 from moesaic.errors import KernelError
 from moesaic.kvcache.paged import PagedSequence
@@ -50,10 +51,14 @@ class PartialPrefill:
         return self._num_layers - self._done
 
     def advance(self, num_layers: int) -> None:
-        """Go through so many more layers, or those that are left."""
+        """Go through so many more layers, or those that are left.
+
+        Raises:
+            GenerationError: the VRAM does not suffice.
+        """
         first, last = self._done, min(self._done + num_layers, self._num_layers)
         on_gpu = len(self._decoder.layers)
-        with torch.no_grad():
+        with torch.no_grad(), told_if_out_of_vram(f"{len(self._hidden)} tokens of prompts at once"):
             if first:
                 self._path.interrupted()
             if first < on_gpu:
@@ -79,7 +84,7 @@ class PartialPrefill:
         """float32 `[sequences or all tokens, vocab_size]` where the head is; when no layer is left."""
         if self.num_layers_left:
             raise KernelError(f"{self.num_layers_left} layers are left: there are no logits yet.")
-        with torch.no_grad():
+        with torch.no_grad(), told_if_out_of_vram("the logits of a prompt"):
             hidden = self._hidden
             if not of_all_tokens:
                 last = self._step.input.query_start[1:].long() - 1

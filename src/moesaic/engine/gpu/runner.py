@@ -15,6 +15,7 @@ from moesaic.engine.gpu.decode_steps import DecodeSteps
 from moesaic.engine.gpu.hand_off import HandOff
 from moesaic.engine.gpu.layer_caches import layer_caches
 from moesaic.engine.gpu.lending import VramLending
+from moesaic.engine.gpu.out_of_vram import told_if_out_of_vram
 from moesaic.engine.gpu.partial_prefill import PartialPrefill
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
 from moesaic.engine.gpu.runner_options import RunnerOptions
@@ -31,6 +32,7 @@ from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import GpuStep
+from moesaic.modules.gpu.tail import CpuTail
 
 __all__ = ["ModelRunner", "RunnerOptions"]
 
@@ -118,7 +120,8 @@ class ModelRunner:
             float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) where the head is.
 
         Raises:
-            GenerationError: the cache is full, or a sequence would be too long; nothing was appended.
+            GenerationError: the cache is full, a sequence would be too long, or the VRAM does not suffice; nothing was
+                appended.
         """
         work = self.start_prefill(parts)
         try:
@@ -135,8 +138,9 @@ class ModelRunner:
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         token_ids = torch.cat([ids for _, ids in parts])
         try:
-            hidden = self.decoder.embed(token_ids).to(self.decoder.device)
-            path, on_end = self._chunk_path(len(token_ids))
+            with told_if_out_of_vram(f"{len(token_ids)} tokens of prompts at once"):
+                hidden = self.decoder.embed(token_ids).to(self.decoder.device)
+                path, on_end = self._chunk_path(len(token_ids))
         except BaseException:
             for (sequence, _), length in zip(parts, before, strict=True):
                 sequence.undo(length)
@@ -161,21 +165,30 @@ class ModelRunner:
             overwrite it.
 
         Raises:
-            GenerationError: the cache is full.
+            GenerationError: the cache is full, or the VRAM does not suffice.
             ExpertTimeoutError: GPU and CPU waited for each other too long. In both cases nothing was appended, and
-                further calls may work; but sequences with recurrent states, which may have changed, were emptied by
-                the latter.
+                further calls may work; but sequences with recurrent states, which may have changed, were emptied if
+                the step had begun.
         """
         count = len(sequences)
         if not 1 <= count <= self.options.max_batch or len(token_ids) != count:
             raise KernelError(f"{count} sequences, {len(token_ids)} tokens: expected 1 to {self.options.max_batch}.")
         self._check_lengths([sequence.length + 1 for sequence in sequences])
         tail = self.decoder.tail
-        out = self.steps.run(sequences, token_ids, to_host or tail is not None)
-        if tail is None:
-            return out
-        rows = out.split(1)
-        return tail.logits(torch.cat([tail(row, sequence) for row, sequence in zip(rows, sequences, strict=True)]))
+        with told_if_out_of_vram(f"a decode step of {count} sequences"):
+            out = self.steps.run(sequences, token_ids, to_host or tail is not None)
+        return out if tail is None else self._through_tail(tail, out, sequences)
+
+    @staticmethod
+    def _through_tail(tail: CpuTail, out: torch.Tensor, sequences: Sequence[PagedSequence]) -> torch.Tensor:
+        """Logits behind the layers on the CPU; if these fail, sequences are as before the step."""
+        try:
+            rows = zip(out.split(1), sequences, strict=True)
+            return tail.logits(torch.cat([tail(row, sequence) for row, sequence in rows]))
+        except BaseException:
+            for sequence in sequences:
+                sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
+            raise
 
     def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
         """As `decode`, and the likeliest next token of each sequence, which the GPU has found where it has the head."""

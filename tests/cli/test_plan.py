@@ -117,6 +117,22 @@ def test_no_gpu_is_told_before_loading(
     assert "plan 'hybrid' needs a GPU: nvidia-smi found none" in captured.err
 
 
+@pytest.mark.parametrize("command", ["run", "bench decode"])
+def test_a_profile_that_could_not_be_saved_is_told_before_loading(
+    command: str, machine: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("moesaic.engine.loader.build_modules", lambda *_: pytest.fail("loaded"))
+    words = [*command.split(), str(tiny_folder), *(["hi"] if command == "run" else []), "--save-expert-profile"]
+    for plan, message in (
+        ("cpu", "the plan 'cpu' uses no GPU"),
+        ("gpu", "with the plan 'gpu' no layer's busy experts are cached"),
+        ("hybrid", "expected a file in a folder that exists"),
+    ):
+        assert main([*words, str(tiny_folder / "absent" / "x"), "--plan", plan]) == 2
+        assert f"--save-expert-profile{':' if plan != 'hybrid' else ''} " in (said := capsys.readouterr().err)
+        assert message in said
+
+
 def test_a_gpu_that_pytorch_cannot_use(
     machine: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

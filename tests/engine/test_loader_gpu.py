@@ -12,6 +12,8 @@ from tests.engine.pairs import checkpoint_of
 import moesaic
 from moesaic.engine import bench, loader
 from moesaic.engine.estimate import estimate_decode
+from moesaic.engine.expert_profile import check_profile_target, check_profile_use
+from moesaic.engine.serving.start import ServingOptions, make_engine
 from moesaic.errors import ConfigError, GenerationError, PlanDoesNotFitError, PlanError
 from moesaic.placement import Gpu, detect_hardware
 
@@ -64,6 +66,41 @@ def test_a_gpu_without_triton_is_not_used(with_gpu: None, monkeypatch: pytest.Mo
     assert any("pip install triton" in warning for warning in plan.warnings)
     with pytest.raises(PlanError, match="RTX cannot be used: Triton"):
         loader.prepare(folder, plan="hybrid")
+
+
+def test_what_a_plan_warns_of_is_said_when_it_is_carried_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody who gave --vram should have to find out from the speed that there is no GPU."""
+    monkeypatch.setattr(loader, "detect_gpus", lambda: ())
+    folder = str(checkpoint_of("mixtral")[1])
+    with caplog.at_level("WARNING"):
+        moesaic.AutoModelForCausalLM.from_pretrained(folder, vram="24GiB", progress=False)
+        assert [record.getMessage() for record in caplog.records] == [
+            "plan 'auto': --vram has no effect: no GPU was found."
+        ]
+        caplog.clear()
+        moesaic.AutoModelForCausalLM.from_pretrained(folder, plan="cpu", progress=False)
+        assert not caplog.records
+    (warning,) = loader.prepare(folder, plan="cpu", vram=GIB).plan.warnings
+    assert warning == "--vram has no effect: nothing is placed on a GPU."
+
+
+def test_a_profile_of_experts_needs_a_cache_of_experts(with_gpu: None, tmp_path: Path) -> None:
+    folder = str(checkpoint_of("mixtral")[1])
+    check_profile_use(loader.prepare(folder, plan="hybrid").plan, "profile")
+    for plan, taken in (("gpu", "'gpu'"), ("layers", "'layers'"), ("auto", "'auto', as gpu")):
+        with pytest.raises(ConfigError, match=f"profile: with the plan {taken} no layer's busy experts are cached"):
+            check_profile_use(loader.prepare(folder, plan=plan).plan, "profile")
+    check_profile_target(tmp_path / "x", "profile")
+    for path in (tmp_path, tmp_path / "absent" / "x"):
+        with pytest.raises(ConfigError, match="expected a file in a folder that exists"):
+            check_profile_target(path, "profile")
+
+
+def test_a_size_of_the_cache_in_dram_is_refused_on_a_gpu(with_gpu: None) -> None:
+    with pytest.raises(ConfigError, match=r"kv cache: .* this one is on the GPU"):
+        make_engine("demo", ServingOptions(plan="hybrid", kv_cache=GIB), progress=False)
 
 
 @pytest.mark.parametrize("vram", ["much", "24", 0, -1])

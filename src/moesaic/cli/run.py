@@ -137,9 +137,15 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
 
 def _load(arguments: argparse.Namespace) -> Session:
     """Load model and tokenizer; progress and notes go to standard error."""
-    from moesaic.engine.auto import AutoModelForCausalLM, AutoTokenizer
+    from moesaic.engine.auto import AutoTokenizer
+    from moesaic.engine.expert_profile import check_profile_target, check_profile_use
+    from moesaic.engine.loader import load, prepare
     from moesaic.engine.session import Session
+    from moesaic.kernels import set_num_threads
     from moesaic.placement import DEFAULT_CONTEXT
+
+    if arguments.threads is not None:
+        set_num_threads(arguments.threads)
 
     with warnings.catch_warnings(record=True) as notes:  # says when a tokenizer may be inexact
         warnings.simplefilter("always", UserWarning)
@@ -148,22 +154,26 @@ def _load(arguments: argparse.Namespace) -> Session:
         )
     for note in notes:
         print(f"note: {printable(str(note.message))}", file=sys.stderr)
-    model = AutoModelForCausalLM.from_pretrained(
+    prepared = prepare(
         arguments.model,
         gguf=arguments.gguf,
         plan=plan_of(arguments),
         vram=arguments.vram,
         context=arguments.context or DEFAULT_CONTEXT,
-        threads=arguments.threads,
         offline=arguments.offline,
+    )
+    if arguments.save_expert_profile is not None:
+        check_profile_use(prepared.plan, "--save-expert-profile")
+        check_profile_target(arguments.save_expert_profile, "--save-expert-profile")
+    model = load(
+        prepared,
         progress=sys.stderr.isatty(),
         expert_profile=arguments.expert_profile,
         defer_experts=arguments.defer_experts or 0,
     )
-    if arguments.defer_experts:
-        print(f"note: {printable(model._moesaic_note)}", file=sys.stderr)
-    if arguments.save_expert_profile is not None and not hasattr(model, "save_expert_profile"):
-        raise ConfigError("--save-expert-profile: the model runs on no GPU, so there is no cache of experts.")
+    note = getattr(model, "_moesaic_note", "")
+    if note:
+        print(f"note: {printable(note)}", file=sys.stderr)
     return Session(model, tokenizer)
 
 

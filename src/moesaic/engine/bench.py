@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from moesaic.engine.bench_checks import check_batch, check_context, check_trace
 from moesaic.engine.deferral import check_deferral
-from moesaic.engine.expert_profile import check_profile_use
+from moesaic.engine.expert_profile import check_profile_target, check_profile_use
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
 from moesaic.engine.presets import get_preset
@@ -168,6 +168,7 @@ def measure(
     check_trace(trace, what, prepared.plan)
     if save_expert_profile is not None:
         check_profile_use(prepared.plan, "--save-expert-profile")
+        check_profile_target(save_expert_profile, "--save-expert-profile")
     check_deferral(prepared.plan, defer_experts)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
     vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0

@@ -18,8 +18,17 @@ import numpy as np
 from moesaic.errors import ConfigError
 from moesaic.files import write_whole
 from moesaic.placement import Plan
+from moesaic.placement.roles import layer_of
 
-__all__ = ["ExpertProfile", "ModelShape", "check_profile_use", "read_profile", "shape_of", "write_profile"]
+__all__ = [
+    "ExpertProfile",
+    "ModelShape",
+    "check_profile_target",
+    "check_profile_use",
+    "read_profile",
+    "shape_of",
+    "write_profile",
+]
 
 _KIND, _VERSION = "moesaic expert profile", 1
 _MAX_BYTES = 32 << 20
@@ -69,12 +78,31 @@ def check_profile_use(plan: Plan, option: str) -> None:
     """Refuse a profile where no experts are cached.
 
     Raises:
-        ConfigError: the plan uses no GPU.
+        ConfigError: the plan uses no GPU, or has no experts in DRAM whose layers are there.
     """
     if not plan.uses_gpu:
         raise ConfigError(
             f"{option}: the plan '{plan.name}' uses no GPU, so there is no cache of experts. Leave it out."
         )
+    experts = [entry for entry in plan.entries if entry.role == "experts"]
+    cached = [entry for entry in experts if entry.device == "cpu" and layer_of(entry.module) in plan.gpu_layers]
+    if not cached or any(entry.device == "gpu" for entry in experts):
+        taken = "" if plan.strategy in ("", plan.name) else f", as {plan.strategy}"
+        raise ConfigError(
+            f"{option}: with the plan '{plan.name}'{taken} no layer's busy experts are cached on the GPU. Leave it "
+            "out, or choose the plan 'hybrid'."
+        )
+
+
+def check_profile_target(path: str | Path, option: str) -> None:
+    """Refuse a file that could not be written at the end of a run, before it begins.
+
+    Raises:
+        ConfigError: it is a folder, or in none.
+    """
+    target = Path(path).expanduser()
+    if target.is_dir() or not target.parent.is_dir():
+        raise ConfigError(f"{option} {path}: expected a file in a folder that exists.")
 
 
 def write_profile(path: str | Path, profile: ExpertProfile) -> None:

@@ -7,6 +7,7 @@ knows the order of the steps and no detail of any of them.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,8 @@ from moesaic.placement import (
 from moesaic.weights import Checkpoint, open_checkpoint, resolve
 
 __all__ = ["Prepared", "load", "prepare", "prepare_checkpoint", "this_computer"]
+
+_LOG = logging.getLogger("moesaic.plan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +169,7 @@ def load(
     """Read and pack the weights of a prepared model and connect it to the kernels.
 
     Peak memory is the plan's bytes plus the pages of the tensors being read: nothing is expanded, and every page of the
-    file is given back when it has been packed.
+    file is given back when it has been packed. What the plan warns of goes to the log "moesaic.plan".
 
     Args:
         prepared: from `prepare`; its checkpoint is closed, so it can be loaded once.
@@ -194,6 +197,8 @@ def load(
     if binds_memory():
         prepared.plan.check_fits_nodes(hardware)
     model, checkpoint = prepared.model, prepared.checkpoint
+    for warning in prepared.plan.warnings:
+        _LOG.warning("plan '%s': %s", prepared.plan.name, warning)
     if progress is True:
         for note in prepared.plan.notes:
             print(f"note: {note}", file=sys.stderr)

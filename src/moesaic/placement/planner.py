@@ -301,7 +301,9 @@ class _Planner:
                 f"{block} columns at a time: kept in the file's format."
             )
         if self._vram is not None and not plan.uses_gpu:
-            yield "--vram has no effect: nothing is placed on a GPU."
+            is_missed = self._rules.may_use_gpu and not self._hardware.gpus
+            found = "no GPU was found" if is_missed else "nothing is placed on a GPU"
+            yield f"--vram has no effect: {found}."
         needed, available = plan.required_bytes(), self._hardware.dram_available
         if available * COMFORT < needed <= available:
             yield f"the plan takes {needed / available:.0%} of the {format_bytes(available)} that are available."

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moesaic.engine.auto import AutoTokenizer, parse_vram
-from moesaic.engine.expert_profile import check_profile_use
+from moesaic.engine.expert_profile import check_profile_target, check_profile_use
 from moesaic.engine.loader import Prepared, load, prepare
 from moesaic.engine.packing import Progress
 from moesaic.engine.serving.cache_room import BLOCK_SIZE, default_cache_bytes, room_for_cache
@@ -97,6 +97,12 @@ def make_engine(model: str, options: ServingOptions | None = None, progress: Pro
     )
     if options.save_expert_profile is not None:
         check_profile_use(prepared.plan, "save expert profile")
+        check_profile_target(options.save_expert_profile, "save expert profile")
+    if options.kv_cache is not None and prepared.plan.uses_gpu:
+        raise ConfigError(
+            "kv cache: the size is that of a cache in DRAM, and this one is on the GPU, which shares its memory out by "
+            "itself: leave it out. --context says for how many tokens there is room at first."
+        )
     facts = ModelFacts.of(model, prepared)
     loaded = load(
         prepared,

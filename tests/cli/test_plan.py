@@ -32,6 +32,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moesaic.engine.loader.detect_hardware", lambda: dataclasses.replace(MACHINE, gpus=()))
     monkeypatch.setattr("moesaic.engine.loader.detect_gpus", lambda: MACHINE.gpus)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("moesaic.engine.bench.vram_rate", lambda: 1000.0)
+
+
+@pytest.fixture(autouse=True)
+def bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DRAM is not really measured, which would take most of the time of these tests."""
+    monkeypatch.setattr("moesaic._native.read_bandwidth", lambda num_bytes, seconds: (25.0, 20.0))
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -47,14 +54,15 @@ def test_a_hybrid_plan(machine: None, tiny_folder: Path, capsys: pytest.CaptureF
     assert "VRAM: 1.0 GiB to use" in lines
     assert "KV cache 3.2 MiB 100 tokens, BF16" in lines  # two blocks of 64, and 32 begun
     assert "expert cache 18.0 MiB 24 experts of 768.0 KiB, 100.0% of all in DRAM" in lines
-    assert "a token reads 6.8 MiB from DRAM and" in out and "--measure, or --bandwidth dram=97GB/s,vram" in out
+    assert "a token reads 6.8 MiB from DRAM and" in out and "0.03 ms for hand-overs" in out
+    assert "with 100.0% of the chosen experts in the expert cache, as if routers chose all equally often: at" in out
     assert lines[-1].startswith("fits: with a cache for 100 tokens it takes ")
 
 
 def test_auto_says_what_it_took(machine: None, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "(plan: auto.yaml, as gpu)" in printed(capsys, str(tiny_folder))
+    assert "(plan: auto, as gpu)" in printed(capsys, str(tiny_folder))
     out = printed(capsys, str(tiny_folder), "--vram", "600M")
-    assert "(plan: auto.yaml, as cpu)" in out
+    assert "(plan: auto, as cpu)" in out
     assert "warning: the GPU is not used: as 'hybrid' it needs " in out
 
 
@@ -80,23 +88,35 @@ def test_experts_that_cannot_be_late(
 def test_the_speed_that_bandwidths_allow(machine: None, tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (str(tiny_folder), "--plan", "hybrid", "--json", "--bandwidth")
     data = json.loads(printed(capsys, *words, "dram=10GB/s,vram=1TB/s"))
-    seconds = data["dram"]["bytes_per_token"] / 10e9 + data["vram"]["bytes_per_token"] / 1e12
+    seconds = data["dram"]["bytes_per_token"] / 10e9 + data["vram"]["bytes_per_token"] / 1e12 + 3 * 10e-6
     assert data["roofline"]["tokens_per_second"] == pytest.approx(1 / seconds)  # no shared experts that overlap
     budget = data["vram_budget"]
     assert budget["total"] == 23 * GIB - 23 * GIB // 20
     assert budget["required"] + budget["staging"] + budget["cache"] <= budget["total"]
     assert (budget["context"], budget["num_blocks"], budget["num_experts"]) == (4096, 96, 24)
-    data = json.loads(printed(capsys, *words, "dram=10GB/s"))
-    assert data["roofline"]["vram_seconds"] is None
+    cached = data["roofline_with_cache"]
+    assert (cached["hit_rate"], data["roofline"]["hit_rate"]) == (1.0, 0.0)
+    assert cached["tokens_per_second"] > data["roofline"]["tokens_per_second"]
+    data = json.loads(printed(capsys, *words, "dram=10GB/s", "--no-measure"))
+    assert data["roofline"]["vram_seconds"] is None and data["roofline_with_cache"] is None
     out = printed(capsys, str(tiny_folder), "--plan", "cpu", "--bandwidth", "dram=10GB/s")
     assert " from DRAM: at most " in out and "VRAM" not in out
 
 
-def test_the_bandwidth_is_measured(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_bandwidths_are_measured_unless_they_are_given_or_it_is_not_wanted(
+    machine: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("moesaic._native.read_bandwidth", lambda num_bytes, seconds: (25.0, 20.0))
-    assert "for DRAM at 20.0 GB/s" in printed(capsys, str(tiny_folder), "--plan", "cpu", "--measure")
+    assert "for DRAM at 20.0 GB/s" in printed(capsys, str(tiny_folder), "--plan", "cpu")
+    hybrid = (str(tiny_folder), "--plan", "hybrid")
+    assert "for DRAM at 20.0 GB/s, " in (out := printed(capsys, *hybrid)) and "for VRAM at 1000.0 GB/s" in out
+    assert "for VRAM at 2000.0 GB/s" in printed(capsys, *hybrid, "--bandwidth", "vram=2TB/s")
+    assert "--measure, or --bandwidth dram=97GB/s,vram" in printed(capsys, *hybrid, "--no-measure")
+
+    def full() -> float:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("moesaic.engine.bench.vram_rate", full)
+    assert "VRAM left out: its bandwidth is not known" in printed(capsys, *hybrid)
 
 
 def test_a_preset_is_planned(machine: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +124,22 @@ def test_a_preset_is_planned(machine: None, capsys: pytest.CaptureFixture[str]) 
     captured = capsys.readouterr()
     assert "model.layers.[3-60].mlp.experts" in captured.out
     assert "of 64.00 GiB are available" in captured.err and "VRAM" not in captured.err
+
+
+def test_a_card_that_is_not_here(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is planned for --vram of a card to come: whether the rest fits, and all that is too little if not."""
+    monkeypatch.setattr("moesaic.engine.loader.detect_gpus", lambda: ())
+    assert main(["plan", str(tiny_folder), "--plan", "hybrid", "--vram", "24GiB"]) == 1
+    captured = capsys.readouterr()
+    assert "but for the GPU it fits: with a cache for 4096 tokens it takes " in captured.out
+    assert captured.err.startswith("moesaic: plan 'hybrid' needs a GPU: ")
+    assert main(["plan", str(tiny_folder), "--plan", "hybrid", "--vram", "500MiB"]) == 1
+    captured = capsys.readouterr()
+    assert "but for the GPU" not in captured.out
+    for part in ("does not fit: it needs ", "but the budget is 0.49 GiB: ", "too little", " And plan 'hybrid' needs a"):
+        assert part in captured.err
 
 
 @pytest.mark.parametrize("command", ["plan", "run", "bench decode"])

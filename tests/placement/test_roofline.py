@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from moesaic.placement import Plan
-from moesaic.placement.roofline import Bandwidths, decode_roofline
+from moesaic.placement.roofline import HANDOFF_SECONDS, Bandwidths, decode_roofline
 
 GB = 10**9
 
@@ -45,11 +45,22 @@ def test_only_shared_experts_overlap() -> None:
     assert found.dram_seconds == pytest.approx(0.3)
     assert found.vram_seconds == pytest.approx(0.58)
     assert found.overlap_seconds == pytest.approx(0.08 + 0.1)  # each layer: the shorter of the two
-    assert found.tokens_per_second == pytest.approx(1 / 0.7)
+    assert found.handoff_seconds == 2 * HANDOFF_SECONDS
+    assert found.tokens_per_second == pytest.approx(1 / (0.7 + 2e-5))
+
+
+def test_what_a_cache_holds_is_read_by_the_gpu_meanwhile() -> None:
+    found = decode_roofline(HYBRID, Bandwidths(dram=10.0, vram=100.0), hit_rate=0.5)
+    assert found is not None
+    assert found.dram_seconds == pytest.approx(0.15)
+    assert found.vram_seconds == pytest.approx(0.58 + 0.015)
+    assert found.overlap_seconds == pytest.approx(0.09 + 0.05)  # 8 GB shared and 1 GB cached; 0.5 GB from DRAM
+    split = plan_of(entry("l.0.attn", "attention", "gpu", 30), entry("l.1.mlp.experts", "experts", "cpu", 2))
+    assert decode_roofline(split, Bandwidths(10.0, 100.0), 0.5) == decode_roofline(split, Bandwidths(10.0, 100.0))
 
 
 def test_an_unknown_bandwidth_is_left_out() -> None:
     found = decode_roofline(HYBRID, Bandwidths(dram=10.0))
     assert found is not None
-    assert (found.vram_seconds, found.tokens_per_second) == (None, pytest.approx(1 / 0.3))
+    assert (found.vram_seconds, found.tokens_per_second) == (None, pytest.approx(1 / (0.3 + 2e-5)))
     assert decode_roofline(HYBRID, Bandwidths()) is None

@@ -111,7 +111,9 @@ def _run_single(arguments: argparse.Namespace) -> int:
 def _gpu_lines(gpu: GpuFigures) -> list[str]:
     lines = [f"plan: {gpu.strategy} on {gpu.device}, {gpu.vram_peak / 2**30:.2f} GiB of VRAM at most"]
     if gpu.num_slots:
-        lines.append(f"expert cache: {gpu.num_slots} experts, {gpu.hit_rate:.1%} hits")
+        rates = gpu.layer_hit_rates
+        spread = f" ({min(rates):.1%} to {max(rates):.1%} by layer)" if rates else ""
+        lines.append(f"expert cache: {gpu.num_slots} experts, {gpu.hit_rate:.1%} hits{spread}")
     if gpu.no_uploads:
         lines.append(f"uploads: none, since {gpu.no_uploads}")
     elif gpu.uploads is not None and gpu.upload_share is not None:

@@ -13,7 +13,7 @@ from moesaic.cli.options import (
     list_presets,
     plan_of,
 )
-from moesaic.errors import ConfigError
+from moesaic.errors import ConfigError, PlanDoesNotFitError, PlanError
 
 if TYPE_CHECKING:
     from moesaic.placement import Hardware, Plan, VramBudget
@@ -24,8 +24,8 @@ __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 HELP = "show where every module would go and what it takes"
 DESCRIPTION = (
     "Print the placement of a model (module, count, implementation, device, format, bytes), the DRAM and VRAM that it "
-    "takes, how the VRAM is divided, and the bytes that one token reads. No weight is loaded. Exit code 1 if it does "
-    "not fit."
+    "takes, how the VRAM is divided, the bytes that one token reads, and the decode speed that this computer's memory "
+    "allows. No weight is loaded. Exit code 1 if it does not fit."
 )
 
 _PROBE_SECONDS = 0.5
@@ -40,9 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bandwidth",
         type=_bandwidths,
         metavar="dram=R,vram=R",
-        help="how fast memory is read, e.g. dram=97GB/s,vram=3350GB/s, for the decode speed that this allows",
+        help="how fast memory is read, e.g. dram=97GB/s,vram=3350GB/s, for the decode speed that this allows (default: "
+        "as measured here)",
     )
-    parser.add_argument("--measure", action="store_true", help="measure how fast DRAM is read (a second or two)")
+    parser.add_argument(
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure how fast memory is read whose bandwidth is not given, which takes a second or two (default)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
 
 
@@ -60,11 +66,18 @@ def run(arguments: argparse.Namespace) -> int:
     check_deferral(plan, late)
     hardware = this_computer(plan.uses_gpu)
     budget = plan.vram_budget(hardware)
-    bandwidths = _known_bandwidths(arguments, hardware)
+    bandwidths = _known_bandwidths(arguments, plan, hardware)
     print(_json(plan, budget, bandwidths) if arguments.json else _render(plan, budget, bandwidths))
     if late and not arguments.json:
         print(f"in decode {deferral_note(plan, late)}")
-    plan.check_fits(hardware)
+    try:
+        plan.check_fits(hardware)
+    except PlanDoesNotFitError:
+        raise
+    except PlanError:  # all that is missing is the GPU
+        if not arguments.json:
+            print(f"but for the GPU it {_fits(plan, budget, hardware)}")
+        raise
     if not arguments.json:
         print(_fits(plan, budget, hardware))
     return 0
@@ -106,30 +119,49 @@ def _bandwidths(text: str) -> Bandwidths:
     return Bandwidths(**found)
 
 
-def _known_bandwidths(arguments: argparse.Namespace, hardware: Hardware) -> Bandwidths:
-    """Those given; DRAM's measured if that was asked for and it was not given."""
+def _known_bandwidths(arguments: argparse.Namespace, plan: Plan, hardware: Hardware) -> Bandwidths:
+    """Those given, and this computer's where they are not, if they may be measured."""
     from moesaic.placement.roofline import Bandwidths
 
     given: Bandwidths = arguments.bandwidth or Bandwidths()
-    if not arguments.measure or given.dram is not None:
+    if not arguments.measure:
         return given
-    from moesaic.kernels import read_bandwidth, set_num_threads
+    dram, vram = given.dram, given.vram
+    if plan.uses_gpu and vram is None:  # first, as PyTorch's CUDA comes before the extension
+        vram = _vram_rate()
+    if dram is None:
+        from moesaic.kernels import read_bandwidth, set_num_threads
 
-    if arguments.threads is not None:
-        set_num_threads(arguments.threads)
-    return Bandwidths(read_bandwidth(hardware.probe_bytes, _PROBE_SECONDS).median, given.vram)
+        if arguments.threads is not None:
+            set_num_threads(arguments.threads)
+        dram = read_bandwidth(hardware.probe_bytes, _PROBE_SECONDS).median
+    return Bandwidths(dram, vram)
+
+
+def _vram_rate() -> float | None:
+    """GB/s; None where there is no GPU, or others have its memory."""
+    from moesaic.engine import bench
+
+    try:
+        return bench.vram_rate() or None
+    except RuntimeError:  # PyTorch's for a full card, and for a broken one
+        return None
 
 
 def _json(plan: Plan, budget: VramBudget | None, bandwidths: Bandwidths) -> str:
     from moesaic.placement.roofline import decode_roofline
 
     more: dict[str, object] = {"vram_budget": None, "bandwidths": asdict(bandwidths), "roofline": None}
+    more["roofline_with_cache"] = None
     if budget is not None:
         derived = ("num_blocks", "required", "shortfall", "staging_experts", "staging", "cache_experts", "cache")
         more["vram_budget"] = asdict(budget) | {name: getattr(budget, name) for name in (*derived, "uploads")}
-    roofline = decode_roofline(plan, bandwidths)
-    if roofline is not None:
-        more["roofline"] = asdict(roofline) | {"tokens_per_second": roofline.tokens_per_second}
+    hit_rate = _hit_rate(budget, bandwidths)
+    for name, hits in (("roofline", 0.0), *((("roofline_with_cache", hit_rate),) if hit_rate else ())):
+        roofline = decode_roofline(plan, bandwidths, hits)
+        if roofline is not None:
+            speed = {"hit_rate": hits, "tokens_per_second": roofline.tokens_per_second}
+            more[name] = asdict(roofline) | speed
     return plan.to_json(more)
 
 
@@ -141,7 +173,20 @@ def _render(plan: Plan, budget: VramBudget | None, bandwidths: Bandwidths) -> st
     if budget is not None:
         pinned = format_bytes(plan.pinned_bytes())
         parts += [render_budget(budget), f"pinned DRAM: {pinned} to hand over between GPU and CPU", ""]
-    return "\n".join([*parts, _render_roofline(plan, bandwidths, decode_roofline(plan, bandwidths))])
+    parts.append(_render_roofline(plan, bandwidths, decode_roofline(plan, bandwidths)))
+    hit_rate = _hit_rate(budget, bandwidths)
+    cached = decode_roofline(plan, bandwidths, hit_rate) if hit_rate else None
+    if cached is not None:
+        parts.append(
+            f"with {hit_rate:.1%} of the chosen experts in the expert cache, as if routers chose all equally often: at "
+            f"most {cached.tokens_per_second:.2f} tok/s; routers with favourites find more of them there"
+        )
+    return "\n".join(parts)
+
+
+def _hit_rate(budget: VramBudget | None, bandwidths: Bandwidths) -> float:
+    """Of routers that choose all experts equally often; 0 where it would say nothing of the speed."""
+    return 0.0 if budget is None or bandwidths.vram is None else budget.cached_share
 
 
 def _render_roofline(plan: Plan, bandwidths: Bandwidths, roofline: Roofline | None) -> str:
@@ -158,6 +203,8 @@ def _render_roofline(plan: Plan, bandwidths: Bandwidths, roofline: Roofline | No
     elif plan.uses_gpu:
         times.append(f"{roofline.vram_seconds * 1e3:.2f} ms for VRAM at {bandwidths.vram or 0:.1f} GB/s")
         times.append(f"{roofline.overlap_seconds * 1e3:.2f} ms of both at once")
+    if roofline.handoff_seconds:
+        times.append(f"{roofline.handoff_seconds * 1e3:.2f} ms for hand-overs")
     without = ", without hits in the expert cache" if plan.uses_gpu else ""
     return f"{read}: at most {roofline.tokens_per_second:.2f} tok/s ({', '.join(times)}; short context{without})"
 

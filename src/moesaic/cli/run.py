@@ -171,9 +171,9 @@ def _load(arguments: argparse.Namespace) -> Session:
         expert_profile=arguments.expert_profile,
         defer_experts=arguments.defer_experts or 0,
     )
-    note = getattr(model, "_moesaic_note", "")
-    if note:
-        print(f"note: {printable(note)}", file=sys.stderr)
+    how = str(getattr(model, "_moesaic_note", ""))
+    if how:
+        print(f"note: {printable(how)}", file=sys.stderr)
     return Session(model, tokenizer)
 
 

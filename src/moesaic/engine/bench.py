@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from moesaic.engine.gpu.bench import GpuFigures
     from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 
-__all__ = ["BenchResult", "expert_formats", "measure", "num_layers_of", "prepare_subject", "prepare_synthetic"]
+__all__ = [
+    "BenchResult",
+    "expert_formats",
+    "measure",
+    "num_layers_of",
+    "prepare_subject",
+    "prepare_synthetic",
+    "vram_rate",
+]
 
 _SEED = 0
 _GIGA = 1e9
@@ -171,7 +179,7 @@ def measure(
         check_profile_target(save_expert_profile, "--save-expert-profile")
     check_deferral(prepared.plan, defer_experts)
     bandwidth = read_bandwidth(detect_hardware().probe_bytes).median  # before the weights fill the memory
-    vram_rate = _vram_bandwidth() if prepared.plan.uses_gpu else 0.0
+    vram_bandwidth = vram_rate() if prepared.plan.uses_gpu else 0.0
     loaded = load(prepared, progress=progress, expert_profile=expert_profile, defer_experts=defer_experts)
     bench = _timed_runs(loaded, what, prompt_tokens, new_tokens, batch)
     bench.run()
@@ -184,12 +192,12 @@ def measure(
         loaded.save_expert_profile(save_expert_profile)
     name = preset or str(model)
     return _result(
-        prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_rate
+        prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_bandwidth
     )
 
 
-def _vram_bandwidth() -> float:
-    """GB/s; nothing where PyTorch finds no GPU, which loading then says."""
+def vram_rate() -> float:
+    """GB/s that the GPU reads from its memory; 0 where PyTorch finds no GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moesaic.errors import PlanDoesNotFitError
+from moesaic.errors import PlanDoesNotFitError, PlanError
 from moesaic.placement.units import format_gib
 from moesaic.placement.vram import VramBudget, require_gpu
 
 if TYPE_CHECKING:
+    from moesaic.placement.gpus import Gpu
     from moesaic.placement.hardware import Hardware
     from moesaic.placement.plan import Plan
 
@@ -46,20 +47,32 @@ def dram_needs(plan: Plan, context: int) -> DramNeeds:
 def check(plan: Plan, hardware: Hardware, context: int) -> None:
     """What `Plan.check_fits` does."""
     problems = [_dram_problem(plan, hardware, context)]
+    missing: PlanError | None = None
     if plan.uses_gpu:
-        gpu = require_gpu(hardware, plan.name)
-        free = gpu.memory_free or gpu.memory_total
-        if plan.vram is not None and 0 < free < plan.vram:
-            problems.append(
-                f"--vram is {format_gib(plan.vram)}, but {format_gib(free)} of {gpu.name}'s "
-                f"{format_gib(gpu.memory_total)} are free: {format_gib(plan.vram - free)} too little. Leave --vram out "
-                "to use what is free."
-            )
-        budget = plan.vram_budget(hardware, context)
-        problems.append(None if budget is None else vram_problem(plan, budget))
+        try:
+            problems.append(_card_problem(plan, require_gpu(hardware, plan.name)))
+        except PlanError as error:
+            missing = error
+        if missing is None or plan.vram is not None:
+            budget = plan.vram_budget(hardware, context)
+            problems.append(None if budget is None else vram_problem(plan, budget))
     found = [problem for problem in problems if problem is not None]
     if found:
-        raise PlanDoesNotFitError(f"{plan.model_class} does not fit: {' And '.join(found)}")
+        told = [*found, *([] if missing is None else [str(missing)])]
+        raise PlanDoesNotFitError(f"{plan.model_class} does not fit: {' And '.join(told)}")
+    if missing is not None:
+        raise missing
+
+
+def _card_problem(plan: Plan, gpu: Gpu) -> str | None:
+    """What is wrong with the VRAM that was asked for, on the card that there is."""
+    free = gpu.memory_free or gpu.memory_total
+    if plan.vram is None or not 0 < free < plan.vram:
+        return None
+    return (
+        f"--vram is {format_gib(plan.vram)}, but {format_gib(free)} of {gpu.name}'s {format_gib(gpu.memory_total)} are "
+        f"free: {format_gib(plan.vram - free)} too little. Leave --vram out to use what is free."
+    )
 
 
 def _dram_problem(plan: Plan, hardware: Hardware, context: int) -> str | None:

@@ -172,7 +172,7 @@ class Plan:
         if not self.uses_gpu:
             return None
         total, gpu = vram_total(hardware, self.vram, self.name), usable_gpu(hardware)
-        fixed = "no GPU is here to ask" if gpu is None else gpu.fixed_memory
+        fixed = "there is no GPU here that could move memory" if gpu is None else gpu.fixed_memory
         return vram_budget(self, total, self._context(context), fixed)
 
     def check_fits(self, hardware: Hardware, context: int | None = None) -> None:

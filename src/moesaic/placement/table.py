@@ -60,8 +60,7 @@ def render_budget(budget: VramBudget) -> str:
     """How a plan divides the VRAM, a line per part, and what can be lent of it."""
     if budget.lots is not None:
         return _render_lots(budget, budget.lots)
-    share = budget.cache_experts / budget.num_experts if budget.num_experts else 0.0
-    expert = format_bytes(budget.expert_bytes)
+    expert, share = format_bytes(budget.expert_bytes), budget.cached_share
     parts = [
         *_fixed_parts(budget),
         ("prefill staging", budget.staging, f"{budget.staging_experts} experts of {expert}"),
@@ -73,7 +72,7 @@ def render_budget(budget: VramBudget) -> str:
 
 def _render_lots(budget: VramBudget, lots: VramLots) -> str:
     """The same where the experts lend memory."""
-    expert, share = format_bytes(budget.expert_bytes), lots.first_slots / budget.num_experts
+    expert, share = format_bytes(budget.expert_bytes), budget.cached_share
     keys = lots.keys * lots.lot_bytes
     experts = min(lots.most_experts, lots.total - lots.keys) * lots.lot_bytes
     angles = (lots.rotary_positions - lots.first_blocks * KV_BLOCK) * lots.rotary_bytes
@@ -128,7 +127,7 @@ def _totals(plan: Plan) -> list[str]:
                 f"{'total:' if not lines else '      '} {format_bytes(size)} of weights in {memory}, "
                 f"{format_bytes(read)} read per token, cache {format_bytes(cache)} per token of context"
             )
-    lines[0] += f" (plan: {plan.source}{strategy})"
+    lines[0] += f" (plan: {plan.name}{strategy})"
     return lines
 
 

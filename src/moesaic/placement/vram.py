@@ -216,6 +216,12 @@ class VramBudget:
         return min(self.num_experts, self.num_slots - self.staging_experts)
 
     @property
+    def cached_share(self) -> float:
+        """Of the experts in DRAM, what the cache holds at first: hits of routers that choose all equally often."""
+        slots = self.cache_experts if self.lots is None else self.lots.first_slots
+        return slots / self.num_experts if self.num_experts else 0.0
+
+    @property
     def staging(self) -> int:
         """Bytes of the staging buffers."""
         return self.staging_experts * self.expert_bytes

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from moesaic.engine.deferral import deferral_note
+from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.placement import Plan
+from moesaic.placement.roofline import HANDOFF_SECONDS
 
 __all__ = ["GpuFigures", "gpu_figures"]
 
-_HANDOFF_SECONDS = 10e-6
-"""What a layer's hand-off may take in the limit."""
 _GIGA = 1e9
 
 
@@ -34,6 +35,7 @@ class GpuFigures:
         vram_bandwidth: GB/s that the GPU reads from its memory.
         num_slots: experts that the expert cache has room for.
         hit_rate: share of chosen experts that were in it.
+        layer_hit_rates: the same of each layer with routed experts; none without a cache.
         uploads: experts that a layer brought to the GPU in a step, mean; None if that was not measured.
         upload_share: of the misses, what is brought at last; None if nothing ever is.
         no_uploads: why nothing ever is.
@@ -53,6 +55,7 @@ class GpuFigures:
     vram_bandwidth: float
     num_slots: int
     hit_rate: float
+    layer_hit_rates: tuple[float, ...]
     uploads: float | None
     upload_share: float | None
     no_uploads: str
@@ -79,7 +82,7 @@ def gpu_figures(
         vram_bandwidth: GB/s of the GPU's memory; measured before the model fills it.
     """
     cache = runner.slots.cache
-    before = None if cache is None else (int(cache.policy.hits.sum()), int(cache.policy.uses.sum()))
+    before = _counts(cache)
     uploads = runner.uploads
     brought = 0 if uploads is None else uploads.statistics().brought
     shares = bench.profile() if bench.what == "decode" else None
@@ -87,10 +90,8 @@ def gpu_figures(
     deferred = 0 if runner.server is None else runner.server.deferred
     num_steps = served * (bench.new_tokens - 1) if shares is not None else 0
     done = None if uploads is None else uploads.statistics(bench.batch)
-    hit_rate = 0.0
-    if cache is not None and before is not None:
-        uses = int(cache.policy.uses.sum()) - before[1]
-        hit_rate = (int(cache.policy.hits.sum()) - before[0]) / uses if uses else 0.0
+    hits, uses = _counts(cache) - before
+    hit_rate = float(hits.sum() / max(1, uses.sum()))
     device = runner.decoder.device
     dram_bytes = vram_bytes = roofline = None
     if shares is not None and bench.batch == 1:
@@ -98,7 +99,7 @@ def gpu_figures(
         dram_bytes = round(plan.bytes_per_token_on("cpu") - hit_rate * experts)
         vram_bytes = round(plan.bytes_per_token_on("gpu") + hit_rate * experts)
         longest = max(dram_bytes / read_bandwidth, vram_bytes / vram_bandwidth) / _GIGA
-        roofline = longest + served * _HANDOFF_SECONDS
+        roofline = longest + served * HANDOFF_SECONDS
     return GpuFigures(
         device=torch.cuda.get_device_name(device),
         strategy=plan.strategy,
@@ -106,6 +107,7 @@ def gpu_figures(
         vram_bandwidth=vram_bandwidth,
         num_slots=0 if cache is None else cache.policy.num_slots,
         hit_rate=hit_rate,
+        layer_hit_rates=tuple(float(rate) for rate in hits / np.maximum(1, uses)),
         uploads=(done.brought - brought) / num_steps if done is not None and num_steps else None,
         upload_share=None if done is None else done.share,
         no_uploads=runner.no_uploads,
@@ -118,3 +120,8 @@ def gpu_figures(
         roofline_share=None if roofline is None or shares is None else roofline / shares.step,
         deferred=deferral_note(plan, deferred) if deferred else "",
     )
+
+
+def _counts(cache: ExpertCache | None) -> np.ndarray:
+    """int64 `[2, layers]`: chosen experts that were in the cache, and all of them, so far."""
+    return np.zeros((2, 0), np.int64) if cache is None else np.stack([cache.policy.hits, cache.policy.uses])

@@ -1,0 +1,55 @@
+"""What a bench says of a model on a GPU beside its rate: in Triton's interpreter where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.engine.test_gpu import ON_GPU, checkpoint_of, eager_cache, on_gpu
+
+from moesaic.cli.bench import _gpu_lines
+from moesaic.engine.gpu.bench import gpu_figures
+from moesaic.engine.gpu.timed_runs import GpuTimedRuns
+from moesaic.engine.loader import prepare
+
+FEW = 4
+"""Tokens of a run: three steps."""
+
+
+def test_a_decode_step_is_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hits by layer add up to those of all; bytes found in the cache are the GPU's, and the limit follows from both."""
+    if not ON_GPU:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 << 29)
+    ours, plan = on_gpu("qwen3_moe", ON_GPU, slots=eager_cache), prepare(str(checkpoint_of("qwen3_moe")[1])).plan
+    runner = ours.runner
+    bench = GpuTimedRuns(runner, "decode", prompt_tokens=2, new_tokens=FEW)
+    figures = gpu_figures(runner, plan, bench, read_bandwidth=10.0, vram_bandwidth=100.0)
+    policy = runner.slots.cache.policy
+    assert policy.uses.tolist() == [(FEW - 1) * runner.decoder.top_k] * 2
+    assert figures.layer_hit_rates == tuple(policy.hits / policy.uses)
+    assert figures.hit_rate == pytest.approx(sum(figures.layer_hit_rates) / 2)
+    experts = sum(entry.bytes_per_token for entry in plan.entries if entry.role == "experts")
+    assert figures.dram_bytes == round(plan.bytes_per_token_on("cpu") - figures.hit_rate * experts)
+    assert figures.vram_bytes == round(figures.hit_rate * experts)
+    limit = max(figures.dram_bytes / 10e9, figures.vram_bytes / 100e9) + 2 * 10e-6
+    assert figures.roofline_seconds == pytest.approx(limit)
+    assert figures.step_seconds is not None
+    assert figures.roofline_share == pytest.approx(limit / figures.step_seconds)
+    low, high = min(figures.layer_hit_rates), max(figures.layer_hit_rates)
+    lines = _gpu_lines(figures)
+    assert f"expert cache: 5 experts, {figures.hit_rate:.1%} hits ({low:.1%} to {high:.1%} by layer)" in lines
+    assert any(line.startswith("a step: ") for line in lines) and any(line.startswith("limit: ") for line in lines)
+
+
+def test_without_a_cache_there_are_no_hits(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not ON_GPU:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3 << 29)
+    ours, plan = on_gpu("qwen3_moe"), prepare(str(checkpoint_of("qwen3_moe")[1])).plan
+    bench = GpuTimedRuns(ours.runner, "prefill", prompt_tokens=2, new_tokens=1)
+    figures = gpu_figures(ours.runner, plan, bench, read_bandwidth=10.0, vram_bandwidth=100.0)
+    assert (figures.hit_rate, figures.layer_hit_rates, figures.roofline_share) == (0.0, (), None)
+    assert not any("cache" in line or "limit" in line for line in _gpu_lines(figures))

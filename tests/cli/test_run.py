@@ -140,6 +140,13 @@ def test_a_model_that_does_not_fit_is_refused_before_loading(
     assert "GiB too little" in capsys.readouterr().err
 
 
+def test_quantize_names_the_formats_that_it_can_write(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(tiny_folder), "out.gguf", "--format", "Q9"]) == 1
+    said = capsys.readouterr().err
+    assert "'Q9' is no weight format: expected one of F32, " in said
+    assert not any(name in said for name in ("IQ1_S", "FP8", "INT4"))
+
+
 def test_quantize_and_run_the_file(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "tiny-q8_0.gguf"
     assert main(["quantize", str(tiny_folder), str(output), "--format", "q8_0", "--json"]) == 0

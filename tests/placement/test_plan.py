@@ -146,6 +146,14 @@ def test_a_format_that_does_not_fit_the_shape_is_kept_and_reported(hardware: Har
     assert warning.startswith("test.yaml:2: model.layers.0.mlp.experts.down and 2 more cannot be held in Q4_K")
 
 
+def test_a_format_that_nobody_can_make_is_refused_with_its_line(tiny: Tiny, hardware: Hardware) -> None:
+    """When the plan is made, not after half of the model was loaded."""
+    rules = parse_rules("rules:\n  - match: {role: experts}\n    format: IQ1_S\n", "test.yaml")
+    message = r"test\.yaml:2: 'model\.layers\.0\.mlp\.experts\.gate.*' is stored as F32, and IQ1_S can be read but not"
+    with pytest.raises(RuleError, match=message):
+        make_plan(*tiny("qwen3_moe"), rules, hardware)
+
+
 def test_vectors_take_no_format(tiny: Tiny, hardware: Hardware) -> None:
     text = "rules:\n  - match: {role: norm}\n    format: Q4_K\n"
     assert plan_of(tiny, "qwen3_next", hardware, text).of("model.norm").formats == {"weight": "F32"}

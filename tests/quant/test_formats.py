@@ -54,6 +54,8 @@ def test_sizes_of_rows_and_matrices() -> None:
 def test_unknown_names_and_numbers_are_refused() -> None:
     with pytest.raises(UnsupportedFormatError, match=r"'Q4_K_M' is no weight format: expected one of .*Q4_K"):
         get_format("Q4_K_M")
+    with pytest.raises(UnsupportedFormatError, match=r"'Q9' is no weight format: expected one of Q8_0\."):
+        get_format("Q9", [get_format("Q8_0")])
     with pytest.raises(UnsupportedFormatError, match="ggml type 26 cannot be read"):  # I32
         format_from_ggml(26)
 

@@ -38,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     from moesaic.engine.quantize import quantize_checkpoint
     from moesaic.kernels import set_num_threads
     from moesaic.placement import load_plan
-    from moesaic.quant import get_format
+    from moesaic.quant import WRITABLE_FORMATS, get_format
     from moesaic.weights import open_checkpoint, resolve
 
-    weight_format = get_format(arguments.format)
+    weight_format = get_format(arguments.format, WRITABLE_FORMATS)
     rules = None if arguments.rules is None else load_plan(arguments.rules)
     if arguments.threads is not None:
         set_num_threads(arguments.threads)

@@ -28,7 +28,13 @@ _CACHES = 2  # a token reads at least half of `cold_bytes`: four times the last-
 _MEMORY_SHARE = 4
 _MAX_BYTES = 24 << 30  # filled in a few seconds by as many threads as have caches that ask for it
 _GIGA = 1e9
-_INSTRUCTIONS = {"amx": "AVX-512 VNNI", "avx512": "AVX-512 VNNI", "avxvnni": "AVX-VNNI", "avx2": "AVX2"}
+_INSTRUCTIONS = {
+    "amx": "AVX-512 VNNI",
+    "avx512_vbmi": "AVX-512 VNNI",
+    "avx512": "AVX-512 VNNI",
+    "avxvnni": "AVX-VNNI",
+    "avx2": "AVX2",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from moesaic.models import TensorRef
 from moesaic.models.tensor_ref import JoinedRef
 from moesaic.placement import Rules
 from moesaic.placement.table import format_bytes
-from moesaic.quant import WRITABLE_FORMATS, WeightFormat, dequantize, get_format, quantize
+from moesaic.quant import WeightFormat, dequantize, get_format, quantize, why_not_writable
 from moesaic.weights import Checkpoint
 from moesaic.weights.gguf_writer import GgufWriter
 
@@ -145,11 +145,9 @@ def _check_formats(plan: QuantizePlan) -> None:
                 "model from its folder as it is, or choose a format for this tensor, for example Q8_0 or Q4_K."
             )
         kept = all(part.format == tensor.format and not _is_computed(part) for part in tensor.parts)
-        if tensor.format not in WRITABLE_FORMATS and not kept:
-            names = ", ".join(candidate.name for candidate in WRITABLE_FORMATS)
-            raise UnsupportedFormatError(
-                f"{tensor.name}: {tensor.format.name} can be read but not written: choose one of {names}."
-            )
+        problem = why_not_writable(tensor.format)
+        if problem and not kept:
+            raise UnsupportedFormatError(f"{tensor.name}: {problem}.")
 
 
 def _check_output(output: Path, checkpoint: Checkpoint, plan: QuantizePlan) -> None:

@@ -24,7 +24,7 @@ from moesaic.placement.rules import KEEP, Rule, Rules
 from moesaic.placement.strategies import Choice, Devices, Unit, choose
 from moesaic.placement.units import format_bytes
 from moesaic.placement.vram import DEFAULT_CONTEXT, StepSizes
-from moesaic.quant import WeightFormat, get_format, other_form
+from moesaic.quant import WeightFormat, get_format, other_form, why_not_writable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -268,6 +268,10 @@ class _Planner:
                 )
             return stack.refs[0].format
         fmt = get_format(wanted)
+        problem = "" if stored == {wanted} else why_not_writable(fmt)
+        if problem:
+            held = ", ".join(sorted(stored))
+            raise RuleError(self._rules.source, rule.line, f"'{name}.{stack.key}' is stored as {held}, and {problem}.")
         if stack.shape[-1] % fmt.block_size and stored != {wanted}:
             self._kept.setdefault((rule, wanted), []).append(f"{name}.{stack.key}")
             return stack.refs[0].format

@@ -1,7 +1,7 @@
 """Weight formats, and turning float rows into their blocks and back."""
 
 from moesaic.quant.formats import FORMATS, WeightFormat, format_from_ggml, format_from_safetensors_dtype, get_format
-from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize
+from moesaic.quant.quantize import WRITABLE_FORMATS, dequantize, quantize, why_not_writable
 from moesaic.quant.recode import other_form, recode
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "other_form",
     "quantize",
     "recode",
+    "why_not_writable",
 ]

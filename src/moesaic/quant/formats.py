@@ -6,7 +6,7 @@ block is laid out nor how weights are rounded to one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -79,15 +79,20 @@ _BY_GGML_TYPE = MappingProxyType(
 )
 
 
-def get_format(name: str) -> WeightFormat:
+def get_format(name: str, named: Iterable[WeightFormat] | None = None) -> WeightFormat:
     """The format of this name, in any case ("q4_k" is "Q4_K").
+
+    Args:
+        name: of a format.
+        named: those that the error names, of use where the name is asked for; all if None.
 
     Raises:
         UnsupportedFormatError: there is no such format; the message lists those there are.
     """
     found = FORMATS.get(name.upper())
     if found is None:
-        raise UnsupportedFormatError(f"'{name}' is no weight format: expected one of {', '.join(FORMATS)}.")
+        names = ", ".join(fmt.name for fmt in (FORMATS.values() if named is None else named))
+        raise UnsupportedFormatError(f"'{name}' is no weight format: expected one of {names}.")
     return found
 
 

@@ -12,12 +12,20 @@ from moesaic import _native
 from moesaic.errors import KernelError, QuantizationError, UnsupportedFormatError
 from moesaic.quant.formats import FORMATS, WeightFormat
 
-__all__ = ["WRITABLE_FORMATS", "dequantize", "quantize"]
+__all__ = ["WRITABLE_FORMATS", "dequantize", "quantize", "why_not_writable"]
 
 WRITABLE_FORMATS: tuple[WeightFormat, ...] = tuple(
     fmt for fmt in FORMATS.values() if fmt.ggml_type in _native.writable_formats()
 )
 """The formats that `quantize` can make."""
+
+
+def why_not_writable(fmt: WeightFormat) -> str:
+    """Why `quantize` cannot make a format, and which ones it can, without a full stop; "" if it can."""
+    if fmt in WRITABLE_FORMATS:
+        return ""
+    names = ", ".join(each.name for each in WRITABLE_FORMATS)
+    return f"{fmt.name} can be read but not written: choose one of {names}"
 
 
 def quantize(
@@ -44,9 +52,9 @@ def quantize(
             non-finite values.
         KernelError: an array has the wrong shape or type.
     """
-    if fmt not in WRITABLE_FORMATS:
-        writable = ", ".join(candidate.name for candidate in WRITABLE_FORMATS)
-        raise UnsupportedFormatError(f"{name}: {fmt.name} can be read but not written: choose one of {writable}.")
+    problem = why_not_writable(fmt)
+    if problem:
+        raise UnsupportedFormatError(f"{name}: {problem}.")
     if x.ndim != 2 or x.dtype != np.float32:
         raise KernelError(f"{name}: quantize takes float32 [rows, cols], got {x.dtype} {list(x.shape)}.")
     rows, cols = x.shape

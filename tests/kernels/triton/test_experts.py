@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 
 import numpy as np
@@ -126,6 +127,33 @@ def test_experts_of_formats_that_read_rows_in_different_orders(fmt):
     case = Case((fmt, fmt, fmt), size, size, num_tokens=2)
     assert case.error(experts_decode(*case.arguments())) < FLOAT_TOLERANCE
     assert case.error(case.grouped()) < grouped_tolerance()
+
+
+def test_slots_lie_beyond_what_32_bits_count():
+    """The last slot is 9 GiB from the first, as in the cache of a card with much memory: 2.4e9 words."""
+    case = Case(("F32", "F32", "F32"), 16, 16, num_tokens=2)
+    apart, parts = 9 << 29, (case.layout.gate, case.layout.up, case.layout.down)
+    moved = [replace(part, stride=apart) for part in parts]
+    layout = replace(case.layout, gate=moved[0], up=moved[1], down=moved[2])
+    arena = spacious(layout.arena_bytes(NUM_SLOTS))
+    for slot in range(NUM_SLOTS):
+        for before, after in zip(parts, moved, strict=True):
+            source = case.arena.narrow(0, before.offset + slot * before.stride, before.nbytes)
+            arena.narrow(0, after.offset + slot * after.stride, after.nbytes).copy_(source)
+    case.slots = torch.tensor([[2, 0, -1], [1, 2, 2]], dtype=torch.int32, device=DEVICE)
+    case.experts = 10 * case.slots
+    near = experts_decode(*case.arguments()), case.grouped()
+    case.arena, case.layout = arena, layout
+    assert torch.equal(experts_decode(*case.arguments()), near[0])
+    assert torch.equal(case.grouped(), near[1])
+
+
+def spacious(nbytes):
+    """Memory of which only what is touched is there."""
+    if DEVICE == "cuda":
+        return torch.empty(nbytes, dtype=torch.uint8, device=DEVICE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # as Linux numbers it
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
 
 
 def test_every_projection_may_have_a_format_of_its_own():

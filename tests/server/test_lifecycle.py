@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import cast
@@ -260,6 +261,26 @@ def test_a_dead_engine_is_loaded_again() -> None:
             assert (await server.client.post("/whole")).json() == {"text": "again"}
             server.lifecycle.stop()
             assert await server.end() == 0
+
+    run(test)
+
+
+def test_nothing_of_the_old_engine_is_there_when_the_model_is_loaded_again() -> None:
+    """There is memory for one model; here engine and state know each other, as parts of a model do."""
+    gone: list[weakref.ref[object]] = []
+
+    async def load(metrics: Metrics) -> ServerState:
+        assert all(part() is None for part in gone)
+        engine = DrainingEngine(status="ready" if gone else "dead")
+        state = ServerState(engine, cast(Chat, None), ModelInfo("demo"))
+        engine.itself = engine  # type: ignore[attr-defined]
+        gone.append(weakref.ref(engine))
+        return state
+
+    async def test() -> None:
+        async with running(load, ServerOptions(on_engine_failure="restart")) as server:
+            await server.until("ok")
+            assert len(gone) == 2
 
     run(test)
 

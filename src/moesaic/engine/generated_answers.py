@@ -86,12 +86,16 @@ class GeneratedAnswers:
     def _prefill(self, new_ids: torch.Tensor, cache: Any) -> None:
         """Compute all pieces of a long prompt but the last, which is left to `generate()`.
 
-        Its own `prefill_chunk_size` would feed what the cache holds again: transformers 5.17 forgets that it is there.
+        A model on a GPU cuts prompts itself, into pieces as large as its memory allows: experts on their way to it pass
+        once for each. The `prefill_chunk_size` of `generate()` would feed what the cache holds again: transformers 5.17
+        forgets that it is there.
 
         Args:
             new_ids: int64 `[1, num_tokens]`, what the cache does not hold.
             cache: grows by the pieces.
         """
+        if hasattr(self._model, "runner"):
+            return
         pieces = torch.split(new_ids, _PREFILL_CHUNK, dim=1)
         with torch.no_grad():
             for piece in pieces[:-1]:

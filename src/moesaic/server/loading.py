@@ -6,6 +6,7 @@ Nothing heavy is imported before the thread runs, so that a server listens at on
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ def _make_engine(options: ModelOptions) -> Engine:
     """Load the model; in the engine's thread."""
     from moesaic.engine.serving.start import ServingOptions, make_engine
 
+    gc.collect()  # of an engine that failed, which other threads may have held until a moment ago
     return make_engine(options.model, ServingOptions(**dict(options.serving)), options.progress)
 
 

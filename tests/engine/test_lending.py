@@ -337,7 +337,7 @@ def test_a_loaded_model_lends_within_its_budget() -> None:
 
 
 @pytest.mark.skipif(ON_GPU, reason="the driver of a test refuses")
-def test_a_device_that_refuses_costs_the_request_only() -> None:
+def test_a_device_that_refuses_costs_the_request_only(caplog: pytest.LogCaptureFixture) -> None:
     subject = Subject("qwen3_moe", first_blocks=2, slots=9)
     driver, pool = subject.lending._driver, subject.runner.pool
     assert isinstance(driver, FakeMemory)
@@ -349,5 +349,17 @@ def test_a_device_that_refuses_costs_the_request_only() -> None:
     assert pool.num_free == pool.num_blocks - len(held)
     subject.check_slots()
     assert pool.take(1) == [len(held)]
+    pool.give_back([*held, len(held)])
+    subject.clock.now += 60
+    driver.refuse.add("map")
+    before = subject.lending.num_slots
+    for _ in range(40):  # experts that were to have their memory again go on without it
+        subject.lending.after_step()
+    assert subject.lending.num_slots == before and caplog.text.count("fewer experts are cached") == 1
+    driver.refuse.clear()
+    for _ in range(40):
+        subject.lending.after_step()
+    assert subject.lending.num_slots > before
+    subject.check_slots()
     with pytest.raises(KernelError, match="the plan says"):
         subject.lending.pool([KvShape(1, 8, 8)], 16, torch.float32)

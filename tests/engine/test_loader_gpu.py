@@ -117,6 +117,13 @@ def test_a_gpu_that_pytorch_cannot_use_has_a_problem(monkeypatch: pytest.MonkeyP
     assert loader.this_computer(with_gpus=False).gpus == detect_hardware().gpus == ()
 
 
+def test_a_bench_takes_no_more_sequences_than_a_step(with_gpu: None) -> None:
+    for family, most in (("mixtral", 32), ("qwen3_next", 8)):
+        subject = {"model": str(checkpoint_of(family)[1]), "plan": "hybrid"}
+        with pytest.raises(ConfigError, match=f"--batch {most + 1}: a decode step of this model has at most {most} "):
+            bench.measure("decode", batch=most + 1, num_tokens=2, prompt_tokens=1, **subject)
+
+
 def test_a_bench_needs_its_context() -> None:
     with pytest.raises(GenerationError, match="the bench needs 49 positions, but --context is 48"):
         bench.measure("decode", preset="mixtral-8x7b", num_tokens=32, prompt_tokens=16, context=48)

@@ -64,7 +64,7 @@ def test_a_tiny_model_by_hand(tiny: Tiny, with_gpu: Hardware) -> None:
     assert plan.pinned_bytes() == (1000 + 32) * (2 * 256 * 4 + 3 * 20)
     dram = 3 * 8 * expert + 4 * 512 * 256
     assert plan.nbytes_on("cpu") == dram
-    assert plan.required_bytes() == dram + plan.pinned_bytes() + 512 * MIB
+    assert plan.required_bytes() == dram + weights + 512 * MIB  # on their way, more than pinned buffers take later
     assert (plan.kv_bytes_on("cpu"), plan.kv_bytes_on("gpu")) == (0, 3 * 2 * 128 * 2)
 
 
@@ -165,6 +165,23 @@ def test_both_memories_are_checked(tiny: Tiny, with_gpu: Hardware) -> None:
     ):
         greedy.check_fits(with_gpu)
     make_plan(model, weight_map, load_plan("hybrid"), with_gpu).check_fits(with_gpu)
+
+
+def test_weights_of_the_gpu_pass_through_dram(tiny: Tiny, with_gpu: Hardware) -> None:
+    """A card may have more memory than the computer: all weights are in DRAM until they are loaded."""
+    made = make_plan(*tiny("mixtral"), load_plan("gpu"), with_gpu)
+    small, large = (
+        dataclasses.replace(
+            made, entries=tuple(dataclasses.replace(e, nbytes=e.nbytes * of // 1000) for e in made.entries)
+        )
+        for of in (1, 1_000_000)
+    )
+    assert small.required_bytes() == small.nbytes_on("cpu") + small.pinned_bytes() + 512 * MIB
+    assert large.required_bytes() == large.nbytes + 512 * MIB
+    large.check_fits(dataclasses.replace(with_gpu, dram_available=large.required_bytes()))
+    message = r"of DRAM while it is loaded \(weights .* those of the GPU on their way there .* too little\. Use a file"
+    with pytest.raises(PlanDoesNotFitError, match=message):
+        large.check_fits(dataclasses.replace(with_gpu, dram_available=large.required_bytes() - 1))
 
 
 def test_only_what_lies_in_dram_is_shared_by_nodes(tiny: Tiny, with_gpu: Hardware) -> None:

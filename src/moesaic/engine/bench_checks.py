@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from moesaic.engine.timed_runs import What
 from moesaic.errors import ConfigError, GenerationError
 from moesaic.placement import Plan
+from moesaic.placement.vram import MAX_BATCH, MAX_STATES
 
 __all__ = ["check_batch", "check_context", "check_trace"]
 
@@ -25,13 +26,16 @@ def check_context(config: PretrainedConfig, num_tokens: int) -> None:
 
 
 def check_batch(batch: int, plan: Plan) -> None:
-    """Refuse several sequences without a GPU.
+    """Refuse several sequences without a GPU, and more than a step has.
 
     Raises:
-        ConfigError: there is none in the plan.
+        ConfigError: there is none in the plan, or they are too many.
     """
     if batch > 1 and not plan.uses_gpu:
         raise ConfigError("several sequences at once (--batch) are measured on a GPU only: leave it out.")
+    most = MAX_STATES if plan.state_bytes_on("gpu") else MAX_BATCH
+    if batch > most:
+        raise ConfigError(f"--batch {batch}: a decode step of this model has at most {most} sequences.")
 
 
 def check_trace(trace: Path | None, what: What, plan: Plan) -> None:

@@ -25,23 +25,37 @@ _WORKING_BYTES = 512 * 1024**2
 
 @dataclass(frozen=True, slots=True)
 class DramNeeds:
-    """Bytes of DRAM that a plan needs: weights, cache, pinned buffers and what every process takes."""
+    """Bytes of DRAM that a plan needs: weights, cache, pinned buffers and what every process takes.
+
+    Weights that lie on the GPU pass through DRAM while a model is loaded, before there are a cache and buffers.
+    """
 
     weights: int
     kv_cache: int
     pinned: int
+    passing: int = 0
     working: int = _WORKING_BYTES
 
     @property
-    def total(self) -> int:
-        """All of it."""
+    def running(self) -> int:
+        """When the model is loaded."""
         return self.weights + self.kv_cache + self.pinned + self.working
+
+    @property
+    def loading(self) -> int:
+        """Until then."""
+        return self.weights + self.passing + self.working
+
+    @property
+    def total(self) -> int:
+        """At most."""
+        return max(self.running, self.loading)
 
 
 def dram_needs(plan: Plan, context: int) -> DramNeeds:
     """What a plan needs of DRAM with a cache for `context` tokens."""
     cache = context * plan.kv_bytes_on("cpu") + plan.state_bytes_on("cpu")
-    return DramNeeds(plan.nbytes_on("cpu"), cache, plan.pinned_bytes(context))
+    return DramNeeds(plan.nbytes_on("cpu"), cache, plan.pinned_bytes(context), plan.nbytes_on("gpu"))
 
 
 def check(plan: Plan, hardware: Hardware, context: int) -> None:
@@ -82,9 +96,12 @@ def _dram_problem(plan: Plan, hardware: Hardware, context: int) -> str | None:
         return None
     limit = "the container's limit of " if hardware.dram_limited else ""
     pinned = f", pinned buffers {format_gib(needs.pinned)}" if needs.pinned else ""
+    parts = f" (weights {format_gib(needs.weights)}, cache for {context} tokens {format_gib(needs.kv_cache)}{pinned}"
+    if needs.loading > needs.running:
+        parts = f" while it is loaded (weights {format_gib(needs.weights)}, those of the GPU on their way there "
+        parts += format_gib(needs.passing)
     return (
-        f"it needs {format_gib(needs.total)} of DRAM (weights {format_gib(needs.weights)}, cache for {context} tokens "
-        f"{format_gib(needs.kv_cache)}{pinned}, working memory {format_gib(needs.working)}), but "
+        f"it needs {format_gib(needs.total)} of DRAM{parts}, working memory {format_gib(needs.working)}), but "
         f"{format_gib(hardware.dram_available)} of {limit}{format_gib(hardware.dram_total)} are available: "
         f"{format_gib(shortfall)} too little. {_dram_advice(plan, needs, context, hardware.dram_available)}"
     )
@@ -93,8 +110,8 @@ def _dram_problem(plan: Plan, hardware: Hardware, context: int) -> str | None:
 def _dram_advice(plan: Plan, needs: DramNeeds, context: int, available: int) -> str:
     """What to do: a shorter context where that suffices."""
     per_position = plan.kv_bytes_on("cpu")
-    room = available - (needs.total - context * per_position)
-    if per_position and room >= per_position:
+    room = available - (needs.running - context * per_position)
+    if per_position and room >= per_position and needs.loading <= available:
         return f"Use --context {room // per_position} or less, or free memory."
     return "Use a file or a rule with a smaller format (Q4_K: 4.5 bits a weight, Q2_K: 2.6), or free memory."
 

@@ -160,7 +160,7 @@ class Plan:
         return self.step.mailbox_bytes(self._context(context)) if self.uses_gpu else 0
 
     def required_bytes(self, context: int | None = None) -> int:
-        """Bytes of DRAM to run with a cache for `context` tokens (None: the plan's own context)."""
+        """Bytes of DRAM to load and to run with a cache for `context` tokens (None: the plan's own context)."""
         return fits.dram_needs(self, self._context(context)).total
 
     def vram_budget(self, hardware: Hardware, context: int | None = None) -> VramBudget | None:

@@ -83,7 +83,7 @@ class VramLending:
         self._cache: ExpertCache | None = None
         self._pool: BlockPool | None = None
         self._streams = self._steps = self._moves = self._lent_out = 0
-        self._seconds, self._extended = 0.0, clock()
+        self._seconds, self._extended, self._is_refused = 0.0, clock(), False
 
     @property
     def experts(self) -> torch.Tensor:
@@ -167,8 +167,7 @@ class VramLending:
     def after_step(self) -> None:
         """Let the experts have what nobody has used for a while; after a decode step, when the GPU has nothing to do.
 
-        Raises:
-            KernelError: the device refuses.
+        If the device refuses, they go on with what they have: the step is computed, and nobody else is concerned.
         """
         self._steps += 1
         if self._steps < _STEPS:
@@ -189,7 +188,12 @@ class VramLending:
         if kept.spare and self._pool is not None:
             self._keys.resize(kept.lots)
             self._pool.num_backed = self._num_backed()
-        self._experts.resize(wanted)
+        try:
+            self._experts.resize(wanted)
+        except KernelError as error:
+            if not self._is_refused:
+                _LOG.warning("fewer experts are cached than there is VRAM for: %s", error)
+            self._is_refused = True
         self._cache.resize(self.num_slots)
         self._count(began)
 

@@ -163,6 +163,18 @@ def test_layers_are_as_many_of_the_first_as_fit(tiny: Tiny, with_gpu: Hardware) 
         on_gpu(600 * MIB)
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_moe"])
+def test_a_split_that_cannot_run_is_refused_when_it_is_planned(family: str, tiny: Tiny, with_gpu: Hardware) -> None:
+    """Layers that keep a window or a recurrent state can be among the first ones only."""
+    model, weight_map = tiny(family)
+    rules = parse_rules('strategy: cpu\nrules:\n  - match: {name: "model.layers.0.*"}\n    device: gpu\n', "test.yaml")
+    if family == "qwen3_moe":
+        assert make_plan(model, weight_map, rules, with_gpu).gpu_layers == {0}
+        return
+    with pytest.raises(PlanError, match=r"plan 'test.yaml' puts 1 layers of .* on the GPU: .* 'hybrid' or 'cpu'"):
+        make_plan(model, weight_map, rules, with_gpu)
+
+
 def test_rules_come_before_the_strategy(tiny: Tiny, with_gpu: Hardware) -> None:
     text = "rules:\n  - match: {role: experts}\n    device: cpu\n  - match: {role: attention}\n    format: Q8_0\n"
     plan = make_plan(*tiny("qwen3_moe"), rules_of(text), with_gpu)

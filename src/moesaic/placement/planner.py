@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from moesaic.errors import PlanError, RuleError
 from moesaic.modules import FAMILIES, is_delta_net
 from moesaic.modules.rotary import MOVING_ROPES, rope_type_of
+from moesaic.modules.split import why_no_tail
 from moesaic.placement.forms import COMFORT, choose_forms
 from moesaic.placement.hardware import Hardware
 from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, state_bytes, step_sizes
@@ -115,9 +116,20 @@ class _Planner:
             return Plan(source, model_class, entries, step=step, vram=self._vram, context=self._context)
 
         choice = choose(units, self._rules, self._hardware, trial)
+        self._check_split(choice.plan)
         plan = choose_forms(choice.plan, self._forms, self._rules.ternary, self._hardware)
         warnings = tuple(self._warnings(choice, plan, units))
         return replace(plan, strategy=choice.strategy, warnings=warnings)
+
+    def _check_split(self, plan: Plan) -> None:
+        """Refuse a split whose last layers could not follow those on the GPU, which loading would find out late."""
+        num_on_gpu, config = len(plan.gpu_layers), self._model.config
+        if 0 < num_on_gpu < config.get_text_config().num_hidden_layers:
+            problem = why_no_tail(config, num_on_gpu)
+            if problem:
+                raise PlanError(
+                    f"plan '{plan.name}' puts {num_on_gpu} layers of {plan.model_class} on the GPU: {problem}."
+                )
 
     def _is_unit(self, name: str, module: nn.Module) -> bool:
         parent = name.rpartition(".")[0]

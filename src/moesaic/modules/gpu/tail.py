@@ -12,8 +12,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moesaic.errors import UnsupportedModelError
-from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache, GrowingLayer
+from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
 from moesaic.kvcache.paged import PagedSequence
+from moesaic.modules.split import why_no_tail
 
 __all__ = ["CpuTail"]
 
@@ -36,12 +37,9 @@ class CpuTail:
         self._norm, self._head = decoder.norm, model.get_output_embeddings()
         self._scale = 1.0 / float(getattr(model.config.get_text_config(), "logits_scaling", 1.0))
         self._caches: WeakKeyDictionary[PagedSequence, GrowingCache] = WeakKeyDictionary()
-        kept = GrowingCache(model.config).layers[first:]
-        if not all(isinstance(layer, GrowingLayer) for layer in kept):
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: some of its last layers attend to a window or keep a recurrent state, which "
-                "the plan 'layers' cannot run yet: use 'hybrid' or 'cpu'."
-            )
+        problem = why_no_tail(model.config, first)
+        if problem:
+            raise UnsupportedModelError(f"{type(model).__name__}: {problem}.")
 
     @property
     def num_layers(self) -> int:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine")
     engine.add_argument("--max-batch", type=positive_int, metavar="N", help="most answers at a time (default: 64)")
     engine.add_argument("--max-waiting", type=positive_int, metavar="N", help="most that wait for them (default: 256)")
-    engine.add_argument("--kv-cache", type=byte_size, metavar="SIZE", help="memory for what requests have read so far")
+    engine.add_argument("--kv-cache", type=byte_size, metavar="SIZE", help="DRAM for what requests have read so far")
     add_profile_arguments(engine)
     add_deferral_argument(engine)
     engine.add_argument(

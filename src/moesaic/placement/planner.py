@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,11 @@ from moesaic.modules.rotary import MOVING_ROPES, rope_type_of
 from moesaic.modules.split import why_no_tail
 from moesaic.placement.forms import COMFORT, choose_forms
 from moesaic.placement.hardware import Hardware
-from moesaic.placement.measures import FLOAT_BYTES, cache_bytes, own_tensors, packed_bytes, state_bytes, step_sizes
+from moesaic.placement.measures import cache_bytes, own_tensors, state_bytes, step_sizes
 from moesaic.placement.plan import Device, Implementation, Placement, Plan
 from moesaic.placement.roles import module_roles
 from moesaic.placement.rules import KEEP, Rule, Rules
+from moesaic.placement.stacks import Stack, is_kv_b, projection_of, stack_bytes
 from moesaic.placement.strategies import Choice, Devices, Unit, choose
 from moesaic.placement.units import format_bytes
 from moesaic.placement.vram import DEFAULT_CONTEXT, StepSizes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from moesaic.models import TensorRef, WeightMap
+    from moesaic.models import WeightMap
 
 __all__ = ["make_plan"]
 
@@ -67,23 +68,6 @@ def make_plan(
         PlanError: the model or its checkpoint holds something that cannot be placed, or there is no GPU for the plan.
     """
     return _Planner(model, weight_map, rules, hardware, vram, context).plan()
-
-
-@dataclass(frozen=True, slots=True)
-class _Stack:
-    """Equal tensors of one module (one for most, one per expert for experts) as the checkpoint holds them."""
-
-    key: str
-    refs: Sequence[TensorRef]
-    packed: bool  # a matrix that a Moesaic implementation holds packed; anything else becomes float32
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.refs[0].shape
-
-    @property
-    def projection(self) -> str:
-        return self.key.removesuffix("_proj")
 
 
 class _Planner:
@@ -150,10 +134,10 @@ class _Planner:
             stack.key: self._format(rule, name, stack) if stack.packed else get_format("F32") for stack in stacks
         }
         cpu = self._place(name, module, implementation, "cpu", stacks, formats)
-        forms = {key: fmt if _is_kv_b(name, key) else other_form(fmt) or fmt for key, fmt in formats.items()}
+        forms = {key: fmt if is_kv_b(name, key) else other_form(fmt) or fmt for key, fmt in formats.items()}
         if forms != formats and role in _ROLES_WITH_FORMS:
             self._forms[name] = self._place(name, module, implementation, "cpu", stacks, forms)
-        gpu_formats = {key: get_format("BF16") if _is_kv_b(name, key) else fmt for key, fmt in formats.items()}
+        gpu_formats = {key: get_format("BF16") if is_kv_b(name, key) else fmt for key, fmt in formats.items()}
         on_gpu = self._implementation_on_gpu(name, implementation, rule)
         gpu = self._place(name, module, on_gpu, "gpu", stacks, gpu_formats)
         if role == "embedding":
@@ -168,16 +152,16 @@ class _Planner:
         module: Any,
         implementation: Implementation,
         device: Device,
-        stacks: Sequence[_Stack],
+        stacks: Sequence[Stack],
         formats: Mapping[str, WeightFormat],
     ) -> Placement:
         role = self._roles[name]
-        nbytes = per_token = sum(len(stack.refs) * _nbytes(formats[stack.key], stack) for stack in stacks)
+        nbytes = per_token = sum(len(stack.refs) * stack_bytes(formats[stack.key], stack) for stack in stacks)
         num_experts = expert_bytes = 0
         if role == "experts":
             per_token = math.ceil(nbytes * self._active_share(name))
             num_experts = len(stacks[0].refs)
-            sizes = (_nbytes(formats[stack.key], stack) for stack in stacks)
+            sizes = (stack_bytes(formats[stack.key], stack) for stack in stacks)
             expert_bytes = sum(math.ceil(size / _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT for size in sizes)
         elif role == "embedding":
             per_token = nbytes // int(module.weight.shape[0])  # one row
@@ -252,26 +236,26 @@ class _Planner:
         class_name = type(module).__name__
         return class_name in _PACKED_CLASSES or class_name.endswith("RMSNorm")
 
-    def _stacks(self, name: str, module: nn.Module, implementation: Implementation) -> Iterator[_Stack]:
+    def _stacks(self, name: str, module: nn.Module, implementation: Implementation) -> Iterator[Stack]:
         """The tensors that the module owns, as the checkpoint holds them."""
         packed = implementation == "moesaic"
         if self._roles[name] == "experts":
             for key, refs in self._weight_map.experts(name).named().items():
-                yield _Stack(key, refs, packed and not key.endswith("_bias"))
+                yield Stack(key, refs, packed and not key.endswith("_bias"))
             return
         mla = self._weight_map.mla(name) if self._roles[name] == "attention" else None
         if mla is not None:
-            yield from (_Stack("k_b", mla.k_b, packed), _Stack("v_b", mla.v_b, packed))
+            yield from (Stack("k_b", mla.k_b, packed), Stack("v_b", mla.v_b, packed))
         packed = packed and (self._roles[name] == "router" or type(module).__name__ in _PACKED_CLASSES)
         for key, _ in own_tensors(module):
-            yield _Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and key == "weight")
+            yield Stack(key, (self._weight_map.parameter(f"{name}.{key}"),), packed and key == "weight")
 
-    def _format(self, rule: Rule, name: str, stack: _Stack) -> WeightFormat:
+    def _format(self, rule: Rule, name: str, stack: Stack) -> WeightFormat:
         """The format in which a matrix is held."""
         if self._roles[name] == "router":
             return get_format("F32")  # small, and its choice flips on the smallest error
         stored = {ref.format.name for ref in stack.refs}
-        wanted = rule.format_of(stack.projection if stack.key != "weight" else _projection(name))
+        wanted = rule.format_of(stack.projection if stack.key != "weight" else projection_of(name))
         if wanted == KEEP:
             if len(stored) > 1:
                 raise PlanError(
@@ -323,17 +307,3 @@ class _Planner:
         needed, available = plan.required_bytes(), self._hardware.dram_available
         if available * COMFORT < needed <= available:
             yield f"the plan takes {needed / available:.0%} of the {format_bytes(available)} that are available."
-
-
-def _is_kv_b(name: str, key: str) -> bool:
-    """Whether this is MLA's `kv_b_proj` or a half of it, which the GPU holds as bfloat16 matrices per head."""
-    return key in ("k_b", "v_b") or (key == "weight" and name.endswith(".kv_b_proj"))
-
-
-def _projection(name: str) -> str:
-    """The last word of a name without "_proj": "gate" of "model.layers.0.mlp.gate_proj"."""
-    return name.rpartition(".")[2].removesuffix("_proj")
-
-
-def _nbytes(fmt: WeightFormat, stack: _Stack) -> int:
-    return packed_bytes(fmt, stack.shape) if stack.packed else math.prod(stack.shape) * FLOAT_BYTES

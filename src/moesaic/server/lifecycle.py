@@ -7,7 +7,6 @@ process where it stands.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -115,8 +114,7 @@ class Lifecycle:
                 await self._close(state)
             if not self._may_restart():
                 return 1
-            self.app.state.moesaic = state = None
-            gc.collect()  # there may be memory for one model only
+            self.app.state.moesaic = state = None  # there may be memory for one model only
 
     async def _loaded(self) -> ServerState | None:
         """The model; None if it could not be loaded, though it could before, or the server is to stop."""

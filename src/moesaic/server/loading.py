@@ -90,7 +90,7 @@ def _make_engine(options: ModelOptions) -> Engine:
     """Load the model; in the engine's thread."""
     from moesaic.engine.serving.start import ServingOptions, make_engine
 
-    gc.collect()  # of an engine that failed, which other threads may have held until a moment ago
+    gc.collect()  # what is left of an engine that failed: its parts know each other
     return make_engine(options.model, ServingOptions(**dict(options.serving)), options.progress)
 
 

@@ -15,8 +15,9 @@
 //                        (kGroupPeriod: groups after which quad() repeats its instructions, if it does inside a block;
 //                        largest(g): of the bytes of group g, if that is less than kLargest for some)
 //   or, where a group is best made at once, group(tile, scales, g, quads): its 8 quads
-//   plus_group(tile, scales, g, x, sum): optional, sum + the products of group g with one token's where that is quicker
-//                        without quads; the same to the bit as with them
+//   or quad(tile, scales, g, i), if load_scales() has made something of the tile
+//   plus_block(tile, ahead, x, sum): optional, sum + the products of a block with one token's groups x where that is
+//                        quicker without quads, the same to the bit as with them; it prefetches the block at `ahead`
 // A format may be another form of a file's: Source, and recode() from a block of it, with the same values.
 // float formats give kStep columns of 16 weights: load_weights(tile, w); those in blocks, with float activations all
 // the same, also load_scale(tile), by which a block's weights are multiplied.

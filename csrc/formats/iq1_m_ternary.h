@@ -1,4 +1,4 @@
-// IQ1_M held as digits to the base 3: blocks of 256 weights, 64 bytes: qs[52] (ternary.h), deltas[4] (a bit for 8
+// IQ1_M held as ternary digits: blocks of 256 weights, 64 bytes: qs[52] (ternary.h), deltas[4] (a bit for 8
 // weights: delta is negative), scales[8] as in IQ1_M; value = d (2 scale + 1) (weight (+-) 1 / 8).
 #pragma once
 
@@ -39,54 +39,65 @@ struct IQ1_M_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileDeltas = 832, kTileScales = 896;
-    static constexpr int kScaleGroup = 16, kQuarter = kFullRangeBias == 0 ? 16 : 1;  // of a digit
-    static constexpr int kZeroShift = kQuarter == 16 ? 6 : 2, kLargest = 12 * kQuarter;
-    static constexpr bool kHasOffset = true;
-    using Scales = IQ1_M::Scales;  // of a quarter of d / kQuarter
-    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
-        Scales s = IQ1_M::scales_of_tile(tile + kTileScales);
-        s.quarter_d = mul(s.quarter_d, set1(1.0f / kQuarter));
+    static constexpr int kScaleGroup = 16, kZeroShift = 4, kLargest = 25;  // eighths: of a code 8, and 1 more or less
+    static constexpr bool kHasOffset = false;
+    struct Scales {
+        IQ1_M::Scales block;
+        TernaryCodes codes;
+    };
+    // Scales of eighths of weights.
+    MOESAIC_INLINE IQ1_M::Scales block_scales(const uint8_t* tile) {
+        IQ1_M::Scales s = IQ1_M::scales_of_tile(tile + kTileScales);
+        s.quarter_d = mul(s.quarter_d, set1(0.5f));
         return s;
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s, j); }
-    // Bytes are 4 digits and 4, one less where delta is negative: without the 4, the offset is scale (-4 + 1 / 2).
-    MOESAIC_INLINE vf offset(const Scales& s, int j) { return mul(scale(s, j), set1(-3.5f * kQuarter)); }
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        Scales s;
+        s.block = block_scales(tile);
+        take_codes(tile + kTileQs, s.codes);
+        return s;
+    }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return IQ1_M::scale(s.block, j); }
     // A byte for 64 weights, in every byte of a row.
     MOESAIC_INLINE vb deltas(const uint8_t* tile, int g) { return spread_u8(tile + kTileDeltas + g / 2 * 16); }
-    // `bit` where bit t of a byte is one.
-    template <int bit>
-    MOESAIC_INLINE vb delta_bit(vb deltas, int t) {
-        constexpr int kTo = bit == 64 ? 6 : bit == 16 ? 4 : 0;
-        return and_b(t < kTo ? shl_16(deltas, kTo - t) : shr_16(deltas, t - kTo), set1_b(bit));
+    // Twice bit t of each byte.
+    MOESAIC_INLINE vb twice_bit(vb deltas, int t) {
+        return and_b(t == 0 ? shl_16(deltas, 1) : shr_16(deltas, t - 1), set1_b(2));
     }
-    MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        ternary_group<kZeroShift>(tile + kTileQs, g, quads);
-        const vb negative = deltas(tile, g);
-        MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            quads[i] = sub_b(quads[i], delta_bit<kQuarter>(negative, g % 2 * 4 + i / 2));
-        }
+    MOESAIC_INLINE vb quad(const uint8_t* tile, const Scales& s, int g, int i) {
+        const vb delta = sub_b(set1_b(1), twice_bit(deltas(tile, g), g % 2 * 4 + i / 2));
+        return add_b(ternary_quad<3>(s.codes, g, i), delta);
     }
-    // Sums are 64 times what they are with quads, their unit a 64th: the result is the same to the bit.
+#ifdef MOESAIC_HAS_BYTE_TABLES
+    // Groups g and g + 1, whose sums of raised codes are there.
     template <class Group>
-        requires(kHasByteDots)
-    MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
-        TernaryWalk walk = walk_group(tile + kTileQs, g);
+    MOESAIC_INLINE vf plus_groups(const uint8_t* tile, const IQ1_M::Scales& s, int g, const Group* x,
+                                  const vi (&sums)[16], vf sum) {
+        alignas(64) float less[4][4];  // of a half of 16 weights, by its two bits of delta, in eighths
+        signed_eights(x[g].values, x[g + 1].values, -15, -17, less);
         const vb negative = deltas(tile, g);
-        alignas(32) int32_t quarters[2][4];
-        sums_of_eights(x.values, quarters);
         MOESAIC_UNROLL
-        for (int h = 0; h < 2; ++h) {
-            // A quarter less where delta is negative.
-            TernarySums sums{zero_i(), lookup_4(shr_32(negative, g % 2 * 4 + 2 * h), quarters[h])};
-            MOESAIC_UNROLL
-            for (int i = 4 * h; i < 4 * h + 4; ++i) add_quad(sums, walk, x.values + 4 * i);
-            const vf unit = mul(mul(s.quarter_d, set1(kQuarter * 0x1p-6f)), IQ1_M::odd_scale(s, 2 * g + h));
-            sum = fma(mul(digits_times_256(sums), unit), set1(x.scale), sum);
-            sum = fma(mul(unit, set1(-3.5f * 64)), set1(x.scaled_half_sums[h]), sum);
+        for (int h = 0; h < 4; ++h) {
+            const int half = 2 * g + h;
+            const vf too_much = lookup_4(shr_32(negative, 2 * h), less[h]);
+            const float eighths = 8.0f / static_cast<float>(1 << ternary_raise(half / 2));
+            const vf dots = fma(to_float(sums[half]), set1(eighths), too_much);
+            sum = fma(mul(dots, IQ1_M::scale(s, half)), set1(x[half / 2].scale), sum);
         }
         return sum;
     }
+    template <class Group>
+    MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
+        vi sums[16];
+        ternary_sums<2>(tile + kTileQs, ahead + kTileQs, x, sums);
+        MOESAIC_UNROLL
+        for (int i = kTileDeltas; i < 16 * kBlockBytes; i += 64) prefetch(ahead + i);
+        const IQ1_M::Scales s = block_scales(tile);
+        MOESAIC_UNROLL
+        for (int g = 0; g < 8; g += 2) sum = plus_groups(tile, s, g, x, sums, sum);
+        return sum;
+    }
+#endif
 #endif
 };
 

@@ -1,4 +1,4 @@
-// IQ1_S held as digits to the base 3: blocks of 256 weights, 58 bytes: qs[52] (ternary.h), scales[4] (a nibble for 32
+// IQ1_S held as ternary digits: blocks of 256 weights, 58 bytes: qs[52] (ternary.h), scales[4] (a nibble for 32
 // weights: the sign of delta, a scale of 3), d; value = d (2 scale + 1) (weight (+-) 1 / 8).
 #pragma once
 
@@ -9,17 +9,16 @@ namespace moesaic {
 namespace {
 
 #ifdef MOESAIC_ISA
-// What a nibble of scales means, but for d.
+// What a nibble of scales means, but for d: for codes of weights, raised by 2 n bits, and for what codes have too much.
 struct TernaryNibbles {
-    float scale[16], scale_over_256[16], offset[16];
+    float scale[4][16], offset[16];
 };
 constexpr TernaryNibbles ternary_nibbles() {
     TernaryNibbles table{};
     for (int nibble = 0; nibble < 16; ++nibble) {
         const float scale = static_cast<float>(nibble | 1);
-        table.scale[nibble] = scale / (1 << kRaisedDigit);
-        table.scale_over_256[nibble] = scale / 256;
-        table.offset[nibble] = scale * (nibble % 2 == 0 ? -0.875f : -1.125f);
+        for (int n = 0; n < 4; ++n) table.scale[n][nibble] = scale / static_cast<float>(1 << (2 * n));
+        table.offset[nibble] = scale * (nibble % 2 == 0 ? -1.875f : -2.125f);
     }
     return table;
 }
@@ -62,38 +61,55 @@ struct IQ1_S_TERNARY {
 
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 832, kTileD = 896;
-    static constexpr int kScaleGroup = 32, kZeroShift = kRaisedDigit;
-    static constexpr int kLargest = 3 << kRaisedDigit;  // digits and 1
+    static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 3;
     static constexpr bool kHasOffset = true;
-    struct Scales {
+    struct BlockScales {
         vf d;
         vb nibbles;
     };
-    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+    struct Scales {
+        BlockScales block;
+        TernaryCodes codes;
+    };
+    MOESAIC_INLINE BlockScales block_scales(const uint8_t* tile) {
         return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)), load_b(tile + kTileScales)};
     }
-    MOESAIC_INLINE vb nibble(const Scales& s, int j) { return shr_32(s.nibbles, 4 * j); }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) {
-        return mul(s.d, lookup_floats(nibble(s, j), kTernaryNibbles.scale));
+    MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
+        Scales s;
+        s.block = block_scales(tile);
+        take_codes(tile + kTileQs, s.codes);
+        return s;
     }
-    MOESAIC_INLINE vf offset(const Scales& s, int j) {
-        return mul(s.d, lookup_floats(nibble(s, j), kTernaryNibbles.offset));
+    MOESAIC_INLINE vf looked_up(const BlockScales& s, int j, const float (&table)[16]) {
+        return mul(s.d, lookup_floats(shr_32(s.nibbles, 4 * j), table));
     }
-    MOESAIC_INLINE void group(const uint8_t* tile, const Scales&, int g, vb (&quads)[8]) {
-        ternary_group<kRaisedDigit>(tile + kTileQs, g, quads);
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return looked_up(s.block, j, kTernaryNibbles.scale[0]); }
+    MOESAIC_INLINE vf offset(const Scales& s, int j) { return looked_up(s.block, j, kTernaryNibbles.offset); }
+    MOESAIC_INLINE vb quad(const uint8_t*, const Scales& s, int g, int i) { return ternary_quad(s.codes, g, i); }
+    static constexpr int raise(int g) { return ternary_raise(g); }
+    MOESAIC_INLINE vb raised_quad(const uint8_t*, const Scales& s, int g, int i) {
+        return raised_ternary_quad(s.codes, g, i);
     }
-    // Sums are 256 times what they are with quads, the scale a 256th: the result is the same to the bit.
+    MOESAIC_INLINE vf raised_scale(const Scales& s, int g, int) {
+        return looked_up(s.block, g, kTernaryNibbles.scale[raise(g) / 2]);
+    }
+#ifdef MOESAIC_HAS_BYTE_TABLES
     template <class Group>
-        requires(kHasByteDots)
-    MOESAIC_INLINE vf plus_group(const uint8_t* tile, const Scales& s, int g, const Group& x, vf sum) {
-        TernaryWalk walk = walk_group(tile + kTileQs, g);
-        TernarySums sums{zero_i(), zero_i()};
+    MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
+        vi sums[8];
+        ternary_sums<1>(tile + kTileQs, ahead + kTileQs, x, sums);
+        prefetch(ahead + kTileScales);
+        prefetch(ahead + kTileD);
+        const BlockScales s = block_scales(tile);
         MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) add_quad(sums, walk, x.values + 4 * i);
-        const vf scale_over_256 = mul(s.d, lookup_floats(nibble(s, g), kTernaryNibbles.scale_over_256));
-        sum = fma(mul(digits_times_256(sums), scale_over_256), set1(x.scale), sum);
-        return fma(offset(s, g), set1(x.scaled_sum), sum);
+        for (int g = 0; g < 8; ++g) {
+            const vf scale = looked_up(s, g, kTernaryNibbles.scale[raise(g) / 2]);
+            sum = fma(mul(to_float(sums[g]), scale), set1(x[g].scale), sum);
+            sum = fma(looked_up(s, g, kTernaryNibbles.offset), set1(x[g].scaled_sum), sum);
+        }
+        return sum;
     }
+#endif
 #endif
 };
 

@@ -28,11 +28,9 @@ constexpr bool kHas32Registers = false;
 constexpr int kDirectTokens = 3, kBlockTokens = 4, kBlockPanels = 1;
 #ifdef __AVXVNNI__
 constexpr int kFullRangeBias = 0;
-constexpr bool kHasByteDots = true;
 #else
 // maddubs would saturate on weights above 127, so those are taken as signed numbers around 128.
 constexpr int kFullRangeBias = 128;
-constexpr bool kHasByteDots = false;
 #endif
 
 MOESAIC_INLINE __m256i first_lanes(int n) {
@@ -232,6 +230,7 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(t, index.a), _mm256_shuffle_epi8(t, index.b)};
 }
+MOESAIC_INLINE vb lookup16_or_0(vb index, const uint8_t* table) { return lookup16(index, table); }
 MOESAIC_INLINE __m256 lookup_eight_floats(__m256i index, const float* table) {
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
     const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), index);
@@ -361,21 +360,6 @@ MOESAIC_INLINE vi widen(vs x) {
 #endif
 
 MOESAIC_INLINE vi set1_through_memory(int32_t x) { return set1_i(x); }
-MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(64), x);
-    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, 0xb1));  // a, a, b, b
-    const __m256i zero = _mm256_setzero_si256();
-    const __m256i first = _mm256_blend_epi32(zero, _mm256_shuffle_epi32(eights, 0), 0xaa);  // 0, a, 0, a
-    const __m256i second = _mm256_blend_epi32(zero, eights, 0xcc);                          // 0, 0, b, b
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_add_epi32(first, second));
-}
-MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
-    const __m256 all = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(table));
-    return {_mm256_castps_si256(_mm256_permutevar_ps(all, index.a)),
-            _mm256_castps_si256(_mm256_permutevar_ps(all, index.b))};
-}
 template <int N>
 MOESAIC_INLINE void leave_in_memory(uint8_t (&bytes)[N]) {
     __asm__("" : "+m"(bytes));

@@ -24,7 +24,6 @@ struct vb {
 constexpr bool kHas32Registers = true;
 constexpr int kDirectTokens = 6, kBlockTokens = 6, kBlockPanels = 2;
 constexpr int kFullRangeBias = 0;
-constexpr bool kHasByteDots = true;
 
 MOESAIC_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -162,6 +161,7 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), index.v)};
 }
+MOESAIC_INLINE vb lookup16_or_0(vb index, const uint8_t* table) { return lookup16(index, table); }
 MOESAIC_INLINE vf lookup_floats(vb index, const float* table) {
     return _mm512_permutexvar_ps(index.v, _mm512_loadu_ps(table));
 }
@@ -276,19 +276,6 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))};
 }
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }
-
-MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values));
-    const __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(64), x);
-    const __m256i eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32(fours, _MM_PERM_CDAB));  // a, a, b, b
-    const __m256i first = _mm256_maskz_shuffle_epi32(0xaa, eights, _MM_PERM_AAAA);               // 0, a, 0, a
-    _mm256_store_si256(reinterpret_cast<__m256i*>(out), _mm256_mask_add_epi32(first, 0xcc, first, eights));
-    __asm__("" : "+m"(out));
-}
-MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
-    const __m512i all = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-    return {_mm512_castps_si512(_mm512_permutevar_ps(_mm512_castsi512_ps(all), index.v))};
-}
 
 // Else the compiler takes parts out of the register that was stored, by shuffles.
 template <int N>

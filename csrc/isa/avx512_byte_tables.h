@@ -8,6 +8,9 @@
 //                    signs are in bits 2 to 5 of byte t
 //   signs_of_sevens() 8 signs from the low 7 bits of each byte: the number of minus signs is even
 //   bits_from()      bytes of 8 bits from anywhere in a lane
+//   lookup64()       a byte of a table of 64 by the low six bits of each
+//   masked_or()      (a | b) & mask in one instruction
+//   signed_eights()  sums of 8 activations by signs, which lookup_4() looks up
 //   select_b()       bits of the first vector where a lane of the mask has ones, of the second elsewhere
 //
 // Of the byte of a half with signs in between, a lookup sees six bits, in which it disregards those that belong to
@@ -22,6 +25,8 @@ namespace {
 MOESAIC_INLINE vb select_b(uint32_t mask, vb yes, vb no) {
     return {_mm512_ternarylogic_epi32(set1_lane(mask).v, yes.v, no.v, 0xca)};
 }
+// (a | b) & mask in one instruction: the compiler would share a | b between masks, and need two.
+MOESAIC_INLINE vb masked_or(vb a, vb b, vb mask) { return {_mm512_ternarylogic_epi32(a.v, b.v, mask.v, 0xa8)}; }
 template <int n>
 MOESAIC_INLINE vb rotate_32(vb a) {
     return {_mm512_rol_epi32(a.v, n)};
@@ -141,6 +146,25 @@ MOESAIC_INLINE void permute_32(const int8_t* from, const uint8_t (&order)[32], i
     const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutexvar_epi8(index, bytes));
     __asm__("" : "+m"(to));  // else the compiler takes them out of the register, by shuffles
+}
+
+// Of two times 32 values, out[h][n] for halves h of 16: the sum of its first eight and that of its last eight values,
+// each times `plus`, or times `minus` where the lower (the upper) bit of n is one. Exact up to 2^24.
+MOESAIC_INLINE void signed_eights(const int8_t* first, const int8_t* second, float plus, float minus,
+                                  float (&out)[4][4]) {
+    const __m512i one = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    const __m512i x = _mm512_inserti64x4(one, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)), 1);
+    const __m512i fours = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(1), x);
+    const vf eights = to_float({_mm512_add_epi32(fours, _mm512_shuffle_epi32(fours, _MM_PERM_CDAB))});  // a, a, b, b
+    const vf others = _mm512_shuffle_ps(eights, eights, 0x4e);                                          // b, b, a, a
+    const vf factors = _mm512_set4_ps(minus, minus, minus, plus), of_others = _mm512_set4_ps(minus, plus, plus, plus);
+    _mm512_store_ps(out[0], fma(eights, factors, mul(others, of_others)));
+    __asm__("" : "+m"(out));  // else the compiler takes them out of the register, by shuffles
+}
+// table[the low two bits of each lane]
+MOESAIC_INLINE vf lookup_4(vb index, const float* table) {
+    const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(table));
+    return _mm512_permutevar_ps(all, index.v);
 }
 
 // 64 lookups in each of two tables of 256 bytes.

@@ -4,7 +4,7 @@
 //
 // A lane is an output row in the matrix kernels, and just an element elsewhere. Loads and stores need no alignment.
 // kFullRangeBias: what dot4<true> subtracts from each weight byte before it multiplies (0 where bytes above 127 are
-// as good as others); kHasByteDots: whether dot4<true> is one instruction; kHas32Registers: how much kernels may block.
+// as good as others); kHas32Registers: how much kernels may block.
 // In the matrix kernels, up to kDirectTokens tokens share a pass over packed float weights; above, kBlockTokens tokens
 // x kBlockPanels panels of sums stay in registers.
 #pragma once
@@ -35,7 +35,6 @@ struct vb {
 constexpr bool kHas32Registers = false;
 constexpr int kDirectTokens = 1, kBlockTokens = 2, kBlockPanels = 1;
 constexpr int kFullRangeBias = 0;
-constexpr bool kHasByteDots = false;
 
 // floats
 MOESAIC_INLINE vf load(const float* p) {
@@ -212,6 +211,13 @@ MOESAIC_INLINE vb lookup16(vb index, const uint8_t* table) {
     for (int i = 0; i < 64; ++i) bytes[i] = table[bytes[i] & 15];
     return load_b(bytes);
 }
+// table[the low four bits] for bytes below 128, 0 for others
+MOESAIC_INLINE vb lookup16_or_0(vb index, const uint8_t* table) {
+    uint8_t bytes[64];
+    __builtin_memcpy(bytes, &index, 64);
+    for (int i = 0; i < 64; ++i) bytes[i] = bytes[i] < 128 ? table[bytes[i] & 15] : 0;
+    return load_b(bytes);
+}
 // table[the low four bits of each lane]
 MOESAIC_INLINE vf lookup_floats(vb index, const float* table) {
     vf x;
@@ -293,22 +299,6 @@ MOESAIC_INLINE void leave_in_memory(uint8_t (&)[N]) {}
 // set1_i() of a number that has just been computed; by a load that repeats it where vector instructions are what
 // counts.
 MOESAIC_INLINE vi set1_through_memory(int32_t x) { return set1_i(x); }
-
-// Of 32 values, out[h][n]: 64 times the sums of values 16 h to 16 h + 7 (if n's lower bit is one) and of the eight
-// after them (its upper bit). out is aligned to 32 bytes.
-MOESAIC_INLINE void sums_of_eights(const int8_t* values, int32_t (&out)[2][4]) {
-    for (int h = 0; h < 2; ++h) {
-        int32_t sums[2] = {};
-        for (int k = 0; k < 16; ++k) sums[k / 8] += 64 * values[16 * h + k];
-        for (int n = 0; n < 4; ++n) out[h][n] = (n & 1) * sums[0] + (n >> 1) * sums[1];
-    }
-}
-// table[the low two bits of each lane]
-MOESAIC_INLINE vi lookup_4(vb index, const int32_t* table) {
-    vi out;
-    for (int row = 0; row < 16; ++row) out.v[row] = table[index.v[row] & 3u];
-    return out;
-}
 
 // The same address, but the compiler does not know it: what is there is not kept from an earlier reading.
 template <class T>

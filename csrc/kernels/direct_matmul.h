@@ -77,14 +77,14 @@ MOESAIC_INLINE void add_scaled(const vi (&dots)[T], const typename F::Scales& sc
 // dots[t] = half `h` of group g (or all of it) of a tile times T tokens, plus the zero point, quad by quad: there are
 // too few registers for a whole group.
 template <class F, int T>
-MOESAIC_INLINE void narrow_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
-                                vi (&dots)[T]) {
+MOESAIC_INLINE void dots_by_quads(const uint8_t* tile, const typename F::Scales& scales, int g, int h,
+                                  const ActivationGroup* const (&tokens)[T], vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>;
     MOESAIC_UNROLL
     for (int t = 0; t < T; ++t) dots[t] = initial_sum<F>(*tokens[t], h);
     MOESAIC_UNROLL
     for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
-        const vb quad = F::quad(tile, g, i);
+        const vb quad = quad_of<F>(tile, scales, g, i);
         MOESAIC_UNROLL
         for (int t = 0; t < T; ++t) {
             dots[t] = in_order(dot4<kFullRange<F>>(dots[t], quad, tokens[t]->values + 4 * i));
@@ -94,16 +94,15 @@ MOESAIC_INLINE void narrow_dots(const uint8_t* tile, int g, int h, const Activat
 
 // The same by narrow sums.
 template <class F, int T>
-    requires(kNarrowQuads<F> > 1)
-MOESAIC_INLINE void narrow_dots(const uint8_t* tile, int g, int h, const ActivationGroup* const (&tokens)[T],
-                                vi (&dots)[T]) {
+MOESAIC_INLINE void narrow_dots(const uint8_t* tile, const typename F::Scales& scales, int g, int h,
+                                const ActivationGroup* const (&tokens)[T], vi (&dots)[T]) {
     constexpr int kQuads = 8 / kSubs<F>, kChain = kNarrowQuads<F> < kQuads ? kNarrowQuads<F> : kQuads;
     MOESAIC_UNROLL
     for (int first = kQuads * h; first < kQuads * (h + 1); first += kChain) {
         vs sums[T];
         MOESAIC_UNROLL
         for (int i = first; i < first + kChain; ++i) {
-            const vb quad = F::quad(tile, g, i);
+            const vb quad = quad_of<F>(tile, scales, g, i);
             MOESAIC_UNROLL
             for (int t = 0; t < T; ++t) {
                 const vs products = narrow_dot4(quad, tokens[t]->values + 4 * i);
@@ -125,7 +124,11 @@ MOESAIC_INLINE void add_narrow_group(const uint8_t* tile, const typename F::Scal
     MOESAIC_UNROLL
     for (int h = 0; h < kSubs<F>; ++h) {
         vi dots[T];
-        narrow_dots<F, T>(tile, g, h, tokens, dots);
+        if constexpr (kNarrowQuads<F> > 1) {
+            narrow_dots<F, T>(tile, scales, g, h, tokens, dots);
+        } else {
+            dots_by_quads<F, T>(tile, scales, g, h, tokens, dots);
+        }
         add_scaled<F, T>(dots, scales, g, h, tokens, sums);
     }
 }
@@ -135,13 +138,8 @@ MOESAIC_INLINE void add_narrow_group(const uint8_t* tile, const typename F::Scal
 template <class F, int T>
 MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& scales, int g,
                               const ActivationGroup* const (&tokens)[T], vf (&sums)[T]) {
-    if constexpr (T == 1 && requires { F::plus_group(tile, scales, g, *tokens[0], sums[0]); }) {
-        sums[0] = F::plus_group(tile, scales, g, *tokens[0], sums[0]);
-        return;
-    }
 #ifdef MOESAIC_HAS_NARROW_SUMS
-    constexpr bool kHasQuads = requires { F::quad(tile, g, 0); };
-    if constexpr (kHasQuads && (T > 1 || kNarrowQuads<F> > 1)) {
+    if constexpr (kHasQuads<F> && (T > 1 || kNarrowQuads<F> > 1)) {
         return add_narrow_group<F, T>(tile, scales, g, tokens, sums);
     }
 #endif
@@ -174,6 +172,11 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
     }
     for (int64_t b = 0; b < num_blocks; ++b, panel += 16 * F::kBlockBytes) {
         const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
+        if constexpr (T == 1 && requires { F::plus_block(panel, ahead, tokens[0], sums[0]); }) {
+            sums[0] = F::plus_block(panel, ahead, tokens[0], sums[0]);
+            tokens[0] += kGroups;
+            continue;
+        }
         const typename F::Scales scales = F::load_scales(panel);
         _Pragma("GCC unroll 1") for (int first = 0; first < kGroups; first += kPeriod) {
             MOESAIC_UNROLL

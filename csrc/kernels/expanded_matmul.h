@@ -18,9 +18,9 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
         const typename F::Scales scales = F::load_scales(tile);
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
-            if constexpr (requires { F::quad(tile, g, 0); }) {
+            if constexpr (kHasQuads<F>) {
                 MOESAIC_UNROLL
-                for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], F::quad(tile, g, i));
+                for (int i = 0; i < 8; ++i) store_b(out.quads[first + g][i], quad_of<F>(tile, scales, g, i));
             } else {
                 vb quads[8];
                 quads_of_group<F>(tile, scales, g, quads);

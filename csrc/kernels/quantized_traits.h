@@ -76,6 +76,20 @@ template <class F>
 constexpr MixedPlaces<F> kMixedPlaces{};
 #endif
 
+// quad() may take scales, too, with what load_scales() has made of the tile.
+template <class F>
+constexpr bool kHasQuads = requires(const uint8_t* tile, const typename F::Scales& scales) {
+    F::quad(tile, 0, 0);
+} || requires(const uint8_t* tile, const typename F::Scales& scales) { F::quad(tile, scales, 0, 0); };
+template <class F>
+MOESAIC_INLINE vb quad_of(const uint8_t* tile, [[maybe_unused]] const typename F::Scales& scales, int g, int i) {
+    if constexpr (requires { F::quad(tile, scales, g, i); }) {
+        return F::quad(tile, scales, g, i);
+    } else {
+        return F::quad(tile, g, i);
+    }
+}
+
 // The 8 quads of group g of a tile.
 template <class F>
 MOESAIC_INLINE void quads_of_group(const uint8_t* tile, const typename F::Scales& scales, int g, vb (&quads)[8]) {
@@ -86,7 +100,7 @@ MOESAIC_INLINE void quads_of_group(const uint8_t* tile, const typename F::Scales
         F::group(tile, scales, g, quads);
     } else {
         MOESAIC_UNROLL
-        for (int i = 0; i < 8; ++i) quads[i] = F::quad(tile, g, i);
+        for (int i = 0; i < 8; ++i) quads[i] = quad_of<F>(tile, scales, g, i);
     }
 }
 

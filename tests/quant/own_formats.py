@@ -20,12 +20,30 @@ def half_scales(bits: np.ndarray, fmt: WeightFormat) -> np.ndarray:
     return bits.view(np.float16).astype(np.float32)
 
 
+def ternary_codes(bytes_: np.ndarray) -> np.ndarray:
+    """The five weights -1, 0, 1 of each byte, `[..., 5]`, by what `csrc/formats/ternary.h` says of bits h, m, x."""
+    h, m, x = bytes_ >> 6, bytes_ >> 3 & 7, bytes_ & 7
+    first = np.where((h == 0) & (m < 5), 8, x)
+    second = np.where((h == 0) & ((m == 0) | (m > 3)), 8, x ^ m)
+    of_eights = np.where(m == 0, 1, 2 + (x >> 2))
+    fifth = np.where(h != 0, h, np.where(m % 4 == 0, of_eights, m % 4))
+    return np.stack([first % 3, first // 3, second % 3, second // 3, fifth - 1], -1).astype(np.int32) - 1
+
+
 def ternary_weights(blocks: np.ndarray) -> np.ndarray:
-    """The weights -1, 0, 1 of blocks `[..., block_bytes]`, `[..., 256]`: five digits a byte, 20 weights in 4 bytes."""
-    fractions = blocks[..., :52].astype(np.int32).reshape(*blocks.shape[:-1], 13, 1, 4)
-    powers = np.array([1, 3, 9, 27, 81])[:, None]
-    digits = fractions * powers % 256 * 3 // 256
-    return digits.reshape(*blocks.shape[:-1], 260)[..., :256] - 1
+    """The weights -1, 0, 1 of blocks `[..., block_bytes]`, `[..., 256]`.
+
+    The first seven vectors of four bytes have quads 0 to 6 of groups 0 to 3, the others quads 0 to 5 of groups 4 to 7.
+    """
+    codes = ternary_codes(blocks[..., :52].reshape(*blocks.shape[:-1], 13, 4))
+    out = np.empty((*blocks.shape[:-1], 8, 8, 4), np.int32)
+    for group in range(4):
+        out[..., group, :7, :] = codes[..., :7, :, group]
+        out[..., group + 4, :6, :] = codes[..., 7:, :, group]
+    fifths = [(0, 7), (1, 7), (2, 7), (3, 7), (4, 7), (5, 7), (6, 7), (4, 6), (5, 6), (6, 6), (7, 6), (7, 7)]
+    for vector, (group, quad) in enumerate(fifths):
+        out[..., group, quad, :] = codes[..., vector, :, 4]
+    return out.reshape(*blocks.shape[:-1], 256)
 
 
 def ternary_values(blocks: np.ndarray, fmt: WeightFormat) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""TQ1_0, and the other forms of IQ1_S and IQ1_M: bytes of five digits to the base 3."""
+"""TQ1_0, and the other forms of IQ1_S and IQ1_M: bytes of five ternary digits.
+
+Those of TQ1_0 are fractions to the base 3; those of the other forms are described in `csrc/formats/ternary.h`.
+"""
 
 # mypy: disable-error-code="assignment"
 
@@ -9,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_at, field, spread
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, field, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["IQ1_M_TERNARY", "IQ1_S_TERNARY", "TQ1_0", "iq1_m_scale"]
@@ -52,14 +55,62 @@ def _tq1_0_scales(loaded, item, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _load_fives(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
-    """The word that has weights 4 (steps * item + step) and three more: five quads, one after the other, are a word."""
-    return (tl.load(words + 16 * ((F.steps * item + step) // 5)),)
+def _pair(x) -> Any:
+    """The two codes of numbers 0 to 7 in each byte, the first in the lowest bits."""
+    return x + (x * 11 >> 5 & 0x03030303) + 0x05050505
+
+
+@triton.jit
+def _four_codes(word) -> Any:
+    """Codes 0 to 3 of each byte of a word, two bits each."""
+    codes = _pair(word & 0x07070707) | _pair((word ^ word >> 3) & 0x07070707) << 4
+    has_no_h = ~(word >> 6 | word >> 7) & 0x01010101
+    has_m = (word >> 3 | word >> 4) & 0x01010101
+    is_above = has_m & word >> 5  # m is 5, 6, 7: the second pair is 8, else the first
+    return codes | (has_no_h & ~is_above) * 0x0F | (has_no_h & ~(has_m & ~(word >> 5))) * 0xF0
+
+
+@triton.jit
+def _fifth_codes(word) -> Any:
+    """Code 4 of each byte of a word, in its lowest bits."""
+    h, m = word >> 6 & 0x03030303, word >> 3 & 0x03030303
+    has_no_h = ~(h | h >> 1) & 0x01010101
+    has_no_m = ~(m | m >> 1) & 0x01010101
+    of_eights = 0x01010101 + (word >> 5 & 0x01010101) + (word >> 5 & word >> 2 & 0x01010101)
+    return h | (has_no_h * 3 & (m | (has_no_m * 3 & of_eights)))
+
+
+@triton.jit
+def _place(group, quad) -> Any:
+    """The word that has a quad of a group, and whether as code 4."""
+    first = tl.where(group < 4, 0, 7)
+    is_fifth = quad >= tl.where(group < 4, 7, 6)
+    last = tl.where(quad == 7, tl.where(group < 7, group, 11), group + 3)
+    return tl.where(is_fifth, last, first + quad), is_fifth
+
+
+@triton.jit
+def _load_quad(words, group, quad) -> Any:
+    word, _ = _place(group, quad)
+    return tl.load(words + 16 * word)
+
+
+@triton.jit
+def _quad_codes(word, magic, group, quad) -> Any:
+    """The weights of a quad."""
+    _, is_fifth = _place(group, quad)
+    codes = tl.where(is_fifth, _fifth_codes(word), _four_codes(word) >> 2 * (group % 4))
+    return byte_codes(codes, magic, 0, 3, 2, 0)
+
+
+@triton.jit
+def _load_iq1_s_ternary(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    return (_load_quad(words, item, step),)
 
 
 @triton.jit
 def _iq1_s_ternary(loaded, grid, magic, item, step) -> Any:
-    return _digits(loaded[0], (8 * item + step) % 5, magic)
+    return _quad_codes(loaded[0], magic, item, step)
 
 
 @triton.jit
@@ -75,33 +126,38 @@ def _iq1_s_ternary_scales(loaded, item, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _iq1_s_block(loaded, grid, magic, item, step) -> Any:
-    """Digit step % 5 of each byte of a word, two of them times 2^8 and two times 2^23.
+def _load_iq1_s_block(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    """The words that have quad `step` of all groups."""
+    loaded = ()
+    for group in tl.static_range(8):
+        if step < (7 if group < 4 else 6):
+            if group % 4 == 0:
+                loaded = loaded + (tl.load(words + 16 * (step + group // 4 * 7)),)
+        elif step == 6:
+            loaded = loaded + (tl.load(words + 16 * (group + 3)),)
+        else:
+            loaded = loaded + (tl.load(words + 16 * (group if group < 7 else 11)),)
+    return loaded
 
-    Two bytes have a part of an integer each, as fractions; multiplied by three, what is above the point is a digit. The
-    upper ones' bits are an exponent's lowest and a fraction's highest, where 0, 1 and 2 are so, too.
-    """
-    word = loaded[0]
-    after = word >> 8
-    even = (word & 0xFF) | (word >> 1 & 0x7F8000)
-    odd = (after & 0xFF) | (after >> 1 & 0x7F8000)
-    before: tl.constexpr = step % 5
-    for _ in tl.static_range(before):
-        even = even * 3 & 0x7F80FF
-        odd = odd * 3 & 0x7F80FF
-    even = even * 3
-    odd = odd * 3
-    return (
-        (even & 0x300).to(tl.float32, bitcast=True),
-        (odd & 0x300).to(tl.float32, bitcast=True),
-        (even & 0x1800000).to(tl.float32, bitcast=True),
-        (odd & 0x1800000).to(tl.float32, bitcast=True),
-    )
+
+@triton.jit
+def _iq1_s_block(loaded, grid, magic, item, step) -> Any:
+    """Quad `step` of all groups, whose codes are 4^n and 2^8 4^n as large."""
+    out = ()
+    for group in tl.static_range(8):
+        if step < (7 if group < 4 else 6):
+            codes = _four_codes(loaded[group // 4])
+        elif step == 6:
+            codes = _fifth_codes(loaded[group - 3]) << 2 * (group % 4)
+        else:
+            codes = _fifth_codes(loaded[group]) << 2 * (group % 4)
+        out = out + byte_codes(codes, None, 2 * (group % 4), 3, 0, 0)
+    return out
 
 
 @triton.jit
 def _iq1_s_block_scales(loaded, item, F: tl.constexpr) -> Any:
-    """Of digits that count from 0: weights are scale * (digit - 1) and an eighth of it up or down."""
+    """Of codes: weights are scale * (code - 2) and an eighth of it up or down."""
     d = loaded[1].to(tl.float32)
     scales = ()
     offsets = ()
@@ -109,13 +165,13 @@ def _iq1_s_block_scales(loaded, item, F: tl.constexpr) -> Any:
         nibble = loaded[0] >> (4 * group)
         scale = d * (nibble & 14 | 1).to(tl.float32)
         scales = scales + (scale,)
-        offsets = offsets + (scale * tl.where((nibble & 1) == 0, -0.875, -1.125),)
+        offsets = offsets + (scale * tl.where((nibble & 1) == 0, -1.875, -2.125),)
     return scales + offsets
 
 
 @triton.jit
 def _load_iq1_m_ternary(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
-    return tl.load(words + 16 * ((4 * item + step) // 5)), byte_at(bytes, 52 + item // 4)
+    return _load_quad(words, item // 2, item % 2 * 4 + step), byte_at(bytes, 52 + item // 4)
 
 
 @triton.jit
@@ -123,7 +179,7 @@ def _iq1_m_ternary(loaded, grid, magic, item, step) -> Any:
     eight = 2 * item + step // 2
     negative = spread(loaded[1] >> (eight % 8) & 0x01010101)
     delta = tl.where(negative == 0, 0.125, -0.125)
-    a, b, c, d = _digits(loaded[0], (4 * item + step) % 5, magic)
+    a, b, c, d = _quad_codes(loaded[0], magic, item // 2, item % 2 * 4 + step)
     return a + delta, b + delta, c + delta, d + delta
 
 
@@ -155,12 +211,12 @@ def _iq1_m_ternary_scales(loaded, item, F: tl.constexpr) -> Any:
 
 TQ1_0 = DeviceFormat("TQ1_0", _load_tq1_0, _tq1_0, _load_tq1_0_scales, _tq1_0_scales, steps=64, tile_units=54)
 _IQ1_S_BLOCK = DeviceFormat(
-    "IQ1_S_TERNARY_BLOCK", _load_fives, _iq1_s_block, _load_iq1_s_ternary_scales, _iq1_s_block_scales, steps=64,
-    num_scales=8, has_offset=True, tile_units=58, bits=(8, 8, 23, 23),
+    "IQ1_S_TERNARY_BLOCK", _load_iq1_s_block, _iq1_s_block, _load_iq1_s_ternary_scales, _iq1_s_block_scales, planes=8,
+    num_scales=8, has_offset=True, tile_units=58, bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14) * 2,
 )  # fmt: skip
 IQ1_S_TERNARY = DeviceFormat(
-    "IQ1_S_TERNARY", _load_fives, _iq1_s_ternary, _load_iq1_s_ternary_scales, _iq1_s_ternary_scales, has_offset=True,
-    items_per_tile=8, tile_units=58, few=_IQ1_S_BLOCK,
+    "IQ1_S_TERNARY", _load_iq1_s_ternary, _iq1_s_ternary, _load_iq1_s_ternary_scales, _iq1_s_ternary_scales,
+    has_offset=True, items_per_tile=8, tile_units=58, few=_IQ1_S_BLOCK,
 )  # fmt: skip
 IQ1_M_TERNARY = DeviceFormat(
     "IQ1_M_TERNARY", _load_iq1_m_ternary, _iq1_m_ternary, _load_iq1_m_ternary_scales, _iq1_m_ternary_scales, steps=4,

@@ -126,43 +126,48 @@ def _iq1_s_ternary_scales(loaded, item, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _load_iq1_s_block(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
-    """The words that have quad `step` of all groups."""
-    loaded = ()
-    for group in tl.static_range(8):
-        if step < (7 if group < 4 else 6):
-            if group % 4 == 0:
-                loaded = loaded + (tl.load(words + 16 * (step + group // 4 * 7)),)
-        elif step == 6:
-            loaded = loaded + (tl.load(words + 16 * (group + 3)),)
-        else:
-            loaded = loaded + (tl.load(words + 16 * (group if group < 7 else 11)),)
-    return loaded
+def _load_iq1_s_half(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
+    """The words that have quad `step` of groups 0 to 3 or 4 to 7, for the last two steps one for each group."""
+    if step < 6:
+        return (tl.load(words + 16 * (7 * item + step)),)
+    else:
+        loaded = ()
+        for group in tl.static_range(4):
+            if step == 6:
+                word = 6 + item * (1 + group)
+            else:
+                word = group + item * (4 if group < 3 else 8)
+            loaded = loaded + (tl.load(words + 16 * word),)
+        return loaded
 
 
 @triton.jit
-def _iq1_s_block(loaded, grid, magic, item, step) -> Any:
-    """Quad `step` of all groups, whose codes are 4^n and 2^8 4^n as large."""
+def _iq1_s_half(loaded, grid, magic, item, step) -> Any:
+    """Quad `step` of four groups, whose codes are 4^n and 2^8 4^n as large."""
+    if step < 7:
+        codes = _four_codes(loaded[0])
     out = ()
-    for group in tl.static_range(8):
-        if step < (7 if group < 4 else 6):
-            codes = _four_codes(loaded[group // 4])
-        elif step == 6:
-            codes = _fifth_codes(loaded[group - 3]) << 2 * (group % 4)
+    for group in tl.static_range(4):
+        if step >= 6:
+            fifth = _fifth_codes(loaded[group]) << 2 * group
+        if step == 6:
+            quad = tl.where(item == 0, codes, fifth)
+        elif step == 7:
+            quad = fifth
         else:
-            codes = _fifth_codes(loaded[group]) << 2 * (group % 4)
-        out = out + byte_codes(codes, None, 2 * (group % 4), 3, 0, 0)
+            quad = codes
+        out = out + byte_codes(quad, None, 2 * group, 3, 0, 0)
     return out
 
 
 @triton.jit
-def _iq1_s_block_scales(loaded, item, F: tl.constexpr) -> Any:
+def _iq1_s_half_scales(loaded, item, F: tl.constexpr) -> Any:
     """Of codes: weights are scale * (code - 2) and an eighth of it up or down."""
     d = loaded[1].to(tl.float32)
     scales = ()
     offsets = ()
-    for group in tl.static_range(8):
-        nibble = loaded[0] >> (4 * group)
+    for group in tl.static_range(4):
+        nibble = loaded[0] >> (16 * item + 4 * group)
         scale = d * (nibble & 14 | 1).to(tl.float32)
         scales = scales + (scale,)
         offsets = offsets + (scale * tl.where((nibble & 1) == 0, -1.875, -2.125),)
@@ -210,13 +215,14 @@ def _iq1_m_ternary_scales(loaded, item, F: tl.constexpr) -> Any:
 
 
 TQ1_0 = DeviceFormat("TQ1_0", _load_tq1_0, _tq1_0, _load_tq1_0_scales, _tq1_0_scales, steps=64, tile_units=54)
-_IQ1_S_BLOCK = DeviceFormat(
-    "IQ1_S_TERNARY_BLOCK", _load_iq1_s_block, _iq1_s_block, _load_iq1_s_ternary_scales, _iq1_s_block_scales, planes=8,
-    num_scales=8, has_offset=True, tile_units=58, bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14) * 2,
+_IQ1_S_HALF = DeviceFormat(
+    "IQ1_S_TERNARY_HALF", _load_iq1_s_half, _iq1_s_half, _load_iq1_s_ternary_scales, _iq1_s_half_scales, planes=4,
+    num_scales=4, has_offset=True, items_per_tile=2, tile_units=58,
+    bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14),
 )  # fmt: skip
 IQ1_S_TERNARY = DeviceFormat(
     "IQ1_S_TERNARY", _load_iq1_s_ternary, _iq1_s_ternary, _load_iq1_s_ternary_scales, _iq1_s_ternary_scales,
-    has_offset=True, items_per_tile=8, tile_units=58, few=_IQ1_S_BLOCK,
+    has_offset=True, items_per_tile=8, tile_units=58, few=_IQ1_S_HALF,
 )  # fmt: skip
 IQ1_M_TERNARY = DeviceFormat(
     "IQ1_M_TERNARY", _load_iq1_m_ternary, _iq1_m_ternary, _load_iq1_m_ternary_scales, _iq1_m_ternary_scales, steps=4,

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "formats/iq1_m.h"
-#include "formats/ternary.h"
+#include "formats/ternary_tiles.h"
 
 namespace moesaic {
 namespace {

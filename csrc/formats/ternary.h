@@ -126,7 +126,3 @@ inline void ternary_weights(float step, const uint8_t* qs, int k, float delta, f
 
 }  // namespace
 }  // namespace moesaic
-
-#ifdef MOESAIC_ISA
-#include "formats/ternary_tiles.h"
-#endif

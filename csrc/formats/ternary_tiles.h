@@ -4,6 +4,10 @@
 
 #include <utility>
 
+#include "formats/ternary.h"
+
+#ifdef MOESAIC_ISA
+
 namespace moesaic {
 namespace {
 
@@ -26,8 +30,8 @@ MOESAIC_INLINE void take_codes(vb bytes, int raise, vb& first, vb& fifth) {
 }
 #else
 MOESAIC_INLINE void take_codes(vb bytes, int raise, vb& first, vb& fifth) {
-    const vb seven = set1_b(7), x = and_b(bytes, seven), x_and_m = and_b(xor_b(bytes, shr_16(bytes, 3)), seven);
-    const vb pairs = or_b(lookup16(x, kTernaryTables.pair[0]), lookup16(x_and_m, kTernaryTables.pair[1]));
+    const vb seven = set1_b(7), x = and_b(bytes, seven), x_xor_m = and_b(xor_b(bytes, shr_16(bytes, 3)), seven);
+    const vb pairs = or_b(lookup16(x, kTernaryTables.pair[0]), lookup16(x_xor_m, kTernaryTables.pair[1]));
     // A quarter of the byte and 112: from 128 on if h is not 0.
     const vb quarter = avg_b(avg_b(bytes, set1_b(127)), set1_b(159));
     first = or_b(pairs, lookup16_or_0(quarter, kTernaryTables.eights));
@@ -111,3 +115,5 @@ MOESAIC_INLINE void ternary_sums(const uint8_t* tile_qs, const uint8_t* ahead, c
 
 }  // namespace
 }  // namespace moesaic
+
+#endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from tests.quant.own_formats import ternary_weights
+from tests.quant.own_formats import own_values, ternary_codes, ternary_weights
 from tests.quant.test_dequantize import assert_same_bits
 
 from moesaic.errors import KernelError, UnsupportedFormatError
@@ -53,6 +53,18 @@ def test_every_entry_of_the_codebook() -> None:
     recoded = recode(raw, get_format("IQ1_S"), get_format("IQ1_S_TERNARY"), 256)
     expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.IQ1_S)
     assert np.array_equal(ternary_weights(recoded), np.rint(expected - 0.125).astype(int))
+
+
+def test_every_byte_in_every_place() -> None:
+    """All 256 bytes mean five weights, and all 243 combinations of five have a byte."""
+    form = get_format("IQ1_S_TERNARY")
+    blocks = np.zeros((256, 58), np.uint8)
+    blocks[:, :52] = np.arange(256)[:, None]
+    blocks[:, 56:] = np.array([1], np.float16).view(np.uint8)
+    assert_same_bits(dequantize(blocks, form, 256), own_values(blocks, form))
+    codes = ternary_codes(np.arange(256))
+    assert codes.min() == -1 and codes.max() == 1
+    assert len(np.unique(codes, axis=0)) == 3**5
 
 
 def test_rows_that_are_far_apart() -> None:

@@ -96,7 +96,7 @@ template <int kHalves, int... v, class Group>
 MOESAIC_INLINE void add_vectors(const uint8_t* tile_qs, const uint8_t* ahead, std::integer_sequence<int, v...>,
                                 const Group* x, vi (&sums)[8 * kHalves]) {
     const auto one = [&]<int w>(std::integral_constant<int, w>) {
-        prefetch(ahead + 64 * w);
+        prefetch_here(ahead + 64 * w);
         add_vector<kHalves, w>(tile_qs, std::make_integer_sequence<int, 5>(), x, sums);
     };
     (one(std::integral_constant<int, v>()), ...);

@@ -11,6 +11,7 @@
 //   lookup64()       a byte of a table of 64 by the low six bits of each
 //   masked_or()      (a | b) & mask in one instruction
 //   signed_eights()  sums of 8 activations by signs, which lookup_4() looks up
+//   prefetch_here()  prefetch(), but where it is written
 //   select_b()       bits of the first vector where a lane of the mask has ones, of the second elsewhere
 //
 // Of the byte of a half with signs in between, a lookup sees six bits, in which it disregards those that belong to
@@ -165,6 +166,13 @@ MOESAIC_INLINE void signed_eights(const int8_t* first, const int8_t* second, flo
 MOESAIC_INLINE vf lookup_4(vb index, const float* table) {
     const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(table));
     return _mm512_permutevar_ps(all, index.v);
+}
+
+// A prefetch that stays where it is between instructions. The compiler would collect those of a block in one place, and
+// many at once hold up what follows.
+MOESAIC_INLINE void prefetch_here(const void* p) {
+    __asm__ volatile("");
+    prefetch(p);
 }
 
 // 64 lookups in each of two tables of 256 bytes.

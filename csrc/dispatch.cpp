@@ -31,6 +31,15 @@ int active_isa_index() { return active().load(std::memory_order_relaxed); }
 
 const char* active_isa() { return kIsaNames[active_isa_index()]; }
 
+std::vector<std::string> left_out_isas() {
+    std::vector<std::string> names;
+#define MOESAIC_ADD_IF_SUPPORTED(isa) \
+    if (cpu_supports_isa(#isa)) names.emplace_back(#isa);
+    MOESAIC_FOR_EACH_LEFT_OUT_ISA(MOESAIC_ADD_IF_SUPPORTED)
+#undef MOESAIC_ADD_IF_SUPPORTED
+    return names;
+}
+
 std::vector<std::string> usable_isas() {
     std::vector<std::string> names;
     for (const char* name : kIsaNames) {

@@ -31,6 +31,9 @@ const char* active_isa();
 // The instruction sets that this processor can run, best first.
 std::vector<std::string> usable_isas();
 
+// Those that this processor could run, too, but that the build leaves out (MOESAIC_ONLY_ISAS in CMake), best first.
+std::vector<std::string> left_out_isas();
+
 // Make `name` the active one. Throws std::invalid_argument if it is unknown or cannot run here.
 void set_isa(const std::string& name);
 

@@ -22,6 +22,7 @@ using Release = nb::call_guard<ReleaseGil>;
 
 void bind_machine(nb::module_& m) {
     m.def("isas", &usable_isas, "Instruction sets that this processor can run, best first.");
+    m.def("left_out_isas", &left_out_isas, "Those that it could run, too, but that this build leaves out, best first.");
     m.def("active_isa", &active_isa, "The instruction set that kernels run with.");
     m.def("set_isa", &set_isa, "name"_a, "Force an instruction set; ValueError if it cannot run here.");
     m.def(

@@ -8,6 +8,9 @@ import enum
 def isas() -> list[str]:
     """Instruction sets that this processor can run, best first."""
 
+def left_out_isas() -> list[str]:
+    """Those that it could run, too, but that this build leaves out, best first."""
+
 def active_isa() -> str:
     """The instruction set that kernels run with."""
 

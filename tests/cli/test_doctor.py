@@ -95,6 +95,11 @@ def test_a_forced_instruction_set_is_told(monkeypatch: pytest.MonkeyPatch) -> No
         _native.set_isa(active)
 
 
+def test_a_build_for_another_processor_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moesaic._native.left_out_isas", lambda: ["amx", "avx512"])
+    assert problems() == {"this build has no code for amx, avx512, which this processor could run": False}
+
+
 def test_an_extension_that_does_not_load_is_serious(monkeypatch: pytest.MonkeyPatch) -> None:
     import moesaic
 

@@ -137,6 +137,9 @@ def _examine_native(report: Report, threads: int | None) -> None:
         except ValueError as error:
             advice = f"set MOESAIC_ISA to one of {', '.join(report.isas)}, or unset it"
             report.problems.append(Problem(f"MOESAIC_ISA={settings.isa}: {error}", advice, serious=True))
+    if left_out := _native.left_out_isas():
+        text = f"this build has no code for {', '.join(left_out)}, which this processor could run"
+        report.problems.append(Problem(text, "build it on this machine (pip install ., or make dev in a new clone)"))
     threads = settings.threads if threads is None else threads
     if threads is not None:
         _native.set_num_threads(threads)

@@ -259,7 +259,7 @@ def test_the_likeliest_tokens_are_those_of_the_logits(num_layers: int | None) ->
 def test_padding_uses_no_experts() -> None:
     """What runs before a graph is captured is neither counted as used nor as missing."""
     runner = on_gpu("qwen3_moe", uploads=some_uploads).runner
-    runner.steps.warm_up(runner.steps.bucket(2), 2, True)
+    runner.steps.warm_up(runner.steps.bucket(2), True)
     assert runner.server.next_request > 1 and not runner.server.uses.any()
     assert (runner.uploads.statistics().missing, runner.uploads.statistics().brought) == (0, 0)
 

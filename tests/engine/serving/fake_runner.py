@@ -101,6 +101,9 @@ class FakeRunner:
         assert 0 < sum(len(ids) for _, ids in parts) <= self.max_chunk
         return FakePrefill(self, list(parts))
 
+    def prepare(self, num_sequences: int) -> bool:
+        return False
+
     def expert_uses(self) -> tuple[int, int]:
         return 0, 0
 

@@ -257,3 +257,63 @@ def test_an_idle_engine_uses_no_processor() -> None:
         await engine.close()
 
     run(main())
+
+
+class PreparingRunner(FakeRunner):
+    """Has something to prepare in pieces of some milliseconds."""
+
+    def __init__(self, pieces: int, seconds: float = 0.01) -> None:
+        super().__init__(num_blocks=2000)
+        self.pieces, self.seconds, self.most = pieces, seconds, 0
+        self.in_piece, self.pieces_at_decode = threading.Event(), list[int]()
+
+    def prepare(self, num_sequences: int) -> bool:
+        if not self.pieces:
+            return False
+        self.most = num_sequences
+        self.in_piece.set()
+        time.sleep(self.seconds)
+        self.pieces -= 1
+        return True
+
+    def decode(self, *args: Any) -> Any:
+        self.pieces_at_decode.append(self.pieces)
+        return super().decode(*args)
+
+
+def test_an_idle_engine_prepares_and_gives_way() -> None:
+    """Who comes waits for one piece at most, and the rest is done when all are answered."""
+
+    async def main() -> None:
+        runner = PreparingRunner(30)
+        engine = AsyncEngine(factory(runner, max_running=12))
+        engine.start()
+        await engine.wait_ready()
+        await until(runner.in_piece.is_set)
+        left = runner.pieces
+        answer = (await collect(engine, prompt(0, 9)))[0]
+        assert answer.token_ids == answer_to(prompt(0, 9), len(answer.token_ids))
+        assert left - runner.pieces_at_decode[0] <= 2  # one was counted too late
+        assert len(set(runner.pieces_at_decode)) == 1
+        await until(lambda: runner.pieces == 0)
+        assert runner.most == 12
+        await engine.close()
+
+    run(main())
+
+
+def test_what_cannot_be_prepared_ends_no_engine(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        runner = PreparingRunner(3)
+        runner.prepare = lambda num_sequences: 1 // 0  # type: ignore[method-assign,assignment]
+        engine = AsyncEngine(factory(runner))
+        engine.start()
+        await engine.wait_ready()
+        await until(lambda: "cannot be prepared" in caplog.text)
+        for number in range(2):
+            answer = (await collect(engine, prompt(number, 9)))[0]
+            assert answer.token_ids == answer_to(prompt(number, 9), len(answer.token_ids))
+        await engine.close()
+        assert caplog.text.count("cannot be prepared") == 1
+
+    run(main())

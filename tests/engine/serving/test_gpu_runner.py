@@ -55,6 +55,7 @@ def test_a_prefill_in_pieces_with_steps_of_others_between(family: str, num_layer
     hits, lookups = runner.expert_uses()
     assert lookups == (3 * runner._runner.decoder.top_k * 2 if slots == "cache" else 0)  # of three tokens' steps
     assert hits <= lookups
+    assert runner._runner.steps.graphs.expected == 3  # who is filled in will decode, too
     for sequence in (decoding, *filling):
         runner.forget(sequence)
     assert runner.pool.num_free == OPTIONS.num_blocks
@@ -99,6 +100,10 @@ def test_an_engine_on_it(family: str) -> None:
     stock = checkpoint_of(family)[0]
     runner = GpuStepRunner(on_gpu(family, ON_GPU, OPTIONS).runner)
     engine = Engine(runner, None, GenerationDefaults({"do_sample": False}))
+    while engine.prepare():
+        pass
+    buckets = runner._runner.steps.buckets
+    assert [size for size in sorted(buckets) if buckets[size].is_ready] == ([1, 2, 4] if ON_GPU else [])
     prompts = [inputs(1, 5, seed=index)[0].tolist() for index in range(2)]
     answers = [Completion(0) for _ in prompts]
     for index, ids in enumerate(prompts):
@@ -110,3 +115,4 @@ def test_an_engine_on_it(family: str) -> None:
         wanted = stock.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=3)[0, len(ids) :].tolist()
         assert answer.token_ids == wanted
     assert engine.stats().blocks_free == OPTIONS.num_blocks
+    assert runner._num_sequences == 0

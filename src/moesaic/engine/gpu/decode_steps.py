@@ -1,14 +1,15 @@
 """Decode steps: a bucket for each of some batch sizes, whose steps are captured once as a graph and replayed.
 
 The thread that replays a graph answers its requests for routed experts, so that there is no thread besides the kernels'
-pool. Without graphs the same is launched anew each time. It chooses neither tokens nor whose turn it is.
+pool. Without graphs the same is launched anew each time. It chooses neither tokens nor whose turn it is, and
+`step_graphs` which sizes have graphs.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from moesaic.engine.gpu.lending import VramLending
 from moesaic.engine.gpu.runner_options import RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.step_buffers import StepBuffers
+from moesaic.engine.gpu.step_graphs import Bucket, StepGraphs
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.kernels.triton.argmax import argmax
 from moesaic.kvcache.paged import PagedSequence, PoolLayer
@@ -25,18 +27,7 @@ from moesaic.kvcache.states import StateLayer
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import ExpertPath, GpuStep
 
-__all__ = ["Bucket", "DecodeSteps"]
-
-
-@dataclass(slots=True)
-class Bucket:
-    """The buffers of decode steps of up to so many sequences, and the graphs that read and write them."""
-
-    buffers: StepBuffers
-    out: torch.Tensor  # logits, or what the tail goes on with
-    likeliest: torch.Tensor  # tokens, by the logits; like host in page-locked memory
-    host: torch.Tensor | None = None  # a copy of out, once somebody has asked for one
-    graphs: dict[bool, torch.cuda.CUDAGraph] = field(default_factory=dict)  # without uploads, and with
+__all__ = ["DecodeSteps"]
 
 
 class DecodeSteps:
@@ -54,7 +45,7 @@ class DecodeSteps:
 
     Attributes:
         lending: as given.
-        buckets: by the most sequences of their steps.
+        graphs: of the sizes that there are.
     """
 
     def __init__(
@@ -70,8 +61,22 @@ class DecodeSteps:
     ) -> None:
         self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
         self._hand_off, self._slots, self._uploads, self.lending = hand_off, slots, uploads, lending
-        self.buckets: dict[int, Bucket] = {}
+        self.graphs = StepGraphs(self, options.max_batch, options.graphs and decoder.device.type == "cuda")
         self._token_ids = torch.zeros(options.max_batch, dtype=torch.int64)
+        width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
+        self._out = torch.zeros(options.max_batch, width, device=decoder.device)
+        pinned = decoder.device.type == "cuda"
+        self._likeliest = torch.zeros(options.max_batch, dtype=torch.int64, pin_memory=pinned)
+        self._host: torch.Tensor | None = None  # a copy of the result, once somebody has asked for one
+
+    @property
+    def buckets(self) -> dict[int, Bucket]:
+        """By the most sequences of their steps; without those that are left out, they are made anew."""
+        return self.graphs.buckets
+
+    @buckets.setter
+    def buckets(self, buckets: dict[int, Bucket]) -> None:
+        self.graphs.buckets = buckets
 
     @property
     def slots(self) -> ExpertSlots:
@@ -109,52 +114,87 @@ class DecodeSteps:
                 sequences with recurrent states were emptied by the latter.
         """
         count = len(sequences)
-        bucket = self.bucket(count)
+        bucket, uploads = self._ready(count)
         bucket.buffers.append(sequences)
         try:
             self._token_ids.numpy()[:count] = token_ids
             self._decoder.embed(self._token_ids[:count], bucket.buffers.rows(count))
-            self._run(bucket, count, to_host)
+            self._run(bucket, uploads, count, to_host)
         except BaseException:
             self._hand_off.recover()
             for sequence in sequences:
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
-        return (bucket.host if to_host and bucket.host is not None else bucket.out)[:count]
+        return (self._host if to_host and self._host is not None else self._out)[:count]
 
     def likeliest(self, count: int) -> list[int]:
         """The likeliest token of each of the last step's `count` sequences; without a tail."""
-        tokens: list[int] = self.bucket(count).likeliest[:count].tolist()
+        tokens: list[int] = self._likeliest[:count].tolist()
         return tokens
-
-    def bucket(self, count: int) -> Bucket:
-        """The smallest one with room for `count` sequences; made if need be."""
-        size = self._size(count)
-        if size not in self.buckets:
-            self.buckets[size] = self._make_bucket(size)
-        return self.buckets[size]
 
     @property
     def sizes(self) -> list[int]:
         """Of steps, ascending: one of fewer sequences is padded."""
-        return sorted({self._size(1 << power) for power in range(self._options.max_batch.bit_length() + 1)})
+        return self.graphs.sizes
+
+    def bucket(self, count: int) -> Bucket:
+        """The one that a step of `count` sequences takes, with all its graphs, which are captured now if need be."""
+        bucket = self.graphs.bucket(count)
+        self.graphs.brings(bucket, at_once=True)
+        return bucket
+
+    def prepare(self, most: int) -> bool:
+        """While nobody waits: a piece of what is to be done before steps of up to `most` sequences can run at once.
+
+        Returns:
+            Whether there was one.
+        """
+        return self.graphs.prepare(min(most, self._options.max_batch))
 
     def rehearse(self, size: int) -> None:
         """Launch what steps of `size` sequences do. Nobody answers the GPU, so launches must be noted, not done."""
-        bucket = self._new_bucket(size)
-        for brings in self._ways(size):
+        bucket = self.new_bucket(size)
+        for brings in self.ways(size):
             self._compute(bucket, self._graph_path(brings), brings)
 
-    def warm_up(self, bucket: Bucket, size: int, brings: bool) -> None:
-        """Compile and load every kernel of a step, in which all is padding, whose experts do not count as used."""
-        server = self._hand_off.server
-        uses = None if server is None else server.uses.clone()
-        self._compute(bucket, self._eager_path(size, brings), brings)
-        if server is not None and uses is not None:
-            server.uses.copy_(uses)
+    def new_bucket(self, size: int) -> Bucket:
+        """As `GraphMaker`, like those that follow."""
+        decoder = self._decoder
+        buffers = StepBuffers(size, self._max_blocks, decoder.hidden_size, decoder.device)
+        return Bucket(buffers, self._out[:size], self._likeliest[:size], size)
 
-    def _run(self, bucket: Bucket, count: int, to_host: bool) -> None:
-        hand_off, cache, uploads, began = self._hand_off, self.slots.cache, self._uploads_of(count), time.perf_counter()
+    def ways(self, size: int) -> tuple[bool, ...]:
+        """How steps of a bucket run: without uploads, and with."""
+        return (False, True) if self.uploads is not None and self.uploads.takes(size) else (False,)
+
+    def warm_up(self, bucket: Bucket, brings: bool) -> None:
+        """Compile and load every kernel of a step, in which all is padding, which chooses no experts."""
+        bucket.buffers.append(())
+        try:
+            self._compute(bucket, self._eager_path(bucket.size, brings), brings)
+            if bucket.out.is_cuda:
+                torch.cuda.current_stream().synchronize()
+            self._hand_off.check()
+        except BaseException:
+            self._hand_off.recover()
+            raise
+
+    def capture(self, bucket: Bucket, brings: bool, pool: Any) -> Any:
+        """A CUDA graph; other threads may use the GPU meanwhile."""
+        path, graph = self._graph_path(brings), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self._compute(bucket, path, brings)
+        return graph
+
+    def _ready(self, count: int) -> tuple[Bucket, MissUploads | None]:
+        """What a step of `count` sequences runs in, and who brings misses in it; perhaps a graph is captured first."""
+        bucket, uploads = self.graphs.bucket(count), self.uploads
+        if uploads is None or not self.graphs.brings(bucket, at_once=count == 1 or uploads.fixed is not None):
+            return bucket, None
+        return bucket, uploads
+
+    def _run(self, bucket: Bucket, uploads: MissUploads | None, count: int, to_host: bool) -> None:
+        hand_off, cache, began = self._hand_off, self.slots.cache, time.perf_counter()
         if cache is not None:
             cache.before_step()
         is_quiet = cache is None or not cache.is_busy
@@ -169,8 +209,8 @@ class DecodeSteps:
                 cache.during_step()
             hand_off.serve(count)
         if cache is not None and hand_off.server is not None:  # while the GPU computes what follows the last layer
-            uses, way = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
-            cache.after_step(hand_off.served, uses, count, way)
+            uses, share = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
+            cache.after_step(hand_off.served, uses, count, (bucket.size, share))
         if to_host:
             self._fetch(bucket, count)
         if bucket.out.is_cuda:
@@ -183,13 +223,9 @@ class DecodeSteps:
 
     def _fetch(self, bucket: Bucket, count: int) -> None:
         """Begin to copy the result; pages of memory that was never used would take longer than the copy."""
-        if bucket.host is None:
-            bucket.host = torch.zeros(bucket.out.shape, pin_memory=bucket.out.is_cuda)
-        bucket.host[:count].copy_(bucket.out[:count], non_blocking=True)
-
-    def _uploads_of(self, num_tokens: int) -> MissUploads | None:
-        """Who brings misses in steps of so many tokens."""
-        return self.uploads if self.uploads is not None and self.uploads.takes(self._size(num_tokens)) else None
+        if self._host is None:
+            self._host = torch.zeros(self._out.shape, pin_memory=self._out.is_cuda)
+        self._host[:count].copy_(bucket.out[:count], non_blocking=True)
 
     def _compute(self, bucket: Bucket, path: ExpertPath, brings: bool) -> None:
         """What a graph holds."""
@@ -209,33 +245,5 @@ class DecodeSteps:
     def _eager_path(self, num_tokens: int, brings: bool) -> ExpertPath:
         return self._hand_off.eager_path(self.slots, self.uploads if brings else None, num_tokens)
 
-    def _size(self, count: int) -> int:
-        return min(1 << (count - 1).bit_length(), self._options.max_batch)
-
     def _graph_path(self, brings: bool) -> ExpertPath:
         return self._hand_off.graph_path(self.slots, self.uploads if brings else None)
-
-    def _ways(self, size: int) -> tuple[bool, ...]:
-        """How steps of a bucket run: without uploads, and with."""
-        return (False, True)[: 1 if self._uploads_of(size) is None else 2]
-
-    def _new_bucket(self, size: int) -> Bucket:
-        decoder = self._decoder
-        width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
-        buffers = StepBuffers(size, self._max_blocks, decoder.hidden_size, decoder.device)
-        likeliest = torch.zeros(size, dtype=torch.int64, pin_memory=decoder.device.type == "cuda")
-        return Bucket(buffers, torch.zeros(size, width, device=decoder.device), likeliest)
-
-    def _make_bucket(self, size: int) -> Bucket:
-        bucket = self._new_bucket(size)
-        if self._options.graphs and self._decoder.device.type == "cuda":
-            pool = torch.cuda.graph_pool_handle()  # only one of the graphs runs at a time
-            for brings in self._ways(size):
-                self.warm_up(bucket, size, brings)
-                torch.cuda.synchronize()
-                path = self._graph_path(brings)
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    self._compute(bucket, path, brings)
-                bucket.graphs[brings] = graph
-        return bucket

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,7 +211,7 @@ class ExpertCache:
             self._guard.begin(len(moves))
         self._copied += len(moves)
 
-    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int, way: int = 0) -> None:
+    def after_step(self, layers: Sequence[int], uses: np.ndarray, num_tokens: int, way: Hashable = 0) -> None:
         """Take note of what was used, and choose what to copy during the next step.
 
         Args:

@@ -100,6 +100,7 @@ class Engine:
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._intake = Intake(tokenizer, self.defaults, runner.vocab_size, self.context_length)
         self._last_step = clock()
+        self._prepares = True
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -165,6 +166,17 @@ class Engine:
         self._last_step = self._clock()
         out, self._out = self._out, []
         return out
+
+    def prepare(self) -> bool:
+        """Without work: do a piece of what later steps would have to do first. Whether there was one."""
+        if not self._prepares:
+            return False
+        try:
+            return self.runner.prepare(self._scheduler.max_running)
+        except Exception:  # who needs it will see
+            _LOG.exception("what later steps need cannot be prepared")
+            self._prepares = False
+            return False
 
     def stats(self) -> EngineStats:
         """What it does now, and has done; not for other threads than the one that steps."""

@@ -1,7 +1,8 @@
 """An engine in a thread of its own: commands in, and what becomes of them back into an event loop.
 
-The thread sleeps while nothing is asked for. If it ends by an error, its listener is told; nothing is restarted here.
-It knows neither requests' streams nor what the engine computes.
+While nothing is asked for, the thread prepares what later steps need, a piece at a time, and then sleeps. If it ends
+by an error, its listener is told; nothing is restarted here. It knows neither requests' streams nor what the engine
+computes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = ["EngineListener", "EngineThread"]
 _LOG = logging.getLogger("moesaic.serving")
 _STATS_SECONDS = 0.25
 """How old a snapshot may be while steps are computed."""
+_IDLE_SECONDS = 0.1
+"""Without work, before something is prepared: who has just been answered may ask again at once."""
 
 
 class EngineListener(Protocol):
@@ -120,8 +123,15 @@ class EngineThread:
                 self._deliver(engine, engine.step())
             else:
                 self._tell(self._listener.on_stats, engine.stats())
-                self._wake.wait()
-                self._wake.clear()
+                self._sleep(engine)
+
+    def _sleep(self, engine: Engine) -> None:
+        """Until something is asked for."""
+        if not self._wake.wait(_IDLE_SECONDS):
+            while engine.prepare() and not self._wake.is_set():
+                pass
+        self._wake.wait()
+        self._wake.clear()
 
     def _add(
         self, engine: Engine, key: str, prompt_ids: Sequence[int], params: SamplingParams, matchers: Sequence[Any]

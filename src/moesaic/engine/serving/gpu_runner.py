@@ -42,14 +42,17 @@ class GpuStepRunner:
         self.vocab_size = decoder.vocab_size
         self.shares_prefixes = runner.states is None and decoder.tail is None  # what a tail keeps is in no block
         self.shared_positions: int | None = None
+        self._num_sequences = 0  # that will all decode one day
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""
+        self._num_sequences += 1
         return self._runner.new_sequence()
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """As `StepRunner.decode`."""
         size, logits = self._runner.options.max_batch, list[torch.Tensor]()
+        self._runner.steps.graphs.expected = self._num_sequences
         try:
             for first in range(0, len(sequences), size):
                 batch = slice(first, first + size)
@@ -65,6 +68,10 @@ class GpuStepRunner:
         """As `StepRunner.start_prefill`."""
         return GpuPrefill(self._runner.start_prefill(parts))
 
+    def prepare(self, num_sequences: int) -> bool:
+        """As `StepRunner.prepare`."""
+        return self._runner.steps.prepare(num_sequences)
+
     def expert_uses(self) -> tuple[int, int]:
         """As `StepRunner.expert_uses`."""
         cache = self._runner.slots.cache
@@ -74,6 +81,7 @@ class GpuStepRunner:
 
     def forget(self, sequence: PagedSequence) -> None:
         """As `StepRunner.forget`."""
+        self._num_sequences -= 1
         sequence.free()
 
     def close(self) -> None:

@@ -140,6 +140,10 @@ class PagedRunner:
                     f"room for {self.max_positions} positions. Use a shorter prompt, or fewer new tokens."
                 )
 
+    def prepare(self, num_sequences: int) -> bool:
+        """As `StepRunner.prepare`: there is nothing to prepare."""
+        return False
+
     def expert_uses(self) -> tuple[int, int]:
         """There is no cache of experts."""
         return 0, 0

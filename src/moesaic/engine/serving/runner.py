@@ -87,6 +87,14 @@ class StepRunner(Protocol):
         """
         ...
 
+    def prepare(self, num_sequences: int) -> bool:
+        """Do a piece of what the first steps of up to so many sequences would have to do; while nobody waits.
+
+        Returns:
+            Whether there was one: if so, more may be left.
+        """
+        ...
+
     def expert_uses(self) -> tuple[int, int]:
         """Hits and lookups of the cache of experts since the runner was made; zeros without one."""
         ...

@@ -106,6 +106,7 @@ class Scheduler:
         cache: contents that are kept, or None.
 
     Attributes:
+        max_running: as given, or fewer.
         waiting: tasks without blocks, in the order in which they will get some.
         running: tasks with blocks, in the order in which they got them.
         preemptions: so far.
@@ -114,7 +115,7 @@ class Scheduler:
     def __init__(self, runner: StepRunner, max_running: int, pace: Pace, cache: PrefixCache | None = None) -> None:
         self._runner, self._pool, self._pace, self._cache = runner, runner.pool, pace, cache
         states = max_running if runner.states is None else runner.states.num_slots
-        self._max_running = min(max_running, runner.max_batch, states)
+        self.max_running = min(max_running, runner.max_batch, states)
         self._chunk: Filling | None = None
         self._may_fit = True  # the first who waits; no need to look again before somebody has given something back
         self._num_following = 0
@@ -211,7 +212,7 @@ class Scheduler:
     def _admit(self, reserved: int, step: Step) -> None:
         """Begin with those who wait, as long as all that has begun could be filled in."""
         reserved += sum(self._growth(task, task.missing) for task in self.running if not task.decodes)
-        while self.waiting and self._may_fit and len(self.running) < self._max_running:
+        while self.waiting and self._may_fit and len(self.running) < self.max_running:
             needed = self._begin(self.waiting[0], reserved)
             if needed is not None:
                 reserved += needed

@@ -95,6 +95,10 @@ class SoloRunner:
     def _new_cache(self) -> Any:
         return self._model.new_cache() if hasattr(self._model, "new_cache") else GrowingCache(self._model.config)
 
+    def prepare(self, num_sequences: int) -> bool:
+        """As `StepRunner.prepare`: there is nothing to prepare."""
+        return False
+
     def expert_uses(self) -> tuple[int, int]:
         """No cache of experts."""
         return 0, 0

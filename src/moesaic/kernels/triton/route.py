@@ -79,7 +79,7 @@ def route(
         options: see `ops.route`; its bias is float32 `[experts]` on the device.
         slot_of_expert: int32 `[experts]`, contiguous: where an expert lies on the GPU, -1: not there.
         slot_mapping: int64 `[tokens]` of the step (see `StepInput`): tokens that go nowhere are padding, and get
-            weights of 0 and neither slots nor misses.
+            weights of 0, -1 in the place of experts, and neither slots nor misses.
         request: also ask the CPU for what is not on the GPU (for all that was chosen, without `slot_of_expert`); what
             the experts are to compute from was written into the mailbox by launches before.
 

@@ -184,9 +184,9 @@ def route_kernel(
         sums = tl.sum(tl.where(in_list, picked, 0.0), 0) + sum_offset
         factor = scale / tl.where(sums < sum_minimum, sum_minimum, sums)
     picked *= factor
-    if PADDED:
-        picked = tl.where(is_real, picked, 0.0)
     numbers = chosen.to(tl.int64)
+    if PADDED:
+        picked, numbers = tl.where(is_real, picked, 0.0), tl.where(is_real, numbers, -1)
     miss = numbers
     tl.store(weights + target, picked, mask=in_list)
     tl.store(experts + target, numbers, mask=in_list)
@@ -196,7 +196,7 @@ def route_kernel(
         slot = tl.load(slot_of_expert + chosen + beside, mask=in_list, other=-1)
         miss = tl.where(slot < 0, numbers, -1)
         if PADDED:
-            slot, miss = tl.where(is_real, slot, -1), tl.where(is_real, miss, -1)
+            slot = tl.where(is_real, slot, -1)
         tl.store(slots + target, slot, mask=in_list)
         tl.store(misses + target, miss, mask=in_list)
     if ASKS:

@@ -66,6 +66,10 @@ class PacedRunner:
         self.ended.append(time.perf_counter())
         return logits
 
+    def prepare(self, num_sequences: int) -> bool:
+        """As `StepRunner.prepare`: there is nothing to prepare."""
+        return False
+
     def expert_uses(self) -> tuple[int, int]:
         """There are no experts."""
         return 0, 0

@@ -157,7 +157,7 @@ class Subject:
         if "decode" in self.task.parts:
             self._decode(runner, plan, name, slots)
         if "prefill" in self.task.parts:
-            self._prefill(name, lambda n: GpuTimedRuns(runner, "prefill", n, 1).run, slots=slots)
+            self._prefill(name, lambda n: GpuTimedRuns(runner, "prefill", n, 1), slots=slots)
 
     def _decode(self, runner: ModelRunner, plan: Any, name: str, slots: int) -> None:
         bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, self.task.tokens + 1)
@@ -269,22 +269,24 @@ class Subject:
             whole = 1 / ((1 - share) * step + layer * self.total_layers)
             self._row("cpu", "decode", self.task.tokens, runs, layer, whole)
         if "prefill" in self.task.parts:
-            self._prefill("cpu", lambda n: TimedRuns(self.model, "prefill", n, 1).run)
+            self._prefill("cpu", lambda n: TimedRuns(self.model, "prefill", n, 1))
 
     # Prompts
 
-    def _prefill(self, name: str, make: Callable[[int], Callable[[], float]], **more: Any) -> None:
+    def _prefill(self, name: str, make: Callable[[int], TimedRuns | GpuTimedRuns], **more: Any) -> None:
+        """Short layers are taken to cost nothing, so that the others look no quicker than they are."""
         for length in self.task.prefill:
             if self._skip(name, length):
                 continue
-            run = make(length)
+            bench = make(length)
+            run, short = bench.run, bench.short_layers if self.num_layers > 1 else 0
             runs = [run()]
             self.rates[name] = runs[0]
             again = max(0 if name == "cpu" else 1, self._repeats(name, length))  # on a GPU the first one compiles
             runs = [run() for _ in range(again)] or runs
             self.rates[name] = statistics.median(runs)
-            layer = length / statistics.median(runs) / self.num_layers
-            self._row(name, "prefill", length, runs, layer, 1 / (layer * self.total_layers) * length, **more)
+            layer = length / statistics.median(runs) / (self.num_layers - short)
+            self._row(name, "prefill", length, runs, layer, length / (layer * (self.total_layers - short)), **more)
 
     def _skip(self, name: str, length: int) -> bool:
         expected = length / self.rates[name] if name in self.rates else 0.0

@@ -57,7 +57,7 @@ with torch.no_grad(), ahead.note():
     for length in LENGTHS:
         sequence = runner.new_sequence()
         runner.prefill([(sequence, torch.zeros(length, dtype=torch.int64))])
-        runner.prefill([(sequence, torch.zeros(3, dtype=torch.int64))], all_logits=True)
+        runner.prefill([(sequence, torch.zeros(3, dtype=torch.int64))], "all")
         sequence.free()
     for count in range(1, 17):
         sequences = [runner.new_sequence() for _ in range(count)]

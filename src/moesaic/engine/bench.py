@@ -242,7 +242,8 @@ def _result(
         from moesaic.engine.gpu.bench import gpu_figures
 
         gpu, batch = gpu_figures(bench.runner, plan, bench, bandwidth, vram_bandwidth), bench.batch
-        extrapolated = _extrapolate(rate, bench.layer_share(), run_layers, total_layers)
+        short = bench.short_layers
+        extrapolated = _extrapolate(rate, bench.layer_share(), run_layers - short, total_layers - short)
     return BenchResult(
         what=bench.what,
         model=model,

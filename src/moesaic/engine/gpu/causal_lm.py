@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from moesaic.engine.expert_profile import ExpertProfile, ModelShape, write_profile
+from moesaic.engine.gpu.partial_prefill import WantedLogits
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.errors import ConfigError, GenerationError, UnsupportedModelError
 from moesaic.kvcache import CACHE_ARGUMENT, given_cache
@@ -207,9 +208,10 @@ class GpuCausalLM:
         for index, (sequence, row) in enumerate(zip(sequences, rows, strict=True)):
             first = columns - len(row)  # padding is on the left
             only_last = len(kept) == 1 and int(kept) == columns - 1
-            parts = []
-            for piece in torch.split(row, self.runner.options.max_chunk):
-                parts.append(self.runner.prefill([(sequence, piece)], all_logits=not only_last))
+            pieces, parts = torch.split(row, self.runner.options.max_chunk), []
+            for number, piece in enumerate(pieces, 1):
+                of_some: WantedLogits = "last" if number == len(pieces) else "none"
+                parts.append(self.runner.prefill([(sequence, piece)], of_some if only_last else "all"))
             logits = parts[-1] if only_last else torch.cat(parts)
             if only_last:
                 out[index, 0] = logits[-1]

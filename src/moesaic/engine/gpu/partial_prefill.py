@@ -1,11 +1,13 @@
 """A chunk of prompts on its way through the layers on a GPU, and those of the tail: some at a time.
 
-Between two of its calls, decode steps may run. It does not know who decides how far it goes.
+Between two of its calls, decode steps may run. It does not know who decides how far it goes. The last layer is computed
+for those tokens only whose logits are asked for: what the others leave in its cache comes before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -16,7 +18,10 @@ from moesaic.kvcache.paged import PagedSequence
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import GpuStep
 
-__all__ = ["PartialPrefill"]
+__all__ = ["PartialPrefill", "WantedLogits"]
+
+WantedLogits = Literal["last", "all", "none"]
+"""Of a chunk: of the last token of each sequence, of all tokens, or nobody's."""
 
 
 class PartialPrefill:
@@ -28,6 +33,7 @@ class PartialPrefill:
         path: who computes routed experts.
         parts: sequences, which have the tokens already, each with its length before and the number of its tokens.
         hidden: float32 `[tokens, hidden_size]` on the GPU, the tokens' embeddings.
+        wanted: whose logits are asked for.
         on_end: called when it is through all layers or was abandoned, once.
     """
 
@@ -38,11 +44,16 @@ class PartialPrefill:
         path: ChunkPath,
         parts: list[tuple[PagedSequence, int, int]],
         hidden: torch.Tensor,
+        wanted: WantedLogits = "last",
         on_end: Callable[[], None] | None = None,
     ) -> None:
         self._decoder, self._step, self._path, self._parts, self._hidden = decoder, step, path, parts, hidden
         self._on_end = on_end
         self._done = 0
+        self._rows: torch.Tensor | None = None  # of which nothing is computed yet behind the layers
+        if wanted != "all":
+            last = step.input.last_tokens.to(hidden.device)
+            self._rows = last if wanted == "last" else last[:0]
         self._num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
 
     @property
@@ -58,11 +69,15 @@ class PartialPrefill:
         """
         first, last = self._done, min(self._done + num_layers, self._num_layers)
         on_gpu = len(self._decoder.layers)
+        rows = self._rows if first < last == on_gpu == self._num_layers else None
+        apart = rows is not None and len(rows) < len(self._hidden)  # otherwise it is a layer like all
         with torch.no_grad(), told_if_out_of_vram(f"{len(self._hidden)} tokens of prompts at once"):
             if first:
                 self._path.interrupted()
             if first < on_gpu:
-                self._decoder.run(self._hidden, self._step, first, min(last, on_gpu) - first)
+                self._decoder.run(self._hidden, self._step, first, min(last, on_gpu) - apart - first)
+            if rows is not None and apart:
+                self._hidden, self._rows = self._decoder.finish(self._hidden, self._step, rows), None
             if last > on_gpu:
                 self._run_tail(max(first, on_gpu) - on_gpu, last - max(first, on_gpu))
         if self._hidden.is_cuda and last < self._num_layers:  # whoever takes the time, takes that of the GPU
@@ -80,16 +95,17 @@ class PartialPrefill:
             [tail(piece, sequence, first, count) for piece, sequence in zip(pieces, sequences, strict=True)]
         )
 
-    def logits(self, of_all_tokens: bool = False) -> torch.Tensor:
-        """float32 `[sequences or all tokens, vocab_size]` where the head is; when no layer is left."""
+    def logits(self) -> torch.Tensor:
+        """float32 `[tokens that are wanted, vocab_size]` where the head is; when no layer is left."""
         if self.num_layers_left:
             raise KernelError(f"{self.num_layers_left} layers are left: there are no logits yet.")
         with torch.no_grad(), told_if_out_of_vram("the logits of a prompt"):
-            hidden = self._hidden
-            if not of_all_tokens:
-                last = self._step.input.query_start[1:].long() - 1
-                hidden = hidden[last.to(hidden.device)].contiguous()
+            hidden, rows = self._hidden, self._rows
+            if rows is not None:
+                hidden = hidden[rows.to(hidden.device)].contiguous()
             decoder = self._decoder
+            if not len(hidden):
+                return hidden.new_empty(0, decoder.vocab_size)
             return decoder.logits(hidden) if decoder.tail is None else decoder.tail.logits(hidden)
 
     def abandon(self) -> None:

@@ -35,6 +35,8 @@ _QUIET_SECONDS = 1.0
 _SHORT_PROMPTS = (16, 32, 64, 100)
 """Tokens, one for each size of tiles below the lengths from which matrices are expanded."""
 _FIRST_EXPANDED = 128
+_LAST_TOKENS = (1, 2, 4, 8, 16, 32, 64)
+"""Tokens whose logits a chunk is computed for; one for each size that kernels tell apart."""
 
 
 def compile_kernels(runner: ModelRunner, num_threads: int, progress: Progress = True) -> None:
@@ -66,6 +68,8 @@ def _rehearse(runner: ModelRunner) -> None:
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # it would want memory that is lent to it when it runs
             rehearse_prefill(runner, length, blocks)
         _give_back(runner)
+    for count in reversed(_LAST_TOKENS):
+        rehearse_finish(runner, count)
     for size in reversed(runner.steps.sizes):
         runner.steps.rehearse(size)
     _give_back(runner)
@@ -115,6 +119,17 @@ def rehearse_prefill(runner: ModelRunner, num_tokens: int, num_blocks: int) -> N
             decoder.run(hidden, step, layer, 1)
     if decoder.tail is None:
         decoder.logits(hidden[-1:].contiguous())
+
+
+def rehearse_finish(runner: ModelRunner, num_rows: int) -> None:
+    """The launches of the last layer for so many tokens, of a prompt that has one more."""
+    device, decoder = runner.decoder.device, runner.decoder
+    if decoder.tail is not None:
+        return
+    step_input = StepInput.empty(num_rows + 1, 1, runner.pool.blocks_for(num_rows + 1)).to(device)
+    hidden = torch.zeros(num_rows + 1, decoder.hidden_size, device=device)
+    step = GpuStep(step_input, runner.caches, decoder.angles, num_rows + 1, _Rehearsed(runner))
+    decoder.logits(decoder.finish(hidden, step, torch.arange(num_rows, device=device)))
 
 
 class _Rehearsed:

@@ -16,7 +16,7 @@ from moesaic.engine.gpu.hand_off import HandOff
 from moesaic.engine.gpu.layer_caches import layer_caches
 from moesaic.engine.gpu.lending import VramLending
 from moesaic.engine.gpu.out_of_vram import told_if_out_of_vram
-from moesaic.engine.gpu.partial_prefill import PartialPrefill
+from moesaic.engine.gpu.partial_prefill import PartialPrefill, WantedLogits
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
 from moesaic.engine.gpu.runner_options import RunnerOptions
 from moesaic.engine.gpu.shares import ExpertShares
@@ -109,38 +109,43 @@ class ModelRunner:
         of_all = self.pool.num_blocks * self.options.block_size
         return of_all if self.options.max_positions is None else min(self.options.max_positions, of_all)
 
-    def prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], all_logits: bool = False) -> torch.Tensor:
+    def prefill(
+        self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], wanted: WantedLogits = "last"
+    ) -> torch.Tensor:
         """Append tokens to sequences.
 
         Args:
             parts: sequences, each with its new token ids, int64 `[tokens]` on the CPU.
-            all_logits: of all tokens instead of the last of each sequence.
+            wanted: whose logits; what leads only to others is not computed.
 
         Returns:
-            float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`) where the head is.
+            float32 `[sequences, vocab_size]` (or `[all tokens, vocab_size]`, or `[0, vocab_size]`) where the head is.
 
         Raises:
             GenerationError: the cache is full, a sequence would be too long, or the VRAM does not suffice; nothing was
                 appended.
         """
-        work = self.start_prefill(parts)
+        work = self.start_prefill(parts, wanted)
         try:
             work.advance(work.num_layers_left)
-            return work.logits(all_logits)
+            return work.logits()
         except BaseException:
             work.abandon()
             raise
 
-    def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PartialPrefill:
+    def start_prefill(
+        self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], wanted: WantedLogits = "last"
+    ) -> PartialPrefill:
         """As `prefill`, but nothing is computed yet."""
         before = [sequence.length for sequence, _ in parts]
         self._check_lengths([length + len(ids) for length, (_, ids) in zip(before, parts, strict=True)])
         step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
         token_ids = torch.cat([ids for _, ids in parts])
+        some = wanted == "none" or (wanted == "last" and len(parts) < len(token_ids))
         try:
             with told_if_out_of_vram(f"{len(token_ids)} tokens of prompts at once"):
                 hidden = self.decoder.embed(token_ids).to(self.decoder.device)
-                path, on_end = self._chunk_path(len(token_ids))
+                path, on_end = self._chunk_path(len(token_ids), some)
         except BaseException:
             for (sequence, _), length in zip(parts, before, strict=True):
                 sequence.undo(length)
@@ -148,7 +153,7 @@ class ModelRunner:
         longest = max(len(ids) for _, ids in parts)
         cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
         step = GpuStep(step_input, self.caches, self.decoder.angles, longest, path)
-        return PartialPrefill(self.decoder, step, path, cut, hidden, on_end)
+        return PartialPrefill(self.decoder, step, path, cut, hidden, wanted, on_end)
 
     def decode(
         self, sequences: Sequence[PagedSequence], token_ids: Sequence[int], to_host: bool = False
@@ -220,8 +225,8 @@ class ModelRunner:
                 "the model with a larger --context."
             )
 
-    def _chunk_path(self, num_tokens: int) -> tuple[ChunkPath, Callable[[], None] | None]:
-        """Who computes experts of a chunk, and what to call when it is through."""
+    def _chunk_path(self, num_tokens: int, some: bool) -> tuple[ChunkPath, Callable[[], None] | None]:
+        """Who computes experts of a chunk, of whose tokens the last layer gets all or only some, and its end."""
         common = (self.hand_off.exchange, self.decoder.routed, self.slots, self._chunk_buffers)
         if self.staging is None or self.shares is None:
             return ChunkPath(*common), None
@@ -230,7 +235,9 @@ class ModelRunner:
             self.lending.begin_streaming(num_tokens)
         on_end = self.lending.end_streaming if self.lending is not None and streams else None
         try:
-            return StreamingPath(*common, self.staging, self.shares, num_tokens), on_end
+            finishes = some and self.decoder.tail is None
+            last = self.decoder.layers[-1].feed_forward.layer if finishes else None
+            return StreamingPath(*common, self.staging, self.shares, num_tokens, last), on_end
         except BaseException:
             if on_end is not None:
                 on_end()

@@ -38,6 +38,8 @@ class StreamingPath(ChunkPath):
         staging: where streamed experts go.
         shares: who computes what.
         num_rows: tokens of the chunk.
+        of_some: the layer with routed experts that only some of these tokens go through, if there is one: its experts
+            are the CPU's, and do not set out before it.
     """
 
     def __init__(
@@ -49,9 +51,10 @@ class StreamingPath(ChunkPath):
         staging: StagingBuffers,
         shares: ExpertShares,
         num_rows: int,
+        of_some: int | None = None,
     ) -> None:
         super().__init__(exchange, routed, slots, buffers)
-        self._staging, self._shares = staging, shares
+        self._staging, self._shares, self._of_some = staging, shares, of_some
         self._ahead: list[StagedGroup] = []  # of the next layer
         self._pending: tuple[int, Mark, Mark] | None = None
         self._chose: tuple[int, int, float] | None = (
@@ -62,7 +65,11 @@ class StreamingPath(ChunkPath):
 
     def _asks_cpu(self, routed: Routed) -> bool:
         """Otherwise hidden states need not be copied."""
-        return len(routed.hidden) <= MAX_DECODE_TOKENS or self._shares.asks_cpu(len(routed.hidden))
+        return self._is_for_cpu(routed) or self._shares.asks_cpu(len(routed.hidden))
+
+    def _is_for_cpu(self, routed: Routed) -> bool:
+        """Whether the CPU gets all that does not lie on the GPU."""
+        return len(routed.hidden) <= MAX_DECODE_TOKENS or routed.layer == self._of_some
 
     def interrupted(self) -> None:
         """As `ChunkPath`."""
@@ -70,7 +77,10 @@ class StreamingPath(ChunkPath):
 
     def _compute(self, routed: Routed) -> torch.Tensor:
         """The cached, the streamed, the CPU's."""
-        if len(routed.hidden) <= MAX_DECODE_TOKENS:
+        if self._is_for_cpu(routed):
+            if routed.layer == self._of_some:
+                self._buffers.wait_routing()
+                self._observe_last(routed.layer)
             return super()._compute(routed)
         staging, layer = self._staging, routed.layer
         pairs = staging.layouts[layer].pairs(routed.hidden, routed.chosen, routed.weights)
@@ -151,7 +161,7 @@ class StreamingPath(ChunkPath):
     def _set_out(self, layer: int, num_rows: int) -> None:
         """Begin to copy experts of the next layer, if there is one and most of them will be streamed anyway."""
         staging = self._staging
-        if layer >= len(self._routed):
+        if layer >= len(self._routed) or layer == self._of_some:
             return
         held = self._slots.held(layer)
         outside = np.ones(self._experts(layer).num_experts, bool) if held is None else ~held

@@ -130,12 +130,38 @@ class GpuTimedRuns:
             step_seconds, experts_seconds, between_seconds, step_seconds - experts_seconds - between_seconds
         )
 
+    @property
+    def short_layers(self) -> int:
+        """Layers that only the last token of a prompt goes through as a whole, so that they say nothing of others."""
+        return int(self.what == "prefill" and self.prompt_tokens > 1 and self.runner.decoder.tail is None)
+
     def layer_share(self) -> float:
-        """Share of the time that layers take, of what `run` measures: the rest is the head, and choosing a token."""
-        logits = self.runner.head_seconds(self.batch)
-        rate = self.run()
-        per_pass = self.batch / rate if self.what == "decode" else self.batch * self.prompt_tokens / rate
-        return max(0.0, 1.0 - logits / per_pass)
+        """Share of the time that layers take, of what `run` measures, but `short_layers`: the rest is the head, ..."""
+        if self.what == "prefill":
+            return self._share_of_prompt()
+        per_pass = self.batch / self.run()
+        return max(0.0, 1.0 - self.runner.head_seconds(self.batch) / per_pass)
+
+    def _share_of_prompt(self) -> float:
+        """The same, from a run whose layers are called apart."""
+        inside, total = 0.0, 0.0
+        with self._sequences() as sequences:
+            for sequence in sequences:
+                for piece in torch.randint(self._vocab, (self.prompt_tokens,), generator=self._random).split(
+                    self._chunk
+                ):
+                    marks = [time.perf_counter()]
+                    work = self.runner.start_prefill([(sequence, piece)])
+                    marks.append(time.perf_counter())
+                    work.advance(work.num_layers_left - self.short_layers)
+                    if self.runner.decoder.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    marks.append(time.perf_counter())
+                    work.advance(work.num_layers_left)
+                    int(work.logits().argmax())
+                    inside += marks[2] - marks[1]
+                    total += time.perf_counter() - marks[0]
+        return inside / total
 
     def _sequences(self) -> _Sequences:
         return _Sequences([self.runner.new_sequence() for _ in range(self.batch)])

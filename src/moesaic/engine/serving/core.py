@@ -226,7 +226,10 @@ class Engine:
                 chunk.work = self.runner.start_prefill(parts)
             num_layers = min(step.num_layers, chunk.work.num_layers_left)
             chunk.work.advance(num_layers)
-            self._pace.advanced(chunk.num_tokens, num_layers, self._clock() - before)
+            # The last layer says little of others: most tokens only leave their keys and values there.
+            short = not chunk.work.num_layers_left and self.runner.num_layers > 1
+            if counted := num_layers - short:
+                self._pace.advanced(chunk.num_tokens, counted, self._clock() - before)
             if chunk.work.num_layers_left:
                 return
             logits = chunk.work.logits()

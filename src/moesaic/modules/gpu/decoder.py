@@ -57,6 +57,23 @@ class GpuLayer:
         attended = self.attention(x, step, normed)
         return self.feed_forward(x, attended, self.attention.residual_scale, step, then)
 
+    def of_some(self, x: torch.Tensor, step: GpuStep, rows: torch.Tensor) -> torch.Tensor:
+        """As a call, for some tokens; of the others only what they leave in the cache.
+
+        Args:
+            x: float32 `[tokens, hidden_size]`, contiguous, of all tokens.
+            step: that this is part of.
+            rows: int64 `[n]` on the device, the tokens.
+
+        Returns:
+            float32 `[n, hidden_size]`, memory of its own.
+        """
+        attended = self.attention(x, step)
+        some = x[rows]
+        if len(rows):
+            self.feed_forward(some, attended[rows], self.attention.residual_scale, step.behind_attention(rows))
+        return some
+
 
 class GpuDecoder:
     """Layers, the last norm and the head.
@@ -167,6 +184,10 @@ class GpuDecoder:
             then = self._after[index] if follows and 0 < len(hidden) <= MAX_DECODE_TOKENS else None
             normed = self.layers[index](hidden, step, normed, then)
         return normed
+
+    def finish(self, hidden: torch.Tensor, step: GpuStep, rows: torch.Tensor) -> torch.Tensor:
+        """The last layer, if nothing is asked for but some tokens: see `GpuLayer.of_some`. Without a tail."""
+        return self.layers[-1].of_some(hidden, step, rows)
 
     def logits(
         self, hidden: torch.Tensor, normed: Lanes | None = None, out: torch.Tensor | None = None

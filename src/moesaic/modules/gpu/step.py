@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -87,6 +87,10 @@ class GpuStep:
     angles: RotaryTable
     max_query_len: int
     experts: ExpertPath
+
+    def behind_attention(self, rows: torch.Tensor) -> GpuStep:
+        """Of some tokens, int64 on the device, what the rest of a layer needs to know."""
+        return replace(self, input=replace(self.input, slot_mapping=self.input.slot_mapping[rows]))
 
     def pool(self, layer: int) -> PoolLayer:
         """Where keys and values of a layer are."""

@@ -16,6 +16,7 @@ from tests.engine.test_streaming import FixedShares, with_staging
 
 from moesaic.engine.gpu import prefill
 from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next"] if ON_GPU else ["qwen3_moe"]
 
@@ -115,3 +116,16 @@ def test_experts_do_not_set_out_for_a_layer_of_few_tokens(computed: list[int], m
     assert relative_error(logits.cpu(), expected("qwen3_moe", ids)[-1:]) < TOLERANCE
     assert computed == [1] and set(filled) == {0} and shares.observed == 1
     assert len(shares.seen) == 2 and shares.ahead[0] == 0 < shares.ahead[1]
+
+
+def test_a_bench_tells_the_last_layer_from_the_others(computed: list[int]) -> None:
+    """Or a model of few layers would be taken for a quicker one when it is extrapolated."""
+    runner = on_gpu("qwen3_moe").runner
+    bench = GpuTimedRuns(runner, "prefill", 6, 1)
+    assert 0 < bench.layer_share() < 1 and computed == [6, 1]
+    assert bench.short_layers == 1
+    assert [GpuTimedRuns(runner, what, count, 4).short_layers for what, count in (("decode", 6), ("prefill", 1))] == [
+        0,
+        0,
+    ]
+    assert runner.pool.num_free == OPTIONS.num_blocks

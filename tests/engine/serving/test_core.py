@@ -261,6 +261,23 @@ def test_a_long_prompt_does_not_hold_others_up(num_layers: int, users: int) -> N
     assert runner.now - began < 1.25 * 2 * undisturbed
 
 
+@pytest.mark.parametrize("first", [1, 5])
+def test_a_crowd_that_comes_a_moment_late_does_not_wait_long(first: int) -> None:
+    """Layers take about as long for few tokens as for many, and longer than a step of decode: nothing is known yet."""
+    runner = FakeRunner(num_blocks=4000, num_layers=48, max_chunk=4096, decode_seconds=0.003 + 0.003 * first)
+    runner.layer_seconds = lambda tokens, position: 5e-3 + 2e-6 * tokens
+    driver = Driver(runner)
+    for number in range(8):
+        if number == first:
+            driver.step()
+        driver.add(str(number), prompt(number, 128), greedy(300))
+    began = runner.now
+    while not all(driver.tokens(str(number)) for number in range(8)):
+        driver.step()
+    assert runner.now - began < (1.7 if first == 1 else 0.65)
+    assert max(_gaps(driver.times["0"])) <= 3 * runner.decode_seconds
+
+
 def _gaps(times: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(times)]
 

@@ -145,7 +145,7 @@ class Scheduler:
             self._preempt(self.running[-1])
             decode = self._ready()
         step = Step(decode)
-        if self._chunk is None:
+        if self._chunk is None and (self._pace.knows_decoding or not decode):
             self._chunk = self._next_chunk(growth, step)
         if self._chunk is not None:
             step.chunk = self._chunk

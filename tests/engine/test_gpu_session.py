@@ -23,7 +23,7 @@ def test_a_prompt_goes_in_pieces_that_the_gpu_wants(monkeypatch: pytest.MonkeyPa
     object.__setattr__(ours.runner.options, "max_chunk", 16)
     pieces = list[int]()
 
-    def prefill(parts: list[tuple[PagedSequence, torch.Tensor]], all_logits: bool = False) -> torch.Tensor:
+    def prefill(parts: list[tuple[PagedSequence, torch.Tensor]], wanted: str = "last") -> torch.Tensor:
         """Computes nothing, which is not what is looked at here."""
         ((sequence, ids),) = parts
         sequence.append(len(ids))

@@ -13,7 +13,8 @@ from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.linear_kernels import panels_kernel, sum_kernel, tiles_kernel
+from moesaic.kernels.triton.linear_kernels import dots_kernel, panels_kernel, sum_kernel, tiles_kernel
+from moesaic.kernels.triton.thirds import Thirds, to_thirds
 from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, is_interpreted, weight_views
 
 __all__ = ["MAX_DECODE_TOKENS", "linear"]
@@ -32,6 +33,12 @@ _MOST_PRODUCTS = 256
 the tokens are the next programs', which find the weights in the second-level cache."""
 
 _MULTIPROCESSORS = 132  # of a large GPU
+
+_MAX_DOT_TOKENS = 32
+"""Up to so many, and from two on, are multiplied by tensor cores that lose no bits, where a format allows it."""
+
+_DOT_ROWS, _DOT_WEIGHTS, _DOT_WARPS = 32, 128, 14
+"""Of a program for them: rows, weights of a row that are on their way at a time; and programs on a multiprocessor."""
 
 
 def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
@@ -92,9 +99,70 @@ def _few_tokens(
         num_warps=warps,
     )
     if splits > 1:
-        sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
-            parts, parts if bias is None else bias, out, out.stride(0), rows, parts.stride(0), splits, bias is not None
-        )
+        _sum_parts(parts, bias, out)
+
+
+def dot_items(form: DeviceFormat, num_items: int) -> int:
+    """Items of an iteration of a product by tensor cores, a divisor of their number."""
+    items = max(1, _DOT_WEIGHTS // form.item)
+    while num_items % items:
+        items //= 2
+    return items
+
+
+def dot_splits(num_blocks: int, iterations: int) -> tuple[int, int]:
+    """Parts of the columns such that a large GPU has enough programs, a warp each, and iterations of a part."""
+    splits = max(1, min(iterations, _MULTIPROCESSORS * _DOT_WARPS // num_blocks))
+    iterations_each = -(-iterations // splits)
+    return -(-iterations // iterations_each), iterations_each
+
+
+def _several_tokens(
+    x: Thirds, views: WeightViews, form: DeviceFormat, rows: int, cols: int, bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:  # fmt: skip
+    num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, _DOT_ROWS)
+    groups = triton.cdiv(x.num_tokens, x.tokens)
+    items = dot_items(form, num_items)
+    splits, iterations = dot_splits(num_blocks * groups, num_items // items)
+    parts = out
+    if splits > 1:
+        parts = torch.empty(splits, x.num_tokens, rows, dtype=torch.float32, device=out.device)
+    inner_bias = bias if splits == 1 else None
+    dots_kernel[(num_blocks, splits, groups)](
+        x.values,
+        views.words,
+        views.halves,
+        views.bytes,
+        grid_of(form, views),
+        MAGIC,
+        x.values if inner_bias is None else inner_bias,
+        parts,
+        parts.stride(-2),
+        0 if splits == 1 else parts.stride(0),
+        x.num_tokens,
+        rows,
+        cols,
+        num_items,
+        form.panel_units(cols),
+        iterations,
+        form,
+        x.tokens,
+        _DOT_ROWS,
+        items,
+        inner_bias is not None,
+        num_warps=1,
+        num_stages=1,
+    )
+    if splits > 1:
+        _sum_parts(parts, bias, out)
+
+
+def _sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    splits, num_tokens, rows = parts.shape
+    sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
+        parts, parts if bias is None else bias, out, out.stride(0), rows, parts.stride(0), splits, bias is not None
+    )
 
 
 def _many_tokens(
@@ -236,7 +304,9 @@ def linear(
     if num_tokens == 0:
         return out
     views = weight_views(weight, index)
-    if isinstance(x, Lanes):
+    if 1 < num_tokens <= _MAX_DOT_TOKENS and form.has_thirds and weight.cols % form.item == 0:
+        _several_tokens(to_thirds(x, form, _MAX_DOT_TOKENS), views, form, weight.rows, weight.cols, bias, out)
+    elif isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)
     elif num_tokens <= _MAX_FEW_TOKENS:
         _few_tokens(to_lanes(x, form), views, form, weight.rows, bias, out)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moesaic.kernels.triton.dot_products import dot_products, row_of
 from moesaic.kernels.triton.few_products import panel_products
 from moesaic.kernels.triton.products import tile_products
+from moesaic.kernels.triton.thirds import item_floats
 
-__all__ = ["panels_kernel", "sum_kernel", "tiles_kernel"]
+__all__ = ["dots_kernel", "panels_kernel", "sum_kernel", "tiles_kernel"]
 
 
 @triton.jit(do_not_specialize=["split_stride", "num_tokens", "num_items", "iterations"])
@@ -66,6 +68,47 @@ def sum_kernel(parts, bias, out, out_stride, rows, split_stride, SPLITS: tl.cons
     if HAS_BIAS:
         total += tl.load(bias + r, mask=r < rows, other=0.0)
     tl.store(out + token * out_stride + r, total, mask=r < rows)
+
+
+@triton.jit(do_not_specialize=["split_stride", "num_tokens", "num_items", "iterations"])
+def dots_kernel(
+    x,
+    words,
+    halves,
+    bytes,
+    grid,
+    magic,
+    bias,
+    out,
+    out_stride,
+    split_stride,
+    num_tokens,
+    rows,
+    cols,
+    num_items,
+    panel_units,
+    iterations,
+    F: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+) -> None:
+    """A program has ROWS rows, a part of their columns, `iterations` of ITEMS items, and TOKENS tokens."""
+    block, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = split * iterations
+    last = tl.minimum(first + iterations, num_items // ITEMS)
+    x += group.to(tl.int64) * num_items * item_floats(F, TOKENS)
+    total = dot_products(
+        x, words, halves, bytes, grid, magic, block * (ROWS // 16), tl.cdiv(rows, 16), panel_units, cols, num_items,
+        first, last, F, TOKENS, ROWS, ITEMS,
+    )  # fmt: skip
+    r = block * ROWS + row_of(tl.arange(0, ROWS)[:, None])
+    token = group * TOKENS + tl.arange(0, TOKENS)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + r, mask=r < rows, other=0.0)
+    at = out + split.to(tl.int64) * split_stride + token.to(tl.int64) * out_stride + r
+    tl.store(at, total, mask=(r < rows) & (token < num_tokens))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -9,7 +9,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_at, byte_codes, one_word, spread
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, byte_pairs, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["GROUPED", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
@@ -23,6 +23,11 @@ def _nibbles(loaded, grid, magic, item, step) -> Any:
 @triton.jit
 def _nibbles_less_8(loaded, grid, magic, item, step) -> Any:
     return byte_codes(loaded[0], magic, 0, 15, 8, 0) + byte_codes(loaded[0], magic, 4, 15, 8, 0)
+
+
+@triton.jit
+def _nibble_pairs(loaded, item, step) -> Any:
+    return byte_pairs(loaded[0], 0, 15) + byte_pairs(loaded[0] >> 4, 0, 15)
 
 
 @triton.jit
@@ -51,8 +56,19 @@ def _q5_1(loaded, grid, magic, item, step) -> Any:
 
 
 @triton.jit
+def _five_bit_pairs(loaded, item, step) -> Any:
+    low, high = _five_bits(loaded, step)
+    return byte_pairs(low, 0, 31) + byte_pairs(high, 0, 31)
+
+
+@triton.jit
 def _q8_0(loaded, grid, magic, item, step) -> Any:
     return byte_codes(loaded[0], magic, 0, 255, 128, 128)
+
+
+@triton.jit
+def _q8_0_pairs(loaded, item, step) -> Any:
+    return byte_pairs(loaded[0] ^ -0x7F7F7F80, 0, 255)
 
 
 @triton.jit
@@ -96,16 +112,17 @@ def _bfloat16_and_zero(loaded, item, F: tl.constexpr) -> Any:
     return d, -d * spread(loaded[1]).to(tl.float32)
 
 
-_NIBBLES: dict[str, Any] = {"planes": 2, "steps": 4}
+_NIBBLES: dict[str, Any] = {"planes": 2, "steps": 4, "pairs": _nibble_pairs, "pair_bits": (0, 0)}
+_FIVE_BITS: dict[str, Any] = {"planes": 2, "steps": 4, "pairs": _five_bit_pairs, "pair_bits": (0, 0)}
 _HALF, _TWO_HALVES = (_load_last_half, _floats), (_load_last_two_halves, _floats)
 _BITS = (0, 8, 0, 8, 4, 12, 4, 12)
-Q4_0 = DeviceFormat("Q4_0", one_word, _nibbles_less_8, *_HALF, tile_units=18, **_NIBBLES)
+Q4_0 = DeviceFormat("Q4_0", one_word, _nibbles_less_8, *_HALF, tile_units=18, zero=8, **_NIBBLES)
 Q4_1 = DeviceFormat("Q4_1", one_word, _nibbles, *_TWO_HALVES, tile_units=20, has_offset=True, bits=_BITS, **_NIBBLES)
-Q5_0 = DeviceFormat("Q5_0", _load_five_bits, _q5_0, *_HALF, tile_units=22, **_NIBBLES)
+Q5_0 = DeviceFormat("Q5_0", _load_five_bits, _q5_0, *_HALF, tile_units=22, zero=16, **_FIVE_BITS)
 Q5_1 = DeviceFormat(
-    "Q5_1", _load_five_bits, _q5_1, *_TWO_HALVES, tile_units=24, has_offset=True, bits=(0, 8) * 4, **_NIBBLES
+    "Q5_1", _load_five_bits, _q5_1, *_TWO_HALVES, tile_units=24, has_offset=True, bits=(0, 8) * 4, **_FIVE_BITS
 )
-Q8_0 = DeviceFormat("Q8_0", one_word, _q8_0, *_HALF, tile_units=34, steps=8)
+Q8_0 = DeviceFormat("Q8_0", one_word, _q8_0, *_HALF, tile_units=34, steps=8, pairs=_q8_0_pairs, pair_bits=(0,), zero=128)
 
 
 def _grouped(group: int, is_bfloat16: bool, has_zero: bool) -> DeviceFormat:
@@ -125,6 +142,7 @@ def _grouped(group: int, is_bfloat16: bool, has_zero: bool) -> DeviceFormat:
         items_per_tile=group // 32,
         tile_units=group // 2 + 2 + has_zero,
         bits=_BITS if has_zero else (),
+        zero=0 if has_zero else 8,
         **_NIBBLES,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["MAGIC", "byte_at", "byte_codes", "field", "one_word", "spread"]
+__all__ = ["MAGIC", "byte_at", "byte_codes", "byte_pairs", "field", "one_word", "spread"]
 
 MAGIC = 0x4B000000
 """What `magic` has to be: float32 2^23."""
@@ -55,6 +55,16 @@ def byte_codes(quad, magic, bit: tl.constexpr, mask: tl.constexpr, zero: tl.cons
         field(quad, high, magic, bit + 16, mask, zero, flip),
         field(quad, high, magic, bit + 24, mask, zero, flip),
     )
+
+
+@triton.jit
+def byte_pairs(quad, bit: tl.constexpr, mask: tl.constexpr) -> Any:
+    """The fields that begin at `bit` of bytes 0 and 2 of a word, and of bytes 1 and 3, as bits of two bfloat16 each.
+
+    Up to 255 they are 2^-133 times the bits of the byte, be they subnormal or not.
+    """
+    fields: tl.constexpr = mask << bit | mask << (bit + 16)
+    return quad & fields, quad >> 8 & fields
 
 
 @triton.jit

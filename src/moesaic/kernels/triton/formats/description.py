@@ -46,6 +46,11 @@ class DeviceFormat:
         grid: makes the codebook, int32 on the CPU, that `codes` looks weights up in.
         bits: for each of a step's weights n, if `codes` without `magic` gives 2^(n - 149) times their codes.
         few: another walk through the same tiles, for few tokens.
+        pairs: `(loaded, item, step) -> planes * width / 2 int32`, which do what `codes` does for tensor cores: each has
+            two bfloat16, which are 2^(n - 133) times a code plus `zero`, n from `pair_bits`. The first of a plane's are
+            weights 0 and 2 of a step's four, then 1 and 3 (0 and 1 if `width` is 2).
+        pair_bits: for each plane; empty if what pairs have are the weights themselves.
+        zero: what counts as 0 in pairs.
     """
 
     name: str
@@ -64,6 +69,9 @@ class DeviceFormat:
     grid: Callable[[], torch.Tensor] | None = None
     bits: tuple[int, ...] = ()
     few: DeviceFormat | None = None
+    pairs: Any = None
+    pair_bits: tuple[int, ...] = ()
+    zero: int = 0
 
     def __repr__(self) -> str:
         return f"format_{self.name}"
@@ -71,8 +79,9 @@ class DeviceFormat:
     @property
     def cache_key(self) -> str:
         """What Triton's cache of compiled kernels has to distinguish: the functions' sources and all numbers."""
-        functions = [f.cache_key for f in (self.load, self.codes, self.load_scales, self.scales) if f is not None]
-        others = ("load", "codes", "load_scales", "scales", "grid", "few")
+        all_functions = (self.load, self.codes, self.load_scales, self.scales, self.pairs)
+        functions = [None if f is None else f.cache_key for f in all_functions]
+        others = ("load", "codes", "load_scales", "scales", "pairs", "grid", "few")
         numbers = [getattr(self, f.name) for f in fields(self) if f.name not in others]
         return f"{functions}{numbers}{None if self.few is None else self.few.cache_key}"
 
@@ -90,6 +99,22 @@ class DeviceFormat:
     def order(self) -> tuple[int, ...]:
         """What decides in which order activations are read."""
         return self.planes, self.steps, self.width, self.interleave, self.num_sums
+
+    @property
+    def has_thirds(self) -> bool:
+        """Whether a few tokens are multiplied by tensor cores: bfloat16 holds all codes, and enough share a scale."""
+        weights = self.steps * self.width
+        return self.width > 1 and self.steps % 4 == 0 and weights in (16, 32) and self.num_scales <= self.planes
+
+    @property
+    def third_sums(self) -> int:
+        """Sums of activations that go with an item there."""
+        return self.num_scales if self.has_offset or self.zero else 0
+
+    @property
+    def thirds_order(self) -> tuple[int, ...]:
+        """What decides in which order activations are read there."""
+        return self.planes, self.steps, self.width, self.interleave, self.third_sums
 
     @property
     def chunk_planes(self) -> int:

@@ -44,6 +44,11 @@ def _bf16(loaded, grid, magic, item, step) -> Any:
 
 
 @triton.jit
+def _bf16_pairs(loaded, item, step) -> Any:
+    return (loaded[0],)
+
+
+@triton.jit
 def _load_bf16_odd(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
     k = tl.minimum(item * 16 + step, cols - 1)
     pair = tl.load(words + 16 * tl.maximum(tl.minimum(k, cols - 2) // 2, 0))
@@ -53,6 +58,6 @@ def _load_bf16_odd(words, halves, bytes, item, cols, step, F: tl.constexpr) -> A
 
 F32 = DeviceFormat("F32", _load_f32, _f32, steps=16, width=1, items_per_tile=0, tile_units=4)
 F16 = DeviceFormat("F16", _load_f16, _f16, steps=16, width=1, items_per_tile=0, tile_units=2)
-BF16 = DeviceFormat("BF16", _load_bf16, _bf16, steps=8, width=2, items_per_tile=0, tile_units=2)
+BF16 = DeviceFormat("BF16", _load_bf16, _bf16, steps=8, width=2, items_per_tile=0, tile_units=2, pairs=_bf16_pairs)
 BF16_ODD = DeviceFormat("BF16_ODD", _load_bf16_odd, _f32, steps=16, width=1, items_per_tile=0, tile_units=2)
 """Of BF16 matrices with an odd number of columns, whose last k is not part of a pair."""

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_at, byte_codes, one_word, spread
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, byte_pairs, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["Q2_K", "Q3_K", "Q6_K", "TQ2_0"]
@@ -27,6 +27,12 @@ def _q2_k(loaded, grid, magic, item, step) -> Any:
         + byte_codes(word, magic, 4, 3, 0, 0)
         + byte_codes(word, magic, 6, 3, 0, 0)
     )
+
+
+@triton.jit
+def _q2_k_pairs(loaded, item, step) -> Any:
+    word = loaded[0]
+    return byte_pairs(word, 0, 3) + byte_pairs(word, 2, 3) + byte_pairs(word, 4, 3) + byte_pairs(word, 6, 3)
 
 
 @triton.jit
@@ -60,15 +66,32 @@ def _load_q3_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _q3_k(loaded, grid, magic, item, step) -> Any:
+def _three_bits(loaded, item) -> Any:
     word = loaded[0]
     third = loaded[1] >> (item // 2 * 4)
     return (
-        byte_codes((word & 0x03030303) | (third << 2 & 0x04040404), magic, 0, 7, 4, 0)
-        + byte_codes((word >> 2 & 0x03030303) | (third << 1 & 0x04040404), magic, 0, 7, 4, 0)
-        + byte_codes((word >> 4 & 0x03030303) | (third & 0x04040404), magic, 0, 7, 4, 0)
-        + byte_codes((word >> 6 & 0x03030303) | (third >> 1 & 0x04040404), magic, 0, 7, 4, 0)
+        (word & 0x03030303) | (third << 2 & 0x04040404),
+        (word >> 2 & 0x03030303) | (third << 1 & 0x04040404),
+        (word >> 4 & 0x03030303) | (third & 0x04040404),
+        (word >> 6 & 0x03030303) | (third >> 1 & 0x04040404),
     )
+
+
+@triton.jit
+def _q3_k(loaded, grid, magic, item, step) -> Any:
+    a, b, c, d = _three_bits(loaded, item)
+    return (
+        byte_codes(a, magic, 0, 7, 4, 0)
+        + byte_codes(b, magic, 0, 7, 4, 0)
+        + byte_codes(c, magic, 0, 7, 4, 0)
+        + byte_codes(d, magic, 0, 7, 4, 0)
+    )
+
+
+@triton.jit
+def _q3_k_pairs(loaded, item, step) -> Any:
+    a, b, c, d = _three_bits(loaded, item)
+    return byte_pairs(a, 0, 7) + byte_pairs(b, 0, 7) + byte_pairs(c, 0, 7) + byte_pairs(d, 0, 7)
 
 
 @triton.jit
@@ -105,14 +128,31 @@ def _load_q6_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _q6_k(loaded, grid, magic, item, step) -> Any:
+def _six_bits(loaded) -> Any:
     a, b, high = loaded
     return (
-        byte_codes((a & 0x0F0F0F0F) | (high << 4 & 0x30303030), magic, 0, 63, 32, 0)
-        + byte_codes((b & 0x0F0F0F0F) | (high << 2 & 0x30303030), magic, 0, 63, 32, 0)
-        + byte_codes((a >> 4 & 0x0F0F0F0F) | (high & 0x30303030), magic, 0, 63, 32, 0)
-        + byte_codes((b >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030), magic, 0, 63, 32, 0)
+        (a & 0x0F0F0F0F) | (high << 4 & 0x30303030),
+        (b & 0x0F0F0F0F) | (high << 2 & 0x30303030),
+        (a >> 4 & 0x0F0F0F0F) | (high & 0x30303030),
+        (b >> 4 & 0x0F0F0F0F) | (high >> 2 & 0x30303030),
     )
+
+
+@triton.jit
+def _q6_k(loaded, grid, magic, item, step) -> Any:
+    a, b, c, d = _six_bits(loaded)
+    return (
+        byte_codes(a, magic, 0, 63, 32, 0)
+        + byte_codes(b, magic, 0, 63, 32, 0)
+        + byte_codes(c, magic, 0, 63, 32, 0)
+        + byte_codes(d, magic, 0, 63, 32, 0)
+    )
+
+
+@triton.jit
+def _q6_k_pairs(loaded, item, step) -> Any:
+    a, b, c, d = _six_bits(loaded)
+    return byte_pairs(a, 0, 63) + byte_pairs(b, 0, 63) + byte_pairs(c, 0, 63) + byte_pairs(d, 0, 63)
 
 
 @triton.jit
@@ -148,6 +188,12 @@ def _tq2_0(loaded, grid, magic, item, step) -> Any:
 
 
 @triton.jit
+def _tq2_0_pairs(loaded, item, step) -> Any:
+    word = loaded[0]
+    return byte_pairs(word, 0, 3) + byte_pairs(word >> 2, 0, 3) + byte_pairs(word >> 4, 0, 3) + byte_pairs(word >> 6, 0, 3)
+
+
+@triton.jit
 def _load_tq2_0_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
     return (tl.load(halves + 8 * 64),)
 
@@ -160,10 +206,17 @@ def _tq2_0_scales(loaded, item, F: tl.constexpr) -> Any:
 _HALVES: dict[str, Any] = {"planes": 4, "steps": 4, "interleave": 2, "num_scales": 4, "items_per_tile": 4}
 Q2_K = DeviceFormat(
     "Q2_K", one_word, _q2_k, _load_q2_k_scales, _q2_k_scales, tile_units=84, has_offset=True,
-    bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14), **_HALVES,
+    bits=(0, 8, 0, 8, 2, 10, 2, 10, 4, 12, 4, 12, 6, 14, 6, 14), pairs=_q2_k_pairs, pair_bits=(0, 2, 4, 6), **_HALVES,
 )  # fmt: skip
-Q3_K = DeviceFormat("Q3_K", _load_q3_k, _q3_k, _load_q3_k_scales, _q3_k_scales, tile_units=110, **_HALVES)
-Q6_K = DeviceFormat("Q6_K", _load_q6_k, _q6_k, _load_q6_k_scales, _q6_k_scales, tile_units=210, **_HALVES)
+Q3_K = DeviceFormat(
+    "Q3_K", _load_q3_k, _q3_k, _load_q3_k_scales, _q3_k_scales, tile_units=110, pairs=_q3_k_pairs, pair_bits=(0,) * 4,
+    zero=4, **_HALVES,
+)  # fmt: skip
+Q6_K = DeviceFormat(
+    "Q6_K", _load_q6_k, _q6_k, _load_q6_k_scales, _q6_k_scales, tile_units=210, pairs=_q6_k_pairs, pair_bits=(0,) * 4,
+    zero=32, **_HALVES,
+)  # fmt: skip
 TQ2_0 = DeviceFormat(
-    "TQ2_0", one_word, _tq2_0, _load_tq2_0_scales, _tq2_0_scales, planes=4, steps=8, items_per_tile=2, tile_units=66
-)
+    "TQ2_0", one_word, _tq2_0, _load_tq2_0_scales, _tq2_0_scales, planes=4, steps=8, items_per_tile=2, tile_units=66,
+    pairs=_tq2_0_pairs, pair_bits=(0,) * 4, zero=1,
+)  # fmt: skip

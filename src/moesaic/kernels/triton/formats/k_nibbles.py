@@ -7,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.formats.common import byte_at, byte_codes, one_word, spread
+from moesaic.kernels.triton.formats.common import byte_at, byte_codes, byte_pairs, one_word, spread
 from moesaic.kernels.triton.formats.description import DeviceFormat
 
 __all__ = ["Q4_K", "Q5_K"]
@@ -56,6 +56,11 @@ def _q4_k(loaded, grid, magic, item, step) -> Any:
 
 
 @triton.jit
+def _q4_k_pairs(loaded, item, step) -> Any:
+    return byte_pairs(loaded[0], 0, 15) + byte_pairs(loaded[0], 4, 15)
+
+
+@triton.jit
 def _load_q4_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
     return _load_six_bits(bytes, halves, 128, item)
 
@@ -66,12 +71,22 @@ def _load_q5_k(words, halves, bytes, item, cols, step, F: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _q5_k(loaded, grid, magic, item, step) -> Any:
+def _five_bits(loaded, item) -> Any:
     word = loaded[0]
     fifth = loaded[1] >> (2 * item)
-    low = (word & 0x0F0F0F0F) | (fifth << 4 & 0x10101010)
-    high = (word >> 4 & 0x0F0F0F0F) | (fifth << 3 & 0x10101010)
+    return (word & 0x0F0F0F0F) | (fifth << 4 & 0x10101010), (word >> 4 & 0x0F0F0F0F) | (fifth << 3 & 0x10101010)
+
+
+@triton.jit
+def _q5_k(loaded, grid, magic, item, step) -> Any:
+    low, high = _five_bits(loaded, item)
     return byte_codes(low, magic, 0, 31, 0, 0) + byte_codes(high, magic, 0, 31, 0, 0)
+
+
+@triton.jit
+def _q5_k_pairs(loaded, item, step) -> Any:
+    low, high = _five_bits(loaded, item)
+    return byte_pairs(low, 0, 31) + byte_pairs(high, 0, 31)
 
 
 @triton.jit
@@ -81,8 +96,10 @@ def _load_q5_k_scales(words, halves, bytes, item, F: tl.constexpr) -> Any:
 
 _K_NIBBLES: dict[str, Any] = {"planes": 2, "steps": 8, "num_scales": 2, "has_offset": True, "items_per_tile": 4}
 Q4_K = DeviceFormat(
-    "Q4_K", one_word, _q4_k, _load_q4_k_scales, _six_bits, tile_units=144, bits=(0, 8, 0, 8, 4, 12, 4, 12), **_K_NIBBLES
-)
+    "Q4_K", one_word, _q4_k, _load_q4_k_scales, _six_bits, tile_units=144, bits=(0, 8, 0, 8, 4, 12, 4, 12),
+    pairs=_q4_k_pairs, pair_bits=(0, 4), **_K_NIBBLES,
+)  # fmt: skip
 Q5_K = DeviceFormat(
-    "Q5_K", _load_q5_k, _q5_k, _load_q5_k_scales, _six_bits, tile_units=176, bits=(0, 8) * 4, **_K_NIBBLES
-)
+    "Q5_K", _load_q5_k, _q5_k, _load_q5_k_scales, _six_bits, tile_units=176, bits=(0, 8) * 4,
+    pairs=_q5_k_pairs, pair_bits=(0, 0), **_K_NIBBLES,
+)  # fmt: skip

@@ -13,16 +13,21 @@ from moesaic.kernels.triton import linear as subject
 from moesaic.kernels.triton.activations import to_lanes
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import device_format, supported_formats
-from moesaic.kernels.triton.linear import decode_shape, linear
+from moesaic.kernels.triton.linear import decode_shape, dot_items, dot_splits, linear
+from moesaic.kernels.triton.thirds import to_thirds
+from moesaic.kernels.triton.views import weight_views
 from moesaic.quant import FORMATS
 
-# In float32: a sum of a few hundred products. In bfloat16, on a GPU: two roundings to 8 bits each.
+# In float32, or by thirds: a sum of a few hundred products. In bfloat16, on a GPU: two roundings to 8 bits each.
 FLOAT_TOLERANCE = 2e-6
 BFLOAT16_TOLERANCE = 1e-2
 
+BY_THIRDS = [name for name in supported_formats() if device_format(FORMATS[name], 512).has_thirds]
+
 
 def tolerance(fmt: str, num_tokens: int) -> float:
-    if num_tokens <= subject._MAX_FEW_TOKENS:
+    by_thirds = fmt in BY_THIRDS and num_tokens <= subject._MAX_DOT_TOKENS
+    if num_tokens <= subject._MAX_FEW_TOKENS or by_thirds:
         return FLOAT_TOLERANCE
     return BFLOAT16_TOLERANCE if DEVICE == "cuda" and fmt != "F32" else FLOAT_TOLERANCE
 
@@ -50,10 +55,68 @@ def test_one_token(fmt):
         check(fmt, 19, cols, 1)
 
 
+@pytest.mark.parametrize("fmt", BY_THIRDS)
+def test_several_tokens(fmt):
+    cols = FORMATS[fmt].block_size * 3 if FORMATS[fmt].block_size > 1 else 48
+    check(fmt, 50, cols, 3)
+
+
+@pytest.mark.parametrize("num_tokens", [2, 8, 11, 32])
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q6_K"])
+def test_numbers_of_tokens(fmt, num_tokens):
+    check(fmt, 65, 512, num_tokens)
+
+
+def test_several_tokens_in_groups(monkeypatch):
+    """As many as a program has, a few of the next one's, and parts of the columns."""
+    weight, values = packed("Q4_K", 40, 2048)
+    x = tokens(11, 2048)
+    form = device_format(FORMATS["Q4_K"], 2048)
+    bias, out = torch.arange(40.0, device=DEVICE), torch.empty(11, 40, device=DEVICE)
+    monkeypatch.setattr(subject, "_MULTIPROCESSORS", 1)
+    views = weight_views(DeviceTensor.of(weight, DEVICE), 0)
+    subject._several_tokens(to_thirds(x.to(DEVICE), form, 8), views, form, 40, 2048, bias, out)
+    assert error_of(out, x.double().numpy() @ values[0].T + np.arange(40)) < FLOAT_TOLERANCE
+
+
+def test_tokens_do_not_depend_on_others():
+    weight, _ = packed("Q4_K", 40, 1024)
+    x = tokens(16, 1024).to(DEVICE)
+    weight = DeviceTensor.of(weight, DEVICE)
+    alone = linear(x[:2], weight)
+    assert torch.equal(linear(x, weight)[:2], alone)
+    x[2:] = float("nan")
+    assert torch.equal(linear(x, weight)[:2], alone)
+
+
+@pytest.mark.parametrize("fmt", ["Q4_K", "Q2_K", "Q8_0"])
+@pytest.mark.parametrize("scale", [1e-6, 1e14])
+def test_subnormal_codes_on_tensor_cores_lose_nothing(fmt, scale):
+    weight, values = packed(fmt, 32, 512)
+    x = tokens(2, 512)
+    x *= scale / x.abs().max()
+    result = linear(x.to(DEVICE), DeviceTensor.of(weight, DEVICE))
+    assert error_of(result, x.double().numpy() @ values[0].T) < FLOAT_TOLERANCE
+
+
+@pytest.mark.parametrize("items", [1, 2, 24, 28, 63, 64, 448])
+def test_iterations_by_tensor_cores_are_all_items(items):
+    at_a_time = dot_items(128, device_format(FORMATS["Q8_0"], 32), items)
+    assert items % at_a_time == 0 and at_a_time <= 4
+    for blocks in (1, 7, 224, 5000):
+        assert 1 <= dot_splits(blocks, items // at_a_time, 14) <= items // at_a_time
+
+
+def test_columns_are_split_such_that_programs_fill_a_gpu():
+    assert dot_splits(224, 128, 14) == 8  # 1792 of 1848 at a time
+    assert dot_splits(5000, 28, 14) == 1
+    assert dot_splits(1, 8, 14) == 8
+
+
 @pytest.mark.parametrize("fmt", supported_formats())
 def test_many_tokens(fmt):
     for cols in columns(fmt, 2):
-        check(fmt, 35, cols, 17)
+        check(fmt, 35, cols, 33)
 
 
 @pytest.mark.parametrize("fmt", supported_formats())
@@ -65,12 +128,14 @@ def test_expanded_matrices(fmt, monkeypatch):
 
 @pytest.mark.parametrize("fmt", ["F32", "BF16", "Q4_K", "Q6_K", "Q8_0"])
 @pytest.mark.parametrize("num_tokens", [2, 3])
-def test_few_tokens(fmt, num_tokens):
+def test_few_tokens_by_vector_units(fmt, num_tokens, monkeypatch):
+    monkeypatch.setattr(subject, "_MAX_DOT_TOKENS", 1)
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
 @pytest.mark.parametrize(("fmt", "num_tokens"), [("Q4_K", 5), ("Q8_0", 16), ("TQ2_0", 3), ("IQ1_S_TERNARY", 3)])
-def test_more_tokens_than_a_program_has(fmt, num_tokens):
+def test_more_tokens_than_a_program_has(fmt, num_tokens, monkeypatch):
+    monkeypatch.setattr(subject, "_MAX_DOT_TOKENS", 1)
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
@@ -87,10 +152,10 @@ def test_codes_that_are_subnormal_floats_lose_nothing(fmt, scale):
 def test_matrices_are_expanded_in_parts(monkeypatch):
     monkeypatch.setattr(subject, "_EXPAND_FROM", 9)
     monkeypatch.setattr(subject, "EXPANDED_WEIGHTS", 32 * 16 + 5)
-    check("Q8_0", 53, 32, 17)
+    check("Q8_0", 53, 32, 33)
 
 
-@pytest.mark.parametrize("num_tokens", [2, 17, 200])
+@pytest.mark.parametrize("num_tokens", [2, 33, 200])
 def test_rows_may_be_any_distance_apart_and_a_bias_is_added(num_tokens):
     weight, values = packed("Q8_0", 40, 64, num_matrices=2)
     wide = tokens(num_tokens, 100).to(DEVICE)

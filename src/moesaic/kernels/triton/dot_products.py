@@ -111,29 +111,57 @@ def _power(n: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _add_item(total, loaded, at, grid, magic, n, step, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
-    """Adds the products of an item to `total`, [rows, TOKENS]; `at` points to its activations."""
+def _load_activations(at, F: tl.constexpr, TOKENS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr) -> Any:
+    """Of an item's planes from FIRST to LAST all thirds, plane by plane."""
+    thirds = at.to(tl.pointer_type(tl.bfloat16))
+    out = ()
+    for i in tl.static_range(FIRST * 3, LAST * 3):
+        out = out + (_activations(thirds + i * (TOKENS * F.steps * F.width), F, TOKENS),)
+    return out
+
+
+@triton.jit
+def _load_sums(at, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
+    """Of an item's activations, [1, TOKENS] each."""
+    sums: tl.constexpr = F.third_sums
+    out = ()
+    for i in tl.static_range(sums):
+        out = out + (tl.load(at + F.item * 3 * TOKENS // 2 + i * TOKENS + tl.arange(0, TOKENS)[None, :]),)
+    return out
+
+
+@triton.jit
+def _add_item(
+    total, loaded, activations, sums, at, grid, magic, n, step, F: tl.constexpr, TOKENS: tl.constexpr
+) -> Any:  # fmt: skip
+    """Adds the products of an item to `total`, [rows, TOKENS].
+
+    Args:
+        loaded: of the weights: what codes need, what scales need.
+        activations: all of them, or none: then `at` points to them.
+    """
     rows: tl.constexpr = total.shape[0]
     planes: tl.constexpr = F.planes
-    size: tl.constexpr = F.steps * F.width
     together: tl.constexpr = F.planes // F.num_scales
     weights = _weights(loaded[0], grid, magic, n, step, F)
     scales = ()
     if F.scales is not None:
         scales = F.scales(loaded[1], n, F)
-    thirds = at.to(tl.pointer_type(tl.bfloat16))
-    part = tl.zeros((rows, TOKENS), tl.float32)
+    part = total
     for p in tl.static_range(planes):
         if p % together == 0 and F.scales is not None:
             part = tl.zeros((rows, TOKENS), tl.float32)
         tile = _operand(weights, p, F, rows)
-        for third in tl.static_range(3):
-            values = _activations(thirds + (p * 3 + third) * (TOKENS * size), F, TOKENS)
-            if F.scales is None:
-                total = _dot(tile, values, total)
-            else:
-                part = _dot(tile, values, part)
-        if (p + 1) % together == 0 and F.scales is not None:
+        if len(activations) > 0:
+            for third in tl.static_range(3):
+                part = _dot(tile, activations[p * 3 + third], part)
+        else:
+            values = _load_activations(at, F, TOKENS, p, p + 1)
+            for third in tl.static_range(3):
+                part = _dot(tile, values[third], part)
+        if F.scales is None:
+            total = part
+        elif (p + 1) % together == 0:
             scale = scales[p // together]
             if len(F.pair_bits) > 0:
                 raised = scale * _power(_SUBNORMAL - RAISED - F.pair_bits[p])
@@ -141,19 +169,19 @@ def _add_item(total, loaded, at, grid, magic, n, step, F: tl.constexpr, TOKENS: 
                 raised = scale * _power(-RAISED)
             total = tl.fma(tl.broadcast_to(raised, part.shape), part, total)
             if F.third_sums > 0:
-                sums = tl.load(at + F.item * 3 * TOKENS // 2 + p // together * TOKENS + tl.arange(0, TOKENS)[None, :])
                 if F.has_offset:
                     offset = scales[F.num_scales + p // together]
                 else:
                     offset = scale * (-1.0 * F.zero)
-                total = tl.fma(tl.broadcast_to(offset, part.shape), tl.broadcast_to(sums, part.shape), total)
+                added = tl.broadcast_to(sums[p // together], part.shape)
+                total = tl.fma(tl.broadcast_to(offset, part.shape), added, total)
     return total
 
 
 @triton.jit
 def dot_products(
     x, words, halves, bytes, grid, magic, first_panel, num_panels, panel_units, cols, num_items, first, last,
-    F: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr,
+    F: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, ITEMS: tl.constexpr, AHEAD: tl.constexpr,
 ) -> Any:  # fmt: skip
     """Products of ROWS rows with TOKENS tokens: float32 [ROWS, TOKENS], row i being that of `row_of`.
 
@@ -161,6 +189,7 @@ def dot_products(
         x: activations as `thirds`.
         first_panel: of the rows; those behind the last panel are its rows.
         first, last: the iterations to do, of ITEMS items each, which num_items is a multiple of.
+        AHEAD: whether all activations of an iteration come with its weights.
     """
     step = tl.arange(0, F.steps // 4)[None, None, None, :, None] * 4 + tl.arange(0, 4)[:, None, None, None, None]
     high, low = tl.arange(0, 8)[None, :, None, None, None], tl.arange(0, 4)[None, None, :, None, None]
@@ -182,14 +211,23 @@ def dot_products(
                 at = tile_of(scale_tiles[0], scale_tiles[1], scale_tiles[2], iteration * ITEMS + i, num_items, F)
                 own_item = own_item + (F.load_scales(at[0], at[1], at[2], at[3], F),)
             loaded = loaded + (own_item,)
+        activations = ()
+        sums = ()
+        for i in tl.static_range(ITEMS):
+            at = x + (iteration * ITEMS + i) * item_floats(F, TOKENS)
+            if AHEAD:
+                activations = activations + (_load_activations(at, F, TOKENS, 0, F.planes),)
+            else:
+                activations = activations + ((),)
+            sums = sums + (_load_sums(at, F, TOKENS),)
         tl.debug_barrier()  # or the compiler puts loads off until others are there
         for i in tl.static_range(ITEMS):
             item = iteration * ITEMS + i
             n = item
             if F.items_per_tile > 0:
                 n = item % F.items_per_tile
-            at = x + item.to(tl.int64) * item_floats(F, TOKENS)
-            total = _add_item(total, loaded[i], at, grid, magic, n, step, F, TOKENS)
+            at = x + item * item_floats(F, TOKENS)
+            total = _add_item(total, loaded[i], activations[i], sums[i], at, grid, magic, n, step, F, TOKENS)
     if F.scales is None:
         total = total * _power(-RAISED)
     return total

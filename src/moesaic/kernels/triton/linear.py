@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 import triton
 
@@ -34,11 +37,33 @@ the tokens are the next programs', which find the weights in the second-level ca
 
 _MULTIPROCESSORS = 132  # of a large GPU
 
-_MAX_DOT_TOKENS = 32
-"""Up to so many, and from two on, are multiplied by tensor cores that lose no bits, where a format allows it."""
+_MOST_SPLITS = 32  # of the columns, or what is left to be added up takes longer than it saves
+_ITERATIONS_AROUND = 2  # that beginning and ending a program take as long as
 
-_DOT_ROWS, _DOT_WEIGHTS, _DOT_WARPS = 32, 128, 14
-"""Of a program for them: rows, weights of a row that are on their way at a time; and programs on a multiprocessor."""
+_MAX_DOT_TOKENS = 32
+"""Up to so many are multiplied by tensor cores that lose no bits, where a format allows it."""
+
+_MIN_DOT_TOKENS = 3  # tensor cores have eight of them even if fewer are there
+
+
+@dataclass(frozen=True, slots=True)
+class DotShape:
+    """Of programs for a few tokens by tensor cores, each of which is a warp.
+
+    Attributes:
+        rows: of a program.
+        weights: of a row that are on their way at a time.
+        ahead: whether all activations of those are, too.
+        at_a_time: programs of a multiprocessor, by the registers that they need.
+    """
+
+    rows: int
+    weights: int
+    ahead: bool
+    at_a_time: int
+
+
+_DOT_SHAPES = {8: DotShape(32, 128, True, 14), 16: DotShape(32, 64, True, 14), 32: DotShape(32, 64, False, 10)}
 
 
 def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
@@ -102,34 +127,43 @@ def _few_tokens(
         _sum_parts(parts, bias, out)
 
 
-def dot_items(form: DeviceFormat, num_items: int) -> int:
-    """Items of an iteration of a product by tensor cores, a divisor of their number."""
-    items = max(1, _DOT_WEIGHTS // form.item)
+def dot_items(weights: int, form: DeviceFormat, num_items: int) -> int:
+    """Items of about so many weights of a row, a divisor of all."""
+    items = max(1, weights // form.item)
     while num_items % items:
         items //= 2
     return items
 
 
-def dot_splits(num_blocks: int, iterations: int) -> tuple[int, int]:
-    """Parts of the columns such that a large GPU has enough programs, a warp each, and iterations of a part."""
-    splits = max(1, min(iterations, _MULTIPROCESSORS * _DOT_WARPS // num_blocks))
-    iterations_each = -(-iterations // splits)
-    return -(-iterations // iterations_each), iterations_each
+def dot_splits(num_blocks: int, iterations: int, at_a_time: int) -> int:
+    """Parts of the columns, such that it takes the fewest iterations, one after the other, until all are done.
+
+    Where that is the same, those whose number has more in common with that of multiprocessors: then programs of one
+    find each other's activations there.
+    """
+
+    def cost(splits: int) -> tuple[int, int]:
+        rounds = -(-num_blocks * splits // (_MULTIPROCESSORS * at_a_time))
+        return rounds * (-(-iterations // splits) + _ITERATIONS_AROUND), splits // math.gcd(splits, _MULTIPROCESSORS)
+
+    return min(range(1, min(iterations, _MOST_SPLITS) + 1), key=cost)
 
 
 def _several_tokens(
     x: Thirds, views: WeightViews, form: DeviceFormat, rows: int, cols: int, bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:  # fmt: skip
-    num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, _DOT_ROWS)
+    shape = _DOT_SHAPES[x.tokens]
+    num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, shape.rows)
     groups = triton.cdiv(x.num_tokens, x.tokens)
-    items = dot_items(form, num_items)
-    splits, iterations = dot_splits(num_blocks * groups, num_items // items)
+    items = dot_items(shape.weights, form, num_items)
+    iterations = triton.cdiv(num_items // items, dot_splits(num_blocks * groups, num_items // items, shape.at_a_time))
+    splits = triton.cdiv(num_items // items, iterations)
     parts = out
     if splits > 1:
         parts = torch.empty(splits, x.num_tokens, rows, dtype=torch.float32, device=out.device)
     inner_bias = bias if splits == 1 else None
-    dots_kernel[(num_blocks, splits, groups)](
+    dots_kernel[(splits, num_blocks, groups)](
         x.values,
         views.words,
         views.halves,
@@ -148,8 +182,9 @@ def _several_tokens(
         iterations,
         form,
         x.tokens,
-        _DOT_ROWS,
+        shape.rows,
         items,
+        shape.ahead,
         inner_bias is not None,
         num_warps=1,
         num_stages=1,
@@ -304,7 +339,7 @@ def linear(
     if num_tokens == 0:
         return out
     views = weight_views(weight, index)
-    if 1 < num_tokens <= _MAX_DOT_TOKENS and form.has_thirds and weight.cols % form.item == 0:
+    if _MIN_DOT_TOKENS <= num_tokens <= _MAX_DOT_TOKENS and form.has_thirds and weight.cols % form.item == 0:
         _several_tokens(to_thirds(x, form, _MAX_DOT_TOKENS), views, form, weight.rows, weight.cols, bias, out)
     elif isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)

@@ -92,16 +92,21 @@ def dots_kernel(
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
     ITEMS: tl.constexpr,
+    AHEAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ) -> None:
-    """A program has ROWS rows, a part of their columns, `iterations` of ITEMS items, and TOKENS tokens."""
-    block, split, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """A program has ROWS rows, a part of their columns, `iterations` of ITEMS items, and TOKENS tokens.
+
+    Neighbours have other parts: if the number of parts divides that of multiprocessors, or nearly so, programs that
+    find the same activations in their first-level cache have the same part.
+    """
+    split, block, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = split * iterations
     last = tl.minimum(first + iterations, num_items // ITEMS)
     x += group.to(tl.int64) * num_items * item_floats(F, TOKENS)
     total = dot_products(
         x, words, halves, bytes, grid, magic, block * (ROWS // 16), tl.cdiv(rows, 16), panel_units, cols, num_items,
-        first, last, F, TOKENS, ROWS, ITEMS,
+        first, last, F, TOKENS, ROWS, ITEMS, AHEAD,
     )  # fmt: skip
     r = block * ROWS + row_of(tl.arange(0, ROWS)[:, None])
     token = group * TOKENS + tl.arange(0, TOKENS)[None, :]

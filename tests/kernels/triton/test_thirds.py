@@ -32,7 +32,7 @@ def test_thirds_are_all_of_it(fmt):
     values = thirds.values.cpu()
     parts = values[:, : form.item * 12].contiguous().view(torch.bfloat16)
     parts = parts.view(-1, form.planes, 3, 8, 4, size // 4).double().sum(2) * 2.0**-80
-    added = values[:, form.item * 12 :].reshape(-1, sums, 8)
+    added = values[:, form.item * 12 :].reshape(form.num_items(COLS), sums, 8)
     piece = form.steps * form.width
     for n in range(form.num_items(COLS)):
         groups = torch.zeros(form.num_scales, TOKENS)

@@ -7,10 +7,10 @@ import itertools
 import pytest
 import torch
 from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.orders import in_order, numbers
 
 from moesaic.errors import KernelError
 from moesaic.kernels.triton import combine_norm as module
-from moesaic.kernels.triton.activations import to_lanes
 from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
 from moesaic.kernels.triton.formats import device_format
 from moesaic.kernels.triton.norm import norm_lanes
@@ -37,11 +37,11 @@ def check(lanes, hidden, before):
     """What is in `lanes` is the norm of `hidden`, float64."""
     rows, width = hidden.shape
     factors = (hidden.pow(2).mean(-1, keepdim=True) + before.eps).sqrt()
-    expected = to_lanes((hidden / factors * before.weight.double()).float(), before.form)
-    assert (lanes.num_tokens, lanes.cols, lanes.order) == (rows, width, before.form.order)
-    assert lanes.values.shape == expected.values.shape
-    difference = (lanes.values[:rows] - expected.values[:rows]).abs().max()
-    assert difference <= 3e-6 * expected.values[:rows].abs().max()
+    expected = in_order((hidden / factors * before.weight.double()).float(), before.form)
+    assert (lanes.num_tokens, lanes.cols, lanes.order) == (rows, width, expected.order)
+    assert lanes.thirds == expected.thirds and lanes.values.shape == expected.values.shape
+    found, wanted = numbers(lanes, before.form), numbers(expected, before.form)
+    assert (found - wanted).abs().max() <= 3e-6 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("fmt", WIDTHS)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.orders import in_order, numbers
 from tests.kernels.triton.paged_oracle import error_of
 
 from moesaic.errors import KernelError
 from moesaic.kernels import ops
-from moesaic.kernels.triton.activations import Lanes, to_lanes
+from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.formats import device_format
 from moesaic.kernels.triton.latent import absorb_and_append, latent_values
 from moesaic.kernels.triton.merge import Parts, fits_lanes, merge
@@ -36,9 +37,10 @@ def form_of(name, cols):
 
 def same_lanes(actual: Lanes, rows: torch.Tensor, form) -> bool:
     """Whether lanes are those of rows, sums but for rounding; padding included, tokens that there are not excluded."""
-    expected = to_lanes(rows, form)
+    expected = in_order(rows, form)
     assert (actual.num_tokens, actual.cols, actual.order) == (expected.num_tokens, expected.cols, expected.order)
-    found, wanted = (each.values[: len(rows)] for each in (actual, expected))
+    assert actual.thirds == expected.thirds and actual.values.shape == expected.values.shape
+    found, wanted = (numbers(each, form) for each in (actual, expected))
     return bool(torch.allclose(found, wanted, rtol=1e-5, atol=1e-5))
 
 
@@ -119,7 +121,7 @@ def test_shares_are_added_up_into_memory_of_the_caller():
 
 
 @pytest.mark.parametrize("name", FORMS)
-@pytest.mark.parametrize(("tokens", "heads", "dim"), [(2, 16, 256)])
+@pytest.mark.parametrize(("tokens", "heads", "dim"), [(2, 16, 256), (4, 8, 128)])
 def test_shares_are_added_up_in_the_order_of_the_next_product(name, tokens, heads, dim):
     form, parts = form_of(name, heads * dim), parts_of(4, tokens, heads, dim, [4] * tokens)
     assert same_lanes(merge(parts, form=form), merge(parts).flatten(1), form)

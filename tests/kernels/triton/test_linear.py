@@ -9,12 +9,12 @@ from tests.kernels.oracle import packed, tokens
 from tests.kernels.triton.conftest import DEVICE
 
 from moesaic.errors import KernelError, UnsupportedFormatError
+from moesaic.kernels.triton import activations
 from moesaic.kernels.triton import linear as subject
-from moesaic.kernels.triton.activations import to_lanes
+from moesaic.kernels.triton.activations import to_lanes, to_thirds
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import device_format, supported_formats
 from moesaic.kernels.triton.linear import decode_shape, dot_items, dot_splits, linear
-from moesaic.kernels.triton.thirds import to_thirds
 from moesaic.kernels.triton.views import weight_views
 from moesaic.quant import FORMATS
 
@@ -26,7 +26,7 @@ BY_THIRDS = [name for name in supported_formats() if device_format(FORMATS[name]
 
 
 def tolerance(fmt: str, num_tokens: int) -> float:
-    by_thirds = fmt in BY_THIRDS and num_tokens <= subject._MAX_DOT_TOKENS
+    by_thirds = fmt in BY_THIRDS and num_tokens <= activations._MOST_THIRDS
     if num_tokens <= subject._MAX_FEW_TOKENS or by_thirds:
         return FLOAT_TOLERANCE
     return BFLOAT16_TOLERANCE if DEVICE == "cuda" and fmt != "F32" else FLOAT_TOLERANCE
@@ -75,7 +75,7 @@ def test_several_tokens_in_groups(monkeypatch):
     bias, out = torch.arange(40.0, device=DEVICE), torch.empty(11, 40, device=DEVICE)
     monkeypatch.setattr(subject, "_MULTIPROCESSORS", 1)
     views = weight_views(DeviceTensor.of(weight, DEVICE), 0)
-    subject._several_tokens(to_thirds(x.to(DEVICE), form, 8), views, form, 40, 2048, bias, out)
+    subject._several_tokens(to_thirds(x.to(DEVICE), form, 8), views, form, 40, bias, out)
     assert error_of(out, x.double().numpy() @ values[0].T + np.arange(40)) < FLOAT_TOLERANCE
 
 
@@ -129,13 +129,13 @@ def test_expanded_matrices(fmt, monkeypatch):
 @pytest.mark.parametrize("fmt", ["F32", "BF16", "Q4_K", "Q6_K", "Q8_0"])
 @pytest.mark.parametrize("num_tokens", [2, 3])
 def test_few_tokens_by_vector_units(fmt, num_tokens, monkeypatch):
-    monkeypatch.setattr(subject, "_MAX_DOT_TOKENS", 1)
+    monkeypatch.setattr(activations, "_MOST_THIRDS", 1)
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
 @pytest.mark.parametrize(("fmt", "num_tokens"), [("Q4_K", 5), ("Q8_0", 16), ("TQ2_0", 3), ("IQ1_S_TERNARY", 3)])
 def test_more_tokens_than_a_program_has(fmt, num_tokens, monkeypatch):
-    monkeypatch.setattr(subject, "_MAX_DOT_TOKENS", 1)
+    monkeypatch.setattr(activations, "_MOST_THIRDS", 1)
     check(fmt, 19, columns(fmt, 1)[-1], num_tokens)
 
 
@@ -222,7 +222,11 @@ def test_activations_may_be_in_order_already():
     x = torch.randn(3, 512, device=DEVICE)
     lanes = to_lanes(x, form)
     assert torch.equal(linear(lanes, weight), linear(x, weight))
+    assert torch.equal(linear(to_thirds(x, form), weight), linear(x, weight))
+    assert torch.equal(linear(to_lanes(x[:2], form), weight), linear(x[:2], weight))
     with pytest.raises(KernelError, match="in that of Q4_K"):
         linear(to_lanes(x, device_format(FORMATS["Q6_K"], 512)), weight)
+    with pytest.raises(KernelError, match="in that of Q4_K"):
+        linear(to_thirds(x, device_format(FORMATS["Q6_K"], 512)), weight)
     with pytest.raises(KernelError, match="expected 1 to"):
         linear(to_lanes(x[:, :256], form), weight)

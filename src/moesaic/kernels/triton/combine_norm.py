@@ -65,17 +65,18 @@ def combine_norm(
     rows, width = hidden.shape
     parts = (shared, cached, from_cpu)
     check_parts(hidden, *parts, shared_gate)
-    weight, form = norm.weight, norm.form.lanes
+    weight, form = norm.weight, norm.form
     if not 1 <= rows <= MAX_DECODE_TOKENS:
         raise KernelError(f"hidden is {describe(hidden)}: expected 1 to {MAX_DECODE_TOKENS} rows.")
     if weight.dtype != torch.float32 or weight.shape != (width,) or not weight.is_contiguous():
         raise KernelError(f"weight is {describe(weight)}: expected float32 [{width}], contiguous.")
     lanes = Lanes.empty(rows, width, form, hidden.device)
+    form = form if lanes.thirds else form.lanes
     blocks = triton.next_power_of_2(lanes.num_blocks)
     size = blocks * form.item * 8
     if size > _MOST:
         combine(hidden, *parts, scale, shared_gate)
-        return norm_lanes(hidden, weight, norm.eps, form)
+        return norm_lanes(hidden, weight, norm.eps, norm.form)
     _combine_norm_kernel[(rows,)](
         hidden,
         *(hidden if x is None else x for x in parts),
@@ -90,6 +91,7 @@ def combine_norm(
         width,
         lanes.num_blocks,
         form,
+        lanes.thirds,
         BLOCKS=blocks,
         SHARED=shared is not None,
         CACHED=cached is not None,
@@ -119,6 +121,7 @@ def _combine_norm_kernel(
     cols,
     num_blocks,
     F: tl.constexpr,
+    THIRDS: tl.constexpr,
     BLOCKS: tl.constexpr,
     SHARED: tl.constexpr,
     CACHED: tl.constexpr,
@@ -153,4 +156,5 @@ def _combine_norm_kernel(
     values += scale * total
     tl.store(hidden + token * hidden_stride + k, values, mask=inside)
     squares = tl.sum(tl.reshape(values * values, (BLOCKS * size * 8,)), 0)
-    store_blocks(lanes, token, num_blocks, values * (1.0 / tl.sqrt(squares / cols + eps)) * factors, F, BLOCKS)
+    values = values * (1.0 / tl.sqrt(squares / cols + eps)) * factors
+    store_blocks(lanes, token.to(tl.int32), num_blocks, values, F, BLOCKS, THIRDS)

@@ -139,7 +139,8 @@ def latent_values(x: torch.Tensor, weight: torch.Tensor, *, form: DeviceFormat |
     lanes = None if form is None else lanes_of_heads(form, tokens, heads, value_dim, x.device)
     out = torch.empty(tokens, heads, value_dim, device=x.device) if lanes is None else lanes.values
     if tokens > 0:
-        together = 1 if form is None else columns_together(form)
+        thirds = 0 if lanes is None else lanes.thirds
+        together = 1 if form is None else columns_together(form, thirds > 0)
         cols, latent_pad = min(padded(value_dim), max(_VALUE_COLS, together)), padded(latent_dim)
         values_kernel[(heads, triton.cdiv(value_dim, cols))](
             x,
@@ -153,7 +154,8 @@ def latent_values(x: torch.Tensor, weight: torch.Tensor, *, form: DeviceFormat |
             VALUE_DIM=value_dim,
             COLS=cols,
             TOKENS=max(_LEAST_TOKENS, triton.next_power_of_2(tokens)),
-            F=None if form is None else form.lanes,
+            F=form if form is None or thirds else form.lanes,
+            THIRDS=thirds,
             num_warps=_warps(latent_pad * cols),
         )
     return out if lanes is None else lanes

@@ -120,6 +120,7 @@ def values_kernel(
     COLS: tl.constexpr,
     TOKENS: tl.constexpr,
     F: tl.constexpr,
+    THIRDS: tl.constexpr,
 ) -> None:
     """COLS columns of a head: x [tokens, heads, DIM] times `weight` [heads, DIM, VALUE_DIM]."""
     head, first = tl.program_id(0), tl.program_id(1) * COLS
@@ -128,5 +129,5 @@ def values_kernel(
     )  # fmt: skip
     token = tl.arange(0, TOKENS)
     store_columns(
-        out, out_token, VALUE_DIM, values, token, token < num_tokens, head, first, VALUE_DIM, F, TOKENS, COLS
+        out, out_token, VALUE_DIM, values, token, token < num_tokens, head, first, VALUE_DIM, F, TOKENS, COLS, THIRDS
     )  # fmt: skip

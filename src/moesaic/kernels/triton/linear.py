@@ -11,13 +11,12 @@ import triton
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import describe
 from moesaic.kernels.limits import EXPANDED_WEIGHTS
-from moesaic.kernels.triton.activations import Lanes, to_lanes, to_operands
+from moesaic.kernels.triton.activations import Lanes, goes_by_thirds, to_lanes, to_operands, to_thirds
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
 from moesaic.kernels.triton.linear_kernels import dots_kernel, panels_kernel, sum_kernel, tiles_kernel
-from moesaic.kernels.triton.thirds import Thirds, to_thirds
 from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, is_interpreted, weight_views
 
 __all__ = ["MAX_DECODE_TOKENS", "linear"]
@@ -39,11 +38,6 @@ _MULTIPROCESSORS = 132  # of a large GPU
 
 _MOST_SPLITS = 32  # of the columns, or what is left to be added up takes longer than it saves
 _ITERATIONS_AROUND = 2  # that beginning and ending a program take as long as
-
-_MAX_DOT_TOKENS = 32
-"""Up to so many are multiplied by tensor cores that lose no bits, where a format allows it."""
-
-_MIN_DOT_TOKENS = 3  # tensor cores have eight of them even if fewer are there
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +144,12 @@ def dot_splits(num_blocks: int, iterations: int, at_a_time: int) -> int:
 
 
 def _several_tokens(
-    x: Thirds, views: WeightViews, form: DeviceFormat, rows: int, cols: int, bias: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:  # fmt: skip
-    shape = _DOT_SHAPES[x.tokens]
+    x: Lanes, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    cols = x.cols
+    shape = _DOT_SHAPES[x.thirds]
     num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, shape.rows)
-    groups = triton.cdiv(x.num_tokens, x.tokens)
+    groups = triton.cdiv(x.num_tokens, x.thirds)
     items = dot_items(shape.weights, form, num_items)
     iterations = triton.cdiv(num_items // items, dot_splits(num_blocks * groups, num_items // items, shape.at_a_time))
     splits = triton.cdiv(num_items // items, iterations)
@@ -181,7 +175,7 @@ def _several_tokens(
         form.panel_units(cols),
         iterations,
         form,
-        x.tokens,
+        x.thirds,
         shape.rows,
         items,
         shape.ahead,
@@ -339,8 +333,10 @@ def linear(
     if num_tokens == 0:
         return out
     views = weight_views(weight, index)
-    if _MIN_DOT_TOKENS <= num_tokens <= _MAX_DOT_TOKENS and form.has_thirds and weight.cols % form.item == 0:
-        _several_tokens(to_thirds(x, form, _MAX_DOT_TOKENS), views, form, weight.rows, weight.cols, bias, out)
+    if isinstance(x, Lanes) and x.thirds:
+        _several_tokens(x, views, form, weight.rows, bias, out)
+    elif goes_by_thirds(form, num_tokens, weight.cols):
+        _several_tokens(to_thirds(x, form), views, form, weight.rows, bias, out)
     elif isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)
     elif num_tokens <= _MAX_FEW_TOKENS:
@@ -353,9 +349,10 @@ def linear(
 
 
 def _check_lanes(x: Lanes, weight: DeviceTensor, form: DeviceFormat) -> None:
-    form = form.lanes
-    if x.order != form.order or x.cols != weight.cols or not 0 < x.num_tokens <= MAX_DECODE_TOKENS:
+    form = form if x.thirds else form.lanes
+    order = form.thirds_order if x.thirds else form.order
+    if x.order != order or x.cols != weight.cols or not 0 < x.num_tokens <= MAX_DECODE_TOKENS:
         raise KernelError(
             f"x is {x.num_tokens} tokens of {x.cols} activations in the order {x.order}: expected 1 to "
-            f"{MAX_DECODE_TOKENS} of {weight.cols} in that of {form.name}, {form.order}."
+            f"{MAX_DECODE_TOKENS} of {weight.cols} in that of {form.name}, {order}."
         )

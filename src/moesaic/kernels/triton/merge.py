@@ -13,7 +13,7 @@ import triton
 
 from moesaic.errors import KernelError
 from moesaic.kernels._checks import check_shape, describe
-from moesaic.kernels.triton.activations import Lanes, is_unpadded
+from moesaic.kernels.triton.activations import Lanes, goes_by_thirds, is_unpadded
 from moesaic.kernels.triton.attention_tiles import MAX_SPLITS, padded
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
@@ -50,15 +50,19 @@ def fits_lanes(form: DeviceFormat | None, num_tokens: int, heads: int, dim: int)
     Not of more tokens than products take in that order, not where rows are padded, nor where one of the sums that the
     order has is of two heads or of some steps of an item.
     """
-    if form is None or not 0 < num_tokens <= MAX_DECODE_TOKENS or not is_unpadded(form, heads * dim):
+    if form is None or not 0 < num_tokens <= MAX_DECODE_TOKENS:
         return False
+    if goes_by_thirds(form, num_tokens, heads * dim):
+        return dim % columns_together(form, True) == 0
     few = form.lanes
-    return few.num_sums == 0 or (few.num_sums <= few.planes and dim % columns_together(form) == 0)
+    together = columns_together(form, False)
+    return is_unpadded(form, heads * dim) and (together == 1 or (few.num_sums <= few.planes and dim % together == 0))
 
 
-def columns_together(form: DeviceFormat) -> int:
-    """Columns of which a kernel must have all to make the sums that the order has."""
-    return form.lanes.interleave * form.lanes.item if form.lanes.num_sums else 1
+def columns_together(form: DeviceFormat, thirds: bool) -> int:
+    """Columns of which a kernel must have all to make the sums that the order has, lanes or thirds."""
+    few, sums = (form, form.third_sums) if thirds else (form.lanes, form.lanes.num_sums)
+    return few.interleave * few.item if sums else 1
 
 
 def lanes_of_heads(form: DeviceFormat, num_tokens: int, heads: int, dim: int, device: torch.device) -> Lanes:
@@ -111,7 +115,8 @@ def merge(
         raise KernelError(f"{splits} shares of the keys: expected at most {MAX_SPLITS}.")
     target = out if lanes is None else lanes.values
     assert target is not None
-    cols, at_once = _shape(heads, dim, form)
+    thirds = 0 if lanes is None else lanes.thirds
+    cols, at_once = _shape(heads, dim, 1 if form is None else columns_together(form, thirds > 0))
     if num_tokens > 0:
         merge_kernel[(num_tokens, heads, triton.cdiv(dim, cols))](
             parts.sums,
@@ -127,15 +132,15 @@ def merge(
             COLS=cols,
             SPLITS_PAD=MAX_SPLITS,
             CHUNK=at_once,
-            F=None if form is None else form.lanes,
+            F=form if form is None or thirds else form.lanes,
+            THIRDS=thirds,
             SINKS=sinks is not None,
             num_warps=1,
         )
     return target if lanes is None else lanes
 
 
-def _shape(heads: int, dim: int, form: DeviceFormat | None) -> tuple[int, int]:
+def _shape(heads: int, dim: int, together: int) -> tuple[int, int]:
     """Columns of a program, which is a warp, and shares whose rows it has on their way together: 64 floats a thread."""
-    together = 1 if form is None else columns_together(form)
     cols = 128 if heads * triton.cdiv(dim, 128) >= _MANY_HEADS else 64
     return min(padded(dim), max(cols, together)), 16 if cols == 128 else 32

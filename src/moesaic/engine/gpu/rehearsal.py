@@ -88,7 +88,7 @@ def _prompts(runner: ModelRunner) -> Iterator[tuple[int, int]]:
     """
     most = min(runner.options.max_chunk, PREFILL_CHUNK)
     blocks = runner.pool.blocks_for(runner.max_positions)
-    lengths = [1, *_SHORT_PROMPTS]
+    lengths = [1, MAX_DECODE_TOKENS, *_SHORT_PROMPTS]
     length = _FIRST_EXPANDED
     while length < most:
         lengths.append(length)
@@ -114,11 +114,11 @@ def rehearse_prefill(runner: ModelRunner, num_tokens: int, num_blocks: int) -> N
     path = _Rehearsed(runner)
     step = GpuStep(step_input, runner.caches, decoder.angles, num_tokens, path)
     decoder.run(hidden, step)
-    if num_tokens == 1:  # few tokens end a layer otherwise if what follows is not the next one
+    if num_tokens <= MAX_DECODE_TOKENS:  # few tokens end a layer otherwise if what follows is not the next one
         for layer in range(len(decoder.layers)):
             decoder.run(hidden, step, layer, 1)
     if decoder.tail is None:
-        decoder.logits(hidden[-1:].contiguous())
+        decoder.logits(hidden if num_tokens <= MAX_DECODE_TOKENS else hidden[-1:].contiguous())
 
 
 def rehearse_finish(runner: ModelRunner, num_rows: int) -> None:

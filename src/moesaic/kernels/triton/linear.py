@@ -57,7 +57,7 @@ class DotShape:
     at_a_time: int
 
 
-_DOT_SHAPES = {8: DotShape(32, 128, True, 14), 16: DotShape(32, 64, True, 14), 32: DotShape(32, 64, False, 10)}
+_DOT_SHAPES = {8: DotShape(32, 64, True, 19), 16: DotShape(32, 64, True, 12), 32: DotShape(32, 64, False, 8)}
 
 
 def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:

@@ -122,7 +122,9 @@ Q5_0 = DeviceFormat("Q5_0", _load_five_bits, _q5_0, *_HALF, tile_units=22, zero=
 Q5_1 = DeviceFormat(
     "Q5_1", _load_five_bits, _q5_1, *_TWO_HALVES, tile_units=24, has_offset=True, bits=(0, 8) * 4, **_FIVE_BITS
 )
-Q8_0 = DeviceFormat("Q8_0", one_word, _q8_0, *_HALF, tile_units=34, steps=8, pairs=_q8_0_pairs, pair_bits=(0,), zero=128)
+Q8_0 = DeviceFormat(
+    "Q8_0", one_word, _q8_0, *_HALF, tile_units=34, steps=8, pairs=_q8_0_pairs, pair_bits=(0,), zero=128
+)
 
 
 def _grouped(group: int, is_bfloat16: bool, has_zero: bool) -> DeviceFormat:

@@ -189,8 +189,8 @@ def _tq2_0(loaded, grid, magic, item, step) -> Any:
 
 @triton.jit
 def _tq2_0_pairs(loaded, item, step) -> Any:
-    word = loaded[0]
-    return byte_pairs(word, 0, 3) + byte_pairs(word >> 2, 0, 3) + byte_pairs(word >> 4, 0, 3) + byte_pairs(word >> 6, 0, 3)
+    w = loaded[0]
+    return byte_pairs(w, 0, 3) + byte_pairs(w >> 2, 0, 3) + byte_pairs(w >> 4, 0, 3) + byte_pairs(w >> 6, 0, 3)
 
 
 @triton.jit

@@ -14,7 +14,8 @@ from moesaic.kernels.triton import linear as subject
 from moesaic.kernels.triton.activations import to_lanes, to_thirds
 from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.formats import device_format, supported_formats
-from moesaic.kernels.triton.linear import decode_shape, dot_items, dot_splits, linear
+from moesaic.kernels.triton.linear import decode_shape, linear
+from moesaic.kernels.triton.linear_dots import dot_items, dot_splits, several_tokens
 from moesaic.kernels.triton.views import weight_views
 from moesaic.quant import FORMATS
 
@@ -73,9 +74,9 @@ def test_several_tokens_in_groups(monkeypatch):
     x = tokens(11, 2048)
     form = device_format(FORMATS["Q4_K"], 2048)
     bias, out = torch.arange(40.0, device=DEVICE), torch.empty(11, 40, device=DEVICE)
-    monkeypatch.setattr(subject, "_MULTIPROCESSORS", 1)
+    monkeypatch.setattr("moesaic.kernels.triton.linear_dots.MULTIPROCESSORS", 1)
     views = weight_views(DeviceTensor.of(weight, DEVICE), 0)
-    subject._several_tokens(to_thirds(x.to(DEVICE), form, 8), views, form, 40, bias, out)
+    several_tokens(to_thirds(x.to(DEVICE), form, 8), views, form, 40, bias, out)
     assert error_of(out, x.double().numpy() @ values[0].T + np.arange(40)) < FLOAT_TOLERANCE
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 import triton
 
@@ -16,48 +13,23 @@ from moesaic.kernels.triton.device_tensor import DeviceTensor
 from moesaic.kernels.triton.expand import expand
 from moesaic.kernels.triton.formats import DeviceFormat, device_format
 from moesaic.kernels.triton.formats.common import MAGIC
-from moesaic.kernels.triton.linear_kernels import dots_kernel, panels_kernel, sum_kernel, tiles_kernel
+from moesaic.kernels.triton.linear_dots import MULTIPROCESSORS, several_tokens, sum_parts
+from moesaic.kernels.triton.linear_kernels import panels_kernel, tiles_kernel
 from moesaic.kernels.triton.views import WeightViews, constants_on, grid_of, is_interpreted, weight_views
 
 __all__ = ["MAX_DECODE_TOKENS", "linear"]
 
 MAX_DECODE_TOKENS = 8
-"""Up to so many tokens are multiplied by vector units, straight from the tiles."""
+"""Up to so many tokens may come in the order of the product that comes next (`Lanes`)."""
 
 _MAX_FEW_TOKENS = 16
-"""Up to so many are multiplied by vector units, not only by decode's own kernels: tiles take as long for 9 as for 32.
-"""
+"""Up to so many are multiplied by vector units where tensor cores cannot do so without loss (`goes_by_thirds`)."""
 
 _EXPAND_FROM = 128  # from so many tokens on expanding a matrix takes less time than it saves
 
 _MOST_PRODUCTS = 256
 """Of an item's weights with tokens, all of which are one piece of straight code, or compiling takes long. The rest of
 the tokens are the next programs', which find the weights in the second-level cache."""
-
-_MULTIPROCESSORS = 132  # of a large GPU
-
-_MOST_SPLITS = 32  # of the columns, or what is left to be added up takes longer than it saves
-_ITERATIONS_AROUND = 2  # that beginning and ending a program take as long as
-
-
-@dataclass(frozen=True, slots=True)
-class DotShape:
-    """Of programs for a few tokens by tensor cores, each of which is a warp.
-
-    Attributes:
-        rows: of a program.
-        weights: of a row that are on their way at a time.
-        ahead: whether all activations of those are, too.
-        at_a_time: programs of a multiprocessor, by the registers that they need.
-    """
-
-    rows: int
-    weights: int
-    ahead: bool
-    at_a_time: int
-
-
-_DOT_SHAPES = {8: DotShape(32, 64, True, 19), 16: DotShape(32, 64, True, 12), 32: DotShape(32, 64, False, 8)}
 
 
 def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
@@ -70,7 +42,7 @@ def warps_at_a_time(form: DeviceFormat, tokens: int) -> int:
 def program_warps(programs: int, num_items: int, at_a_time: int) -> int:
     """Warps of each program for few tokens: as many as keep all programs on a large GPU at a time."""
     warps, most = 1, 16 if at_a_time == 16 else 8
-    while warps < most and 8 * warps < num_items and 2 * programs * warps <= _MULTIPROCESSORS * at_a_time:
+    while warps < most and 8 * warps < num_items and 2 * programs * warps <= MULTIPROCESSORS * at_a_time:
         warps *= 2
     return warps
 
@@ -79,7 +51,7 @@ def decode_shape(num_panels: int, num_items: int, at_a_time: int) -> tuple[int, 
     """How a product of few tokens is cut: warps of a program, parts of the columns, iterations of a part."""
     warps = program_warps(num_panels, num_items, at_a_time)
     iterations = -(-num_items // (8 * warps))
-    splits = max(1, min(iterations, _MULTIPROCESSORS * 8 // (num_panels * warps)))
+    splits = max(1, min(iterations, MULTIPROCESSORS * 8 // (num_panels * warps)))
     iterations = -(-iterations // splits)
     return warps, -(-num_items // (8 * warps * iterations)), iterations
 
@@ -118,80 +90,7 @@ def _few_tokens(
         num_warps=warps,
     )
     if splits > 1:
-        _sum_parts(parts, bias, out)
-
-
-def dot_items(weights: int, form: DeviceFormat, num_items: int) -> int:
-    """Items of about so many weights of a row, a divisor of all."""
-    items = max(1, weights // form.item)
-    while num_items % items:
-        items //= 2
-    return items
-
-
-def dot_splits(num_blocks: int, iterations: int, at_a_time: int) -> int:
-    """Parts of the columns, such that it takes the fewest iterations, one after the other, until all are done.
-
-    Where that is the same, those whose number has more in common with that of multiprocessors: then programs of one
-    find each other's activations there.
-    """
-
-    def cost(splits: int) -> tuple[int, int]:
-        rounds = -(-num_blocks * splits // (_MULTIPROCESSORS * at_a_time))
-        return rounds * (-(-iterations // splits) + _ITERATIONS_AROUND), splits // math.gcd(splits, _MULTIPROCESSORS)
-
-    return min(range(1, min(iterations, _MOST_SPLITS) + 1), key=cost)
-
-
-def _several_tokens(
-    x: Lanes, views: WeightViews, form: DeviceFormat, rows: int, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    cols = x.cols
-    shape = _DOT_SHAPES[x.thirds]
-    num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, shape.rows)
-    groups = triton.cdiv(x.num_tokens, x.thirds)
-    items = dot_items(shape.weights, form, num_items)
-    iterations = triton.cdiv(num_items // items, dot_splits(num_blocks * groups, num_items // items, shape.at_a_time))
-    splits = triton.cdiv(num_items // items, iterations)
-    parts = out
-    if splits > 1:
-        parts = torch.empty(splits, x.num_tokens, rows, dtype=torch.float32, device=out.device)
-    inner_bias = bias if splits == 1 else None
-    dots_kernel[(splits, num_blocks, groups)](
-        x.values,
-        views.words,
-        views.halves,
-        views.bytes,
-        grid_of(form, views),
-        MAGIC,
-        x.values if inner_bias is None else inner_bias,
-        parts,
-        parts.stride(-2),
-        0 if splits == 1 else parts.stride(0),
-        x.num_tokens,
-        rows,
-        cols,
-        num_items,
-        form.panel_units(cols),
-        iterations,
-        form,
-        x.thirds,
-        shape.rows,
-        items,
-        shape.ahead,
-        inner_bias is not None,
-        num_warps=1,
-        num_stages=1,
-    )
-    if splits > 1:
-        _sum_parts(parts, bias, out)
-
-
-def _sum_parts(parts: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    splits, num_tokens, rows = parts.shape
-    sum_kernel[(triton.cdiv(rows, 128), num_tokens)](
-        parts, parts if bias is None else bias, out, out.stride(0), rows, parts.stride(0), splits, bias is not None
-    )
+        sum_parts(parts, bias, out)
 
 
 def _many_tokens(
@@ -298,8 +197,9 @@ def linear(
 ) -> torch.Tensor:
     """`x @ W.T + bias` for one packed matrix; nothing waits for the device, so that a graph can capture it.
 
-    Up to 16 tokens are float32 throughout; of more, activations and weights are rounded to bfloat16
-    before they are multiplied (not with F32 weights), sums are float32. Results do not depend on timing.
+    Up to 16 tokens, and up to 32 where `goes_by_thirds`, lose no bits before they are added up in float32; of more,
+    activations and weights are rounded to bfloat16 before they are multiplied (not with F32 weights). Results do not
+    depend on timing, nor on what other tokens are, but on how many there are.
 
     Args:
         x: float32 `[tokens, cols]` on the weights' device, rows any distance apart; or up to MAX_DECODE_TOKENS tokens
@@ -334,9 +234,9 @@ def linear(
         return out
     views = weight_views(weight, index)
     if isinstance(x, Lanes) and x.thirds:
-        _several_tokens(x, views, form, weight.rows, bias, out)
+        several_tokens(x, views, form, weight.rows, bias, out)
     elif goes_by_thirds(form, num_tokens, weight.cols):
-        _several_tokens(to_thirds(x, form), views, form, weight.rows, bias, out)
+        several_tokens(to_thirds(x, form), views, form, weight.rows, bias, out)
     elif isinstance(x, Lanes):
         _few_tokens(x, views, form, weight.rows, bias, out)
     elif num_tokens <= _MAX_FEW_TOKENS:

@@ -8,6 +8,7 @@ pool. Without graphs the same is launched anew each time. It chooses neither tok
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,9 @@ class DecodeSteps:
     ) -> None:
         self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
         self._hand_off, self._slots, self._uploads, self.lending = hand_off, slots, uploads, lending
-        self.graphs = StepGraphs(self, options.max_batch, options.graphs and decoder.device.type == "cuda")
+        captures = options.graphs and decoder.device.type == "cuda"
+        # Weakly: VRAM of a model that nobody has any more is free at once, not when Python looks for cycles.
+        self.graphs = StepGraphs(weakref.proxy(self), options.max_batch, captures)
         self._token_ids = torch.zeros(options.max_batch, dtype=torch.int64)
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         self._out = torch.zeros(options.max_batch, width, device=decoder.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +112,7 @@ def test_a_crowd_waits_for_one_capture(caplog: pytest.LogCaptureFixture) -> None
 def test_a_size_that_is_used_often_gets_its_own_graph() -> None:
     maker = Maker()
     graphs = graphs_of(maker)
+    graphs.prepares = True
     graphs.bucket(8)
     for _ in range(PATIENCE):
         assert graphs.bucket(3).size == 8
@@ -120,6 +123,33 @@ def test_a_size_that_is_used_often_gets_its_own_graph() -> None:
     assert maker.captured == [(8, False), (4, False), (8, True)]
     assert not graphs.brings(graphs.buckets[4], at_once=False)  # begins to count
     assert graphs.brings(graphs.buckets[4], at_once=True)
+
+
+def test_uploads_come_at_once_where_nobody_prepares_them() -> None:
+    """As in `generate()`: those who decode are all who wait."""
+    maker = Maker()
+    graphs = graphs_of(maker)
+    assert graphs.brings(graphs.bucket(3), at_once=False) and not graphs.brings(graphs.bucket(12), at_once=False)
+    assert maker.captured == [(4, False), (4, True), (16, False)]
+    while graphs.prepare(2):  # from now on somebody does
+        pass
+    assert maker.captured[3:] == [(1, False), (2, False), (1, True), (2, True)]
+    graphs.buckets.pop(16)
+    assert not graphs.brings(graphs.bucket(7), at_once=False)
+
+
+def test_what_is_dropped_is_free_at_once() -> None:
+    """VRAM does not wait until Python looks for cycles."""
+    gc.collect()
+    gc.disable()
+    try:
+        runner = on_gpu("qwen3_moe", ON_GPU, slots=eager_cache, uploads=some_uploads).runner
+        runner.decode([runner.new_sequence()], [3])
+        kept = [weakref.ref(each) for each in (runner.steps, runner.decoder, runner.slots.cache, runner.uploads)]
+        del runner
+        assert [each() for each in kept] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_what_was_begun_is_gone_on_with() -> None:

@@ -73,12 +73,14 @@ class StepGraphs:
     Attributes:
         buckets: by the most sequences of their steps.
         expected: sequences that will decode together soon; a hint.
+        prepares: whether somebody asks for graphs while nobody waits, so that a step can do without for a while.
     """
 
     def __init__(self, maker: GraphMaker, max_batch: int, captures: bool) -> None:
         self._maker, self._max_batch, self._captures = maker, max_batch, captures
         self.buckets: dict[int, Bucket] = {}
         self.expected = 0
+        self.prepares = False
         self._made_do: Counter[tuple[int, bool]] = Counter()  # steps that would have had this graph if it were there
         self._seconds, self._gives_up = 0.0, False
 
@@ -99,11 +101,14 @@ class StepGraphs:
         return bucket
 
     def brings(self, bucket: Bucket, at_once: bool) -> bool:
-        """Whether a step of this bucket may have uploads; they are captured now if they are wanted `at_once`."""
+        """Whether a step of this bucket may have uploads.
+
+        They are captured now if they are wanted `at_once`, if nobody prepares them, or if many steps did without.
+        """
         if True not in self._maker.ways(bucket.size):
             return False
         if self._captures and True not in bucket.graphs:
-            if not at_once and not self._is_worth(bucket.size, True):
+            if self.prepares and not at_once and not self._is_worth(bucket.size, True):
                 return False
             self._need(bucket, True)
         return True
@@ -116,6 +121,7 @@ class StepGraphs:
         Returns:
             Whether there was one.
         """
+        self.prepares = True
         if not self._captures or self._gives_up:
             return False
         began = time.perf_counter()

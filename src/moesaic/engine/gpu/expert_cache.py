@@ -87,6 +87,8 @@ class ExpertCache:
         pinned = device.type == "cuda"
         self._staged = torch.full((len(self._routed), most), -1, dtype=torch.int32, pin_memory=pinned)
         self._stream = torch.cuda.Stream(device) if pinned else None
+        if self._stream is not None:  # whoever had the arena's memory before may not be through with it
+            self._stream.wait_stream(torch.cuda.current_stream(device))
         self._leaving: list[Move] = []  # out of the table from the next step on; copied after that step began
         self._joining: deque[Move] = deque()  # into slots that are new; copied a few in a step
         self._under_way: list[tuple[Move, torch.cuda.Event | None]] = []

@@ -107,6 +107,7 @@ class StagingBuffers:
             memory = torch.empty(self.num_groups * size, dtype=torch.uint8, device=device)
         self.arenas = memory[: self.num_groups * size].split(size)
         self.copies = SideStream(device)
+        self.copies.follow()  # whoever had this memory before may not be through with it
         self._filled = [Mark(device) for _ in range(self.num_groups)]
         self._free = [Mark(device) for _ in range(self.num_groups)]
         self._next = 0

@@ -119,6 +119,7 @@ def test_neighbours_are_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [group.slots.tolist() for group in groups] == [[0, 1], [0], [0, 1]]
     for group in groups:
         staging.fill(1, group)
+        staging.use(group)  # what follows here waits for the copies
     assert copied == [(0, 2, 0), (2, 2, 0), (4, 1, 0), (7, 1, 1)]
     kernel, up = staging.layouts[1].kernel, experts[1].up
     for expert, place, slot in ((1, 0, 1), (4, 2, 0), (7, 2, 1)):
@@ -137,10 +138,12 @@ def test_layers_with_other_formats_do_not_overwrite_each_other() -> None:
     staging = StagingBuffers(layers, 8, DEVICE)
     (one,) = staging.plan(np.array([2, 3]), 0)
     staging.fill(0, one)
+    staging.use(one)
     before = staging.arenas[one.place].clone()
     for group in staging.plan(np.arange(6), 0):
         assert group.place != one.place
         staging.fill(1, group)
+        staging.use(group)
     assert torch.equal(before, staging.arenas[one.place])
     for layout in staging.layouts:
         assert layout.kernel.arena_bytes(staging.group) <= len(staging.arenas[0])

@@ -12,7 +12,10 @@ from moesaic.engine.session import Session
 from moesaic.placement import Rules
 from moesaic.placement.rules import parse_rules
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("free_card"),
+]
 
 PROMPTS = [
     "What is 4821 + 377?",

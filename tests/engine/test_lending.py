@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -274,15 +273,8 @@ def test_memory_for_a_long_chunk_that_is_not_there() -> None:
     assert not allowed.calls and not lending._streams
 
 
-@pytest.fixture
-def whole_card() -> Iterator[None]:
-    """Whatever a test allows this process of the card, others get all of it."""
-    yield
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-@pytest.mark.usefixtures("whole_card")
+@pytest.mark.usefixtures("free_card")
 def test_a_loaded_model_lends_within_its_budget() -> None:
     def planned(vram: int | None) -> Prepared:
         return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 20, "hybrid", vram=vram, context=512)

@@ -114,6 +114,7 @@ def test_who_waits_is_told_if_it_takes_longer_than_a_moment(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.usefixtures("free_card")
 def test_nothing_is_left_to_compile_on_a_gpu(tmp_path: Path) -> None:
     """On a GPU: the first answers of a loaded model find all their kernels."""
     from triton import knobs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -326,6 +328,21 @@ def test_a_loaded_model_lends_within_its_budget() -> None:
     assert np.array_equal(tables, cache.policy.slot_of) and (tables >= 0).sum() >= 0.9 * before.num_slots
     long_bytes = lots.long * lots.lot_bytes  # which PyTorch's allocator had while they were not among the lots
     assert torch.cuda.max_memory_reserved() - long_bytes + lending.nbytes + DRIVER_BYTES <= vram
+
+
+def test_what_is_dropped_gives_its_memory_back_at_once() -> None:
+    """VRAM does not wait until Python looks for cycles."""
+    subject = Subject("qwen3_moe", first_blocks=2, slots=9)
+    vars(subject.runner.server).pop("serve", None)  # which knows the subject
+    lending, runner = subject.lending, subject.runner
+    kept = [weakref.ref(each) for each in (lending, lending._stock, runner.steps, runner.pool, runner.slots.cache)]
+    gc.collect()
+    gc.disable()
+    try:
+        del subject, lending, runner
+        assert [each() for each in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(ON_GPU, reason="the driver of a test refuses")

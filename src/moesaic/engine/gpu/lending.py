@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -81,7 +82,8 @@ class VramLending:
         most = min(lots.most_experts, 2 * lots.total)  # `take_over` may bring some
         self._experts = VirtualBuffer(self._stock, most, min(most, self._stock.num_free))
         self._cache: ExpertCache | None = None
-        self._pool: BlockPool | None = None
+        # Weakly, since the pool has this: VRAM of a model that nobody has any more is free at once.
+        self._pool: weakref.ref[BlockPool] | None = None
         self._streams = self._steps = self._moves = self._lent_out = 0
         self._seconds, self._extended, self._is_refused = 0.0, clock(), False
 
@@ -130,8 +132,9 @@ class VramLending:
         if found != lots.block_bytes:
             raise KernelError(f"a block takes {found} bytes, but the plan says {lots.block_bytes}.")
         layers = pool_layers(shapes, self._keys.data, lots.num_blocks, block_size, dtype)
-        self._pool = BlockPool(lots.num_blocks, block_size, self, self._num_backed())
-        return self._pool, layers
+        pool = BlockPool(lots.num_blocks, block_size, self, self._num_backed())
+        self._pool = weakref.ref(pool)
+        return pool, layers
 
     def extend(self, num_blocks: int) -> int:
         """As `BlockStore`: memory for blocks, which unused lots, idle buffers of prefill and experts give, in turn."""
@@ -185,9 +188,10 @@ class VramLending:
         self._driver.synchronize()
         if staging is not None:
             staging.resize(0)
-        if kept.spare and self._pool is not None:
+        pool = None if self._pool is None else self._pool()
+        if kept.spare and pool is not None:
             self._keys.resize(kept.lots)
-            self._pool.num_backed = self._num_backed()
+            pool.num_backed = self._num_backed()
         try:
             self._experts.resize(wanted)
         except KernelError as error:
@@ -249,10 +253,10 @@ class VramLending:
 
     def _kept_keys(self) -> _Kept:
         """What the pool keeps: what it began with, what is held, and all of it while it was extended a moment ago."""
-        mapped = self._keys.num_mapped
-        if self._pool is None or mapped <= self.lots.keys or self._clock() - self._extended < _SECONDS:
+        mapped, pool = self._keys.num_mapped, None if self._pool is None else self._pool()
+        if pool is None or mapped <= self.lots.keys or self._clock() - self._extended < _SECONDS:
             return _Kept(mapped, 0)
-        kept = max(self.lots.keys, self.lots.lots_for(self._pool.end))
+        kept = max(self.lots.keys, self.lots.lots_for(pool.end))
         return _Kept(kept, mapped - kept)
 
     def _num_backed(self) -> int:

@@ -31,16 +31,18 @@ class DotShape:
         rows: of a program.
         weights: of a row that are on their way at a time.
         ahead: whether all activations of those are, too.
-        at_a_time: programs of a multiprocessor, by the registers that they need.
+        at_a_time: programs of a multiprocessor, by the registers that they need; a quarter of it has a quarter.
+        without_pairs: the same of formats whose codes are looked up or computed one by one.
     """
 
     rows: int
     weights: int
     ahead: bool
     at_a_time: int
+    without_pairs: int
 
 
-_DOT_SHAPES = {8: DotShape(32, 64, True, 19), 16: DotShape(32, 64, True, 12), 32: DotShape(32, 64, False, 8)}
+_DOT_SHAPES = {8: DotShape(32, 64, True, 19, 12), 16: DotShape(32, 64, True, 12, 8), 32: DotShape(32, 64, False, 8, 8)}
 
 
 def dot_items(weights: int, form: DeviceFormat, num_items: int) -> int:
@@ -74,7 +76,8 @@ def several_tokens(
     num_items, num_blocks = form.num_items(cols), triton.cdiv(rows, shape.rows)
     groups = triton.cdiv(x.num_tokens, x.thirds)
     items = dot_items(shape.weights, form, num_items)
-    iterations = triton.cdiv(num_items // items, dot_splits(num_blocks * groups, num_items // items, shape.at_a_time))
+    at_a_time = shape.at_a_time if form.pairs is not None else shape.without_pairs
+    iterations = triton.cdiv(num_items // items, dot_splits(num_blocks * groups, num_items // items, at_a_time))
     splits = triton.cdiv(num_items // items, iterations)
     parts = out
     if splits > 1:

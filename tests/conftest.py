@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -17,7 +18,23 @@ if not torch.cuda.is_available():  # before anything imports triton: kernels for
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of the tests."""
-    parser.addoption("--soak-seconds", type=float, default=120.0, help="how long tests/server/test_soak.py asks (120)")
+    parser.addoption("--soak-seconds", type=float, default=40.0, help="how long tests/server/test_soak.py asks (40)")
+
+
+def pytest_configure() -> None:
+    """What tests import makes a million objects that stay: nothing to look through again and again meanwhile."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Nor afterwards: collections look at what tests make."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """The end of the process frees everything: the extension tells what it still holds then."""
+    gc.unfreeze()
 
 
 @pytest.fixture

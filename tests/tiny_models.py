@@ -19,6 +19,7 @@ __all__ = [
     "FAMILIES",
     "fill_with_pattern",
     "make_tiny_model",
+    "save_large",
     "save_tiny",
     "tiny_config",
     "tiny_inputs",
@@ -232,6 +233,17 @@ def save_tiny(
     model = make_tiny_model(model_type, seed, dtype, **overrides)
     model.save_pretrained(folder)
     return model
+
+
+def save_large(folder: Path, model_type: str, **overrides: Any) -> None:
+    """Save a model of some hundred megabytes in bfloat16, in no time: its weights repeat a thousand random numbers."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.bfloat16)
+    model = model.to_empty(device="cpu")
+    numbers = torch.randn(1009, generator=torch.Generator().manual_seed(0)).mul(0.03).to(torch.bfloat16)
+    for tensor in model.state_dict().values():
+        tensor.copy_(numbers.repeat(tensor.numel() // len(numbers) + 1)[: tensor.numel()].view(tensor.shape))
+    model.save_pretrained(folder)
 
 
 def tiny_inputs(batch: int = 2, length: int = 13, seed: int = 0, vocab_size: int = 512) -> torch.Tensor:

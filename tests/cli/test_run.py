@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -47,10 +48,13 @@ def test_run_answers_like_the_stock_model(tiny_folder: Path) -> None:
     assert RATES.fullmatch(done.stderr.splitlines()[-1]), done.stderr
 
 
-def test_run_reads_the_prompt_from_standard_input(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_reads_the_prompt_from_standard_input(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = ("--raw", "--json", "--temperature", "0", "--max-tokens", "6")
-    piped = moesaic_command("run", str(tiny_folder), "-", *options, input="abc\n")
-    report = json.loads(piped.stdout)
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    assert main(["run", str(tiny_folder), "-", *options, "--threads", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["text"] == stock_greedy_text(tiny_folder, "abc", 6)
     assert (report["prompt_tokens"], report["generated_tokens"]) == (3, 6)
     assert report["finish_reason"] == "length"

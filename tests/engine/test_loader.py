@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.engine.pairs import checkpoint_of, load_tiny, pair, relative_error
-from tests.tiny_models import tiny_inputs
+from tests.tiny_models import save_large, tiny_inputs
 from torch import nn
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
@@ -142,11 +142,9 @@ print(prepared.plan.nbytes, peak() - before)
 @pytest.fixture(scope="module")
 def folder_of_large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of 460 MB."""
-    from tests.tiny_models import save_tiny
-
     folder = tmp_path_factory.mktemp("large") / "model"
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 768, "num_experts": 24, "vocab_size": 4096}
-    save_tiny(folder, "qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=4, **sizes)
+    save_large(folder, "qwen3_moe", num_hidden_layers=4, **sizes)
     return folder
 
 

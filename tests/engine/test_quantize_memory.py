@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_large
 
 # A piece of 16 MiB as floats, its stored form and its blocks. Measured: 47 MB, whatever the size of the model.
 _LIMIT = 80e6
@@ -35,10 +34,9 @@ for output, name in (("a.gguf", "Q8_0"), ("b.gguf", "Q6_K")):
 
 def test_memory_stays_far_below_the_size_of_the_model(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
-    save_tiny(
+    save_large(
         tmp_path / "model",
         "qwen3_moe",
-        dtype=torch.bfloat16,
         hidden_size=1024,
         moe_intermediate_size=1024,
         num_experts=12,

@@ -22,10 +22,11 @@ CPP          = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
 
-# One pip call resolves everything, so that the constraint file holds for all of it.
+# One pip call resolves everything, so that the constraint file holds for all of it. Nothing is compiled to bytecode
+# ahead: of 17,000 files a tenth is ever imported.
 $(VENV)/.moesaic-dev: pyproject.toml $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PYTHON) -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "scikit-build-core>=0.11" "nanobind>=2.4" cmake ninja
-	$(PYTHON) -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-build-isolation -e ".[dev]" -Cbuild-dir=$(BUILD) $(ISA_OPTION)
+	$(PYTHON) -m pip install -q --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "scikit-build-core>=0.11" "nanobind>=2.4" cmake ninja
+	$(PYTHON) -m pip install -q --no-compile $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) --no-build-isolation -e ".[dev]" -Cbuild-dir=$(BUILD) $(ISA_OPTION)
 	@touch $(BUILD)/.editable $@
 
 dev: $(VENV)/.moesaic-dev native

@@ -14,9 +14,8 @@ from demo.tasks import LONG_TASKS, TASKS
 from moesaic import _native
 from moesaic.weights.resolve import resolve
 
-_NUM_ITEMS = {"generic": 4}  # plain C++ is ten times slower
-_DEFAULT_NUM_ITEMS = 32
-_NUM_LONG_ITEMS = 2
+_NUM_ITEMS = {"generic": (4, 1)}  # plain C++ is ten times slower
+_DEFAULT_NUM_ITEMS = (32, 2)  # of short contexts, of long ones
 _MAX_CONTEXT = 500  # a context of 8,192 takes minutes on two cores: `make eval-demo` measures that
 _MAX_BYTES = 20_000_000
 
@@ -52,8 +51,9 @@ def test_accuracy_on_every_instruction_set(demo: tuple[object, object], isa: str
     _native.set_isa(isa)
     try:
         tasks = [task for task in TASKS if task not in LONG_TASKS]
-        results = evaluate(*demo, _NUM_ITEMS.get(isa, _DEFAULT_NUM_ITEMS), 0, tasks=tasks)
-        results += evaluate(*demo, 0, _NUM_LONG_ITEMS, tasks=LONG_TASKS, max_context=_MAX_CONTEXT)
+        short, long = _NUM_ITEMS.get(isa, _DEFAULT_NUM_ITEMS)
+        results = evaluate(*demo, short, 0, tasks=tasks)
+        results += evaluate(*demo, 0, long, tasks=LONG_TASKS, max_context=_MAX_CONTEXT)
     finally:
         _native.set_isa(before)
     assert len(results) == len(TASKS) * len(LANGUAGES)

@@ -17,6 +17,7 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load, prepare, this_computer
+from moesaic.errors import GenerationError
 from moesaic.placement.units import parse_size
 
 DECODE_PROMPT = 16
@@ -63,8 +64,12 @@ def measurements(runner: ModelRunner, way: str, args: argparse.Namespace) -> Ite
             bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, count + 1)
         else:
             bench = GpuTimedRuns(runner, "prefill", count, 1)
-        bench.run()  # warms up
-        yield {"way": way, "what": what, "tokens": count, "runs": [bench.run() for _ in range(args.repeat)]}
+        row: dict[str, object] = {"way": way, "what": what, "tokens": count}
+        try:
+            bench.run()  # warms up
+            yield row | {"runs": [bench.run() for _ in range(args.repeat)]}
+        except GenerationError as error:  # too little VRAM for a long prompt, perhaps; the next may do
+            yield row | {"problem": f"{way}, {what} of {count}: {error}"}
 
 
 def main() -> None:

@@ -32,8 +32,8 @@ class AllocatorLimit:
 
     def allow(self, extra: int) -> bool:
         """Let the allocator have so many bytes more than its part, until the next call; False if it holds more."""
-        # Of segments that are partly used, long chunks could not use the rest, and would find too little memory.
-        torch.cuda.empty_cache()
+        if not extra:
+            torch.cuda.empty_cache()
         if torch.cuda.memory_reserved(self._device) > self._part + extra:
             return False
         self._set(extra)

@@ -24,7 +24,8 @@ import torch
 from moesaic.kernels.experts import Activation
 from moesaic.kernels.packed import PackedTensor
 from moesaic.kernels.triton.device_tensor import DeviceTensor
-from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout
+from moesaic.kernels.triton.few_experts import experts_decode
 from moesaic.kernels.triton.formats import supported_formats
 from moesaic.kernels.triton.grouped_experts import ExpertPairs
 from moesaic.kernels.triton.linear import linear

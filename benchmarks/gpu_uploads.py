@@ -34,7 +34,7 @@ from moesaic.engine.gpu.upload_shares import ALL, UploadShares, expected_share
 from moesaic.engine.gpu.uploads import MissUploads, seconds_to_bring
 from moesaic.engine.loader import load
 from moesaic.kernels import moe_forward, num_threads, read_bandwidth, set_num_threads
-from moesaic.kernels.triton.experts import experts_decode
+from moesaic.kernels.triton.few_experts import experts_decode
 from moesaic.modules.gpu.experts import copy_experts, slot_bytes
 from moesaic.modules.gpu.landing import LandingSlots, why_not_readable
 from moesaic.placement.units import parse_size

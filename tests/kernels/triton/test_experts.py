@@ -13,8 +13,9 @@ from tests.kernels.triton.conftest import DEVICE
 
 from moesaic.errors import KernelError, UnsupportedFormatError
 from moesaic.kernels.experts import Activation
-from moesaic.kernels.triton import experts as subject
-from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout, experts_decode, takes_pairs
+from moesaic.kernels.triton import few_experts as subject
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout
+from moesaic.kernels.triton.few_experts import experts_decode, takes_pairs
 from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs, bring
 from moesaic.quant import FORMATS
 

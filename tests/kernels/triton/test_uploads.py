@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,8 +60,9 @@ def test_the_most_wanted_missing_experts_are_taken_from_the_cpu(tokens: int, top
     assert picks.counts.tolist() == [100 + len(set(misses[misses >= 0].tolist())), 1000 + len(brought)]
 
 
+@pytest.mark.parametrize("halves", [["all"], ["inner", "down"]])
 @pytest.mark.parametrize("gated", [True, False])
-def test_experts_land_as_they_lie_in_dram(gated: bool) -> None:
+def test_experts_land_as_they_lie_in_dram(gated: bool, halves: list[Any]) -> None:
     shapes = (("Q4_K", 48, 256), ("Q8_0", 48, 256), ("Q4_1", 256, 64))
     parts = [packed(fmt, rows, cols, 5, seed)[0] for seed, (fmt, rows, cols) in enumerate(shapes)]
     parts[1] = packed("Q8_0", 64, 256, 5, 7)[0]
@@ -72,7 +74,12 @@ def test_experts_land_as_they_lie_in_dram(gated: bool) -> None:
     arena = torch.full((layout.kernel.arena_bytes(3) + 128,), 7, dtype=torch.uint8, device=DEVICE)
     landing = torch.tensor([4, -1, 0], dtype=torch.int32, device=DEVICE)
     gate = None if experts.gate is None else experts.gate.data
-    bring_experts(landing, gate, experts.up.data, experts.down.data, arena, layout.kernel)
+    for half in halves:
+        untouched = arena.clone()
+        bring_experts(landing, gate, experts.up.data, experts.down.data, arena, layout.kernel, half)
+        if half == "inner":  # down comes later
+            first = layout.kernel.down.offset
+            assert torch.equal(arena[first : layout.nbytes], untouched[first : layout.nbytes])
     found = arena.cpu()
     named = [
         (part, getattr(experts, name)) for name in ("gate", "up", "down") if (part := getattr(layout.kernel, name))

@@ -74,6 +74,9 @@ class GraphPath:
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
         if self._uploads is not None and position is not None:
+            if then is not None and then.ahead is not None:  # while experts are on their way
+                then.ahead.launch()
+                then = then._replace(ahead=None)
             cached = self._uploads.compute(routed, cached)
         self._answer(position)
         return self._exchange.take_back(

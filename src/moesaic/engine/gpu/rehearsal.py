@@ -20,7 +20,7 @@ from moesaic.engine.packing import Progress
 from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.ahead import KernelsAhead
 from moesaic.kernels.triton.combine_norm import NormBefore
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.loading import kernel_folder
 from moesaic.kernels.triton.route import Request
 from moesaic.kvcache.step_input import StepInput

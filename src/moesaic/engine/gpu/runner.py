@@ -26,7 +26,7 @@ from moesaic.engine.gpu.streaming import StreamingPath
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kernels import ops
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput

@@ -19,7 +19,7 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagedGroup, StagingBuffers
 from moesaic.engine.gpu.streams import Mark
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.grouped_experts import ExpertBlocks, ExpertPairs
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.kernels.triton.loading import num_loaded

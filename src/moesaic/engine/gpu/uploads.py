@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from moesaic.engine.gpu.shares import Costs
-from moesaic.engine.gpu.streams import Mark
+from moesaic.engine.gpu.streams import Mark, SideStream
 from moesaic.engine.gpu.upload_shares import ALL, UploadShares, expected_share, numbers_of
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.modules.gpu.landing import LandingSlots, why_not_readable
 from moesaic.modules.gpu.step import Routed
@@ -63,6 +63,8 @@ class MissUploads:
         self._staged = torch.zeros(landing.max_distinct + 1, dtype=torch.int32, pin_memory=pinned)
         self._counts = torch.zeros(2, dtype=torch.int64, pin_memory=pinned)
         self._steps = self.share = 0
+        device = landing.numbers.device
+        self._side, self._inner_is_there, self._down_is_there = SideStream(device), Mark(device), Mark(device)
 
     def takes(self, num_tokens: int) -> bool:
         """Whether steps of so many tokens can bring experts."""
@@ -100,11 +102,19 @@ class MissUploads:
         picks = self.landing.picks(len(routed.hidden))
         hidden = routed.hidden if routed.request is None else None  # the router has written them
         exchange.hand_off(position, hidden, routed.chosen, routed.misses, routed.weights, picks)
-        self.landing.bring(routed.layer)
+        self._side.follow()
+        with self._side.use():  # what else the GPU computes need not wait for the link
+            self.landing.bring(routed.layer, part="inner")
+            self._inner_is_there.set()
+            self.landing.bring(routed.layer, part="down")
+            self._down_is_there.set()
 
     def compute(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
-        """Add what came: see `LandingSlots.compute`."""
-        return self.landing.compute(routed, total)
+        """Add what came: see `LandingSlots.down`. The first half is computed while the second is on its way."""
+        self._inner_is_there.wait()
+        inner = self.landing.inner(routed)
+        self._down_is_there.wait()
+        return self.landing.down(inner, routed, total)
 
     def report(self) -> None:
         """The last thing of a step that brings experts: let the CPU see what it did."""

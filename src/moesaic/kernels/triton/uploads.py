@@ -12,7 +12,7 @@ computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -114,6 +114,7 @@ def bring_experts(
     down: torch.Tensor,
     arena: torch.Tensor,
     layout: ExpertLayout,
+    part: Literal["all", "inner", "down"] = "all",
 ) -> None:
     """Copy experts into slots; nothing waits for the device, so that a graph can capture it.
 
@@ -123,6 +124,7 @@ def bring_experts(
             page-locked memory of the CPU.
         arena: uint8 on the device, the slots.
         layout: where matrices lie in a slot; all have the same distance from slot to slot.
+        part: of each expert, what is copied: `inner` is gate and up.
 
     Raises:
         KernelError: a tensor is not as described.
@@ -139,7 +141,8 @@ def bring_experts(
         raise KernelError(f"The arena is {describe(arena)}: expected uint8 with room for {len(landing)} slots.")
     first, (a, b, c) = 3 - len(parts), ([parts[0]] if layout.gate is None else []) + parts
     programs = max(1, min(_PROGRAMS, triton.cdiv(max(words for _, words, _ in parts), _BLOCK)))
-    _bring_kernel[(programs, len(landing), len(parts))](
+    first, end = {"all": (first, 3), "inner": (first, 2), "down": (2, 3)}[part]
+    _bring_kernel[(programs, len(landing), end - first)](
         landing, a[0], b[0], c[0], arena.view(torch.int32), a[1], b[1], c[1], a[2], b[2], c[2],
         layout.up.stride // _WORD, FIRST=first, BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip

@@ -15,13 +15,8 @@ import torch
 from moesaic.errors import KernelError
 from moesaic.kernels import PackedTensor, SlicedTensor
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import (
-    MAX_DECODE_TOKENS,
-    ExpertLayout,
-    MatrixLayout,
-    experts_decode,
-    takes_pairs,
-)
+from moesaic.kernels.triton.experts import ExpertLayout, MatrixLayout
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS, experts_decode, takes_pairs
 from moesaic.kernels.triton.grouped_experts import ExpertPairs
 
 __all__ = ["ResidentExperts", "SlotLayout", "copy_experts", "page_lock", "slot_bytes", "slot_layout"]

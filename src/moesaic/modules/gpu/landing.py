@@ -7,12 +7,13 @@ not know how many are worth while.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from moesaic.kernels import PackedTensor
 from moesaic.kernels.experts import PackedExperts
-from moesaic.kernels.triton.experts import MAX_DECODE_TOKENS, experts_decode
+from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS, experts_down, experts_inner
 from moesaic.kernels.triton.uploads import MAX_PICKED, Picks, bring_experts
 from moesaic.modules.gpu.experts import SlotLayout, slot_bytes, slot_layout
 from moesaic.modules.gpu.step import Routed
@@ -62,28 +63,26 @@ class LandingSlots:
         """What the hand-off of a step of so many tokens needs; the next layer overwrites what it chose."""
         return Picks(self.numbers, self._landing, self._slots[:num_tokens], self.counts)
 
-    def bring(self, layer: int, landing: torch.Tensor | None = None) -> None:
+    def bring(
+        self, layer: int, landing: torch.Tensor | None = None, part: Literal["all", "inner", "down"] = "all"
+    ) -> None:
         """Copy experts of a layer into slots: those that the hand-off chose, or `landing` (see `bring_experts`)."""
         experts = self._routed[layer]
         gate, up, down = (_data(part) for part in (experts.gate, experts.up, experts.down))
         assert up is not None and down is not None
         chosen = self._landing if landing is None else landing
-        bring_experts(chosen, gate, up, down, self._arena, self._layouts[layer].kernel)
+        bring_experts(chosen, gate, up, down, self._arena, self._layouts[layer].kernel, part)
 
-    def compute(self, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
-        """`total` (or nothing) plus the weighted sum of the experts that landed: float32 `[tokens, hidden_size]`."""
+    def inner(self, routed: Routed) -> torch.Tensor:
+        """What `down` takes, when the inner part of what lands is there: see `experts_inner`."""
         slots = self._slots[: len(routed.hidden)]
-        kernel = self._layouts[routed.layer].kernel
-        return experts_decode(
-            routed.hidden,
-            slots,
-            routed.chosen,
-            routed.weights,
-            self._arena,
-            kernel,
-            total,
-            accumulate=total is not None,
-        )
+        return experts_inner(routed.hidden, slots, routed.chosen, self._arena, self._layouts[routed.layer].kernel)
+
+    def down(self, inner: torch.Tensor, routed: Routed, total: torch.Tensor | None) -> torch.Tensor:
+        """`total` (or nothing) plus the weighted sum of the experts that landed: float32 `[tokens, hidden_size]`."""
+        slots, kernel = self._slots[: len(routed.hidden)], self._layouts[routed.layer].kernel
+        add = total is not None
+        return experts_down(inner, slots, routed.chosen, routed.weights, self._arena, kernel, total, accumulate=add)
 
 
 def why_not_readable(routed: Sequence[PackedExperts]) -> str:

@@ -36,7 +36,7 @@ from moesaic.engine.loader import load
 from moesaic.kernels import moe_forward, num_threads, read_bandwidth, set_num_threads
 from moesaic.kernels.triton.few_experts import experts_decode
 from moesaic.modules.gpu.experts import copy_experts, slot_bytes
-from moesaic.modules.gpu.landing import LandingSlots, why_not_readable
+from moesaic.modules.gpu.landing import LandingSlots, why_not_sent
 from moesaic.placement.units import parse_size
 from moesaic.placement.vram import MAX_UPLOADS
 from zipf_routers import ZipfRouters
@@ -49,18 +49,19 @@ CPU_TOLERANCE = 3e-2  # the CPU rounds activations to 8 bits
 Row = dict[str, Any]
 
 
-def check(landing: LandingSlots, runner: ModelRunner) -> float:
+def check(uploads: MissUploads, runner: ModelRunner) -> float:
     """Compare what landed and its products with copies of the experts; the largest error against the CPU's products."""
     experts, top_k, device = runner.decoder.routed[0], runner.decoder.top_k, runner.decoder.device
+    landing = uploads.landing
     layout, arena = landing._layouts[0], torch.zeros_like(landing._arena)
     count = min(top_k, landing.num_slots)
     chosen = torch.randperm(experts.num_experts)[:count]
     for slot, expert in enumerate(chosen.tolist()):
         copy_experts(experts, expert, 1, layout, arena, slot)
-    numbers = torch.full((landing.num_slots,), -1, dtype=torch.int32, device=device)
-    numbers[:count] = chosen.to(device)
     landing._arena.zero_()
-    landing.bring(0, numbers)
+    torch.cuda.synchronize()
+    uploads.sender.bring(0, chosen.tolist())
+    torch.cuda.synchronize()
     if not torch.equal(landing._arena, arena):
         raise SystemExit("experts that landed differ from copies of them")
     x, weights = torch.randn(1, experts.hidden, device=device), torch.rand(1, count, device=device)
@@ -90,7 +91,7 @@ class Subject:
         # No memory moves meanwhile: that would be timed, and staging keeps its own.
         self.lending, runner.steps.lending, runner.steps.uploads = runner.lending, None, None
         torch.cuda.empty_cache()
-        problem = why_not_readable(decoder.routed)
+        problem = why_not_sent(decoder.routed)
         if problem:
             raise SystemExit(f"no uploads: {problem}")
         self.costs = runner.shares.costs if staging is None else measure_costs(decoder.routed[0], staging)
@@ -104,7 +105,7 @@ class Subject:
 
     def expected(self) -> int:
         """The share that is tried first."""
-        per_upload = seconds_to_bring(self.landing, self.runner.decoder.routed, self.runner.decoder.top_k)
+        per_upload = seconds_to_bring(self.uploads, self.runner.decoder.top_k)
         return expected_share(
             self.runner.decoder.top_k, per_upload, self.costs.per_read + self.costs.per_token, self.costs.fixed
         )
@@ -131,7 +132,7 @@ def on_cpu(steps: list[StepTimes]) -> float:
 def link_rows(subject: Subject) -> Iterator[Row]:
     """How fast experts come, alone and together."""
     for count in (1, 2, 4, 8, 16):
-        each = seconds_to_bring(subject.landing, subject.runner.decoder.routed, count)
+        each = seconds_to_bring(subject.uploads, count)
         yield {"part": "link", "experts": count, "us": each * 1e6, "gb_s": subject.expert_bytes / each / 1e9}
     costs = subject.costs
     yield {
@@ -219,7 +220,7 @@ def measure(arguments: argparse.Namespace, started: float) -> Iterator[Row]:
         "threads": num_threads(),
         "dram_gb_s": read_bandwidth(1 << 30).median,
         "seconds": time.monotonic() - started,
-        "error": check(subject.landing, subject.runner),
+        "error": check(subject.uploads, subject.runner),
     }
     yield from link_rows(subject)
     numbers = [int(x) for x in arguments.numbers.split(",")]

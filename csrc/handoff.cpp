@@ -45,15 +45,19 @@ void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tok
 
 std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t first_request,
                            std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
-                           Deferral& deferral) {
+                           Deferral& deferral, Uploads* uploads) {
     if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
     if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
     for (const ServedLayer& layer : layers) {
         if (layer.experts->hidden != m.hidden_size) throw std::invalid_argument("experts of another width");
+        if (uploads != nullptr && layer.uploaded == nullptr)
+            throw std::invalid_argument("experts that cannot be copied");
     }
     const std::atomic_ref<std::int64_t> answered(*m.answered);
     const auto timeout = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_seconds));
     std::int64_t served = 0;
+    const Beside send = [uploads] { uploads->send(); };
+    const Beside* beside = uploads == nullptr ? nullptr : &send;
     try {
         for (const ServedLayer& layer : layers) {
             const std::int64_t number = first_request + served;
@@ -65,10 +69,14 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
             const std::int64_t start = times.empty() ? 0 : nanoseconds();
             count_uses(layer, m, num_tokens);  // before the answer, after which the next request may come
             Routing routing{m.experts, m.weights, m.top_k};
+            if (uploads != nullptr) {
+                routing.experts =
+                    uploads->pick(*layer.uploaded, routing, num_tokens, layer.experts->num_experts, number);
+            }
             if (layer.num_deferred > 0) {
                 routing.experts = deferral.put_off(routing, m.hidden, num_tokens, layer.num_deferred);
             }
-            moe_forward(*layer.experts, routing, m.hidden, m.hidden_size, num_tokens, m.output);
+            moe_forward(*layer.experts, routing, m.hidden, m.hidden_size, num_tokens, m.output, beside);
             deferral.deliver(m.output, num_tokens);
             answered.store(number, std::memory_order_release);
             const std::int64_t end = times.empty() ? 0 : nanoseconds();

@@ -11,6 +11,7 @@
 
 #include "deferral.h"
 #include "moe.h"
+#include "uploads.h"
 
 namespace moesaic {
 
@@ -33,6 +34,7 @@ struct ServedLayer {
     const Experts* experts;
     std::uint32_t* uses;        // [num_experts], counts how often each was chosen; null: not counted
     std::int64_t num_deferred;  // experts of each token that come with the next answer; 0 for a step's last layer
+    const UploadedLayer* uploaded = nullptr;  // where its experts are to be copied from; null: none ever is
 };
 
 // Nanoseconds of the steady clock at which a request was seen, at which it was answered, and at which what had been put
@@ -44,9 +46,9 @@ struct ServedTimes {
 // Answer the requests first_request, first_request + 1, ..., one per layer. Returns the number of layers served: fewer
 // than there are if a request did not come within `timeout_seconds`. Then, and when experts throw, `answered` becomes
 // kGaveUp. `times` is empty or has an element for each layer. `deferral` is what the layer before the first one has put
-// off, and then what the last one has.
+// off, and then what the last one has. `uploads`: brings some of the experts to the other side; null: none.
 std::int64_t serve_experts(const Mailbox& mailbox, std::span<const ServedLayer> layers, std::int64_t first_request,
                            std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
-                           Deferral& deferral);
+                           Deferral& deferral, Uploads* uploads = nullptr);
 
 }  // namespace moesaic

@@ -40,7 +40,7 @@ class Forward {
   public:
     Forward(const Experts& experts, const Assignment& assignment, const float* x, std::int64_t x_stride,
             std::int64_t num_tokens, float* out);
-    void run();
+    void run(const Beside* beside);
 
   private:
     struct Buffers {
@@ -251,7 +251,7 @@ WorkQueue queue_of(std::span<const std::int64_t> items_of_slices, const ThreadPo
     return WorkQueue(group_work(items_of_slices, pool.threads_per_node()));
 }
 
-void Forward::run() {
+void Forward::run(const Beside* beside) {
     std::vector<std::int64_t> inner(slices_.size()), outer(slices_.size(), num_panels_);
     for (std::size_t s = 0; s < slices_.size(); ++s) inner[s] = a_.num_active() * slices_[s].num_pairs;
     ThreadPool& pool = thread_pool();
@@ -260,6 +260,7 @@ void Forward::run() {
     pool.run([&](Team& team) {
         static thread_local Buffers buffers;
         buffers.input.active = -1;  // of another call
+        if (beside != nullptr && team.thread() == 0) (*beside)();
         const std::int64_t inner_end = inner_items.share(team.thread()).end;
         const std::int64_t outer_first = std::min(outer_items.share(team.thread()).begin,
                                                   static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
@@ -306,14 +307,15 @@ void check_experts(const Experts& e) {
 }
 
 void moe_forward(const Experts& experts, const Routing& routing, const float* x, std::int64_t x_stride,
-                 std::int64_t num_tokens, float* out) {
+                 std::int64_t num_tokens, float* out, const Beside* beside) {
     check_experts(experts);
     const Assignment assignment = assign(routing, num_tokens, experts.num_experts);
     if (assignment.num_active() == 0) {
+        if (beside != nullptr) (*beside)();
         std::fill_n(out, num_tokens * experts.hidden, 0.0f);
         return;
     }
-    Forward(experts, assignment, x, x_stride, num_tokens, out).run();
+    Forward(experts, assignment, x, x_stride, num_tokens, out).run(beside);
 }
 
 }  // namespace moesaic

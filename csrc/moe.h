@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "formats/registry.h"
@@ -48,9 +49,12 @@ struct Routing {
 // Throws std::invalid_argument for shapes that the formats cannot have.
 void check_experts(const Experts& experts);
 
+// What one thread of the pool does first, while the others begin with the experts.
+using Beside = std::function<void()>;
+
 // out[num_tokens, hidden] = sum over the chosen experts of weight * expert(x); rows of x are x_stride floats
-// apart; out must not overlap x.
+// apart; out must not overlap x. `beside` runs once, in the calling thread; null: nothing.
 void moe_forward(const Experts& experts, const Routing& routing, const float* x, std::int64_t x_stride,
-                 std::int64_t num_tokens, float* out);
+                 std::int64_t num_tokens, float* out, const Beside* beside = nullptr);
 
 }  // namespace moesaic

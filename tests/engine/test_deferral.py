@@ -118,8 +118,10 @@ def decoded(runner: ModelRunner, rows: Sequence[torch.Tensor], steps: int) -> tu
     serve = server.serve
 
     def noted(num_tokens: int, **options: Any) -> None:
-        seen.append(server.mailbox.experts[:num_tokens].clone())
+        asked = server.mailbox.experts[:num_tokens].clone()
         serve(num_tokens, **options)
+        uploads, layer = options.get("uploads"), options.get("first_layer", 0)
+        seen.append(asked if uploads is None else asked.masked_fill(uploads.last_slots(layer)[:num_tokens] >= 0, -1))
 
     server.serve = noted  # type: ignore[method-assign]
     sequences = [runner.new_sequence() for _ in rows]

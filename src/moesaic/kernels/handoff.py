@@ -13,6 +13,7 @@ import torch
 
 from moesaic import _native
 from moesaic.errors import ExpertTimeoutError, KernelError
+from moesaic.kernels.expert_uploads import ExpertUploads
 from moesaic.kernels.experts import PackedExperts
 
 __all__ = ["ExpertServer", "Mailbox"]
@@ -150,6 +151,7 @@ class ExpertServer:
         num_layers: int | None = None,
         timeout: float = 30.0,
         times: torch.Tensor | None = None,
+        uploads: ExpertUploads | None = None,
     ) -> None:
         """Answer one request for each of these layers, in order.
 
@@ -160,17 +162,22 @@ class ExpertServer:
             timeout: seconds to wait for each request.
             times: int64 `[num_layers, 3]` to be filled with the nanoseconds (of the monotonic clock) at which requests
                 were seen, were answered, and what had been put off was computed, too.
+            uploads: brings some of the experts to the GPU; made of the same `layers`.
 
         Raises:
             ExpertTimeoutError: a request did not come. All polls that wait for this mailbox pass from then on, until
                 `restart`.
-            KernelError: more tokens than the mailbox holds.
+            KernelError: more tokens than the mailbox holds; the driver refused to copy experts.
         """
         count = len(self.layers) - first_layer if num_layers is None else num_layers
         if not 1 <= num_tokens <= self.mailbox.max_tokens:
             raise KernelError(f"{num_tokens} tokens in a mailbox for 1 to {self.mailbox.max_tokens}.")
         address = 0 if times is None else times.data_ptr()
-        served = self._native.serve(first_layer, count, self.next_request, num_tokens, timeout, address)
+        brings = None if uploads is None else uploads.native
+        try:
+            served = self._native.serve(first_layer, count, self.next_request, num_tokens, timeout, address, brings)
+        except RuntimeError as error:
+            raise KernelError(f"Experts of a step could not be computed or brought to the GPU: {error}.") from error
         if served < count:
             raise ExpertTimeoutError(
                 f"the GPU did not ask for the experts of layer {first_layer + served} within {timeout:g} s: it is "

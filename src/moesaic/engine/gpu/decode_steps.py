@@ -124,7 +124,7 @@ class DecodeSteps:
             self._decoder.embed(self._token_ids[:count], bucket.buffers.rows(count))
             self._run(bucket, uploads, count, to_host)
         except BaseException:
-            self._hand_off.recover()
+            self._hand_off.recover(self.uploads)
             for sequence in sequences:
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
@@ -158,7 +158,7 @@ class DecodeSteps:
         """Launch what steps of `size` sequences do. Nobody answers the GPU, so launches must be noted, not done."""
         bucket = self.new_bucket(size)
         for brings in self.ways(size):
-            self._compute(bucket, self._graph_path(brings), brings)
+            self._compute(bucket, self._graph_path(brings))
 
     def new_bucket(self, size: int) -> Bucket:
         """As `GraphMaker`, like those that follow."""
@@ -174,19 +174,19 @@ class DecodeSteps:
         """Compile and load every kernel of a step, in which all is padding, which chooses no experts."""
         bucket.buffers.append(())
         try:
-            self._compute(bucket, self._eager_path(bucket.size, brings), brings)
+            self._compute(bucket, self._eager_path(bucket.size, brings))
             if bucket.out.is_cuda:
                 torch.cuda.current_stream().synchronize()
             self._hand_off.check()
         except BaseException:
-            self._hand_off.recover()
+            self._hand_off.recover(self.uploads)
             raise
 
     def capture(self, bucket: Bucket, brings: bool, pool: Any) -> Any:
         """A CUDA graph; other threads may use the GPU meanwhile."""
         path, graph = self._graph_path(brings), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._compute(bucket, path, brings)
+            self._compute(bucket, path)
         return graph
 
     def _ready(self, count: int) -> tuple[Bucket, MissUploads | None]:
@@ -203,14 +203,14 @@ class DecodeSteps:
         is_quiet = cache is None or not cache.is_busy
         brings = uploads is not None and uploads.before_step(count, is_quiet)
         if not bucket.graphs:
-            self._compute(bucket, self._eager_path(count, brings), brings)
+            self._compute(bucket, self._eager_path(count, brings))
             if cache is not None:
                 cache.during_step()
         else:
             bucket.graphs[brings].replay()
             if cache is not None:
                 cache.during_step()
-            hand_off.serve(count)
+            hand_off.serve(count, uploads if brings else None)
         if cache is not None and hand_off.server is not None:  # while the GPU computes what follows the last layer
             uses, share = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share
             cache.after_step(hand_off.served, uses, count, (bucket.size, share))
@@ -230,7 +230,7 @@ class DecodeSteps:
             self._host = torch.zeros(self._out.shape, pin_memory=self._out.is_cuda)
         self._host[:count].copy_(bucket.out[:count], non_blocking=True)
 
-    def _compute(self, bucket: Bucket, path: ExpertPath, brings: bool) -> None:
+    def _compute(self, bucket: Bucket, path: ExpertPath) -> None:
         """What a graph holds."""
         decoder = self._decoder
         with torch.no_grad():
@@ -242,8 +242,6 @@ class DecodeSteps:
             else:
                 argmax(decoder.logits(hidden, normed, bucket.out), bucket.likeliest)
             self._hand_off.end_step()
-            if brings and self.uploads is not None:
-                self.uploads.report()
 
     def _eager_path(self, num_tokens: int, brings: bool) -> ExpertPath:
         return self._hand_off.eager_path(self.slots, self.uploads if brings else None, num_tokens)

@@ -76,14 +76,16 @@ class HandOff:
         """The last thing that a step's GPU does: count its requests, and let the CPU see whether all were answered."""
         self.exchange.advance(0 if self.server is None else len(self.server.layers), self._failed)
 
-    def serve(self, num_tokens: int) -> None:
-        """Answer all requests of a step of so many tokens.
+    def serve(self, num_tokens: int, uploads: MissUploads | None) -> None:
+        """Answer all requests of a step of so many tokens; with `uploads`, if its graph waits for some.
 
         Raises:
             ExpertTimeoutError: a request did not come.
+            KernelError: the driver refused to copy experts.
         """
         if self.server is not None:
-            self.server.serve(num_tokens, timeout=self._timeout, times=self.times)
+            sender = None if uploads is None else uploads.sender
+            self.server.serve(num_tokens, timeout=self._timeout, times=self.times, uploads=sender)
 
     def check(self) -> None:
         """When a step is over: raise an ExpertTimeoutError if the GPU waited for an answer too long."""
@@ -93,8 +95,8 @@ class HandOff:
                 "process was stopped. The request failed; the next one may be tried."
             )
 
-    def recover(self) -> None:
-        """After a failure: let the GPU drain, and begin to count requests anew."""
+    def recover(self, uploads: MissUploads | None) -> None:
+        """After a failure: let the GPU drain, and begin to count requests anew, those of `uploads` too."""
         if self.server is None:
             return
         self.server.give_up()
@@ -102,6 +104,8 @@ class HandOff:
             torch.cuda.synchronize()
         self.server.restart()
         self.exchange.restart()
+        if uploads is not None:
+            uploads.restart()
         self._failed.zero_()
 
 

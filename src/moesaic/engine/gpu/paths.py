@@ -27,7 +27,7 @@ class GraphPath:
         exchange: the GPU's side of the mailbox.
         slots: experts on the GPU.
         positions: of each layer, the position of its request in a step; None for layers without requests.
-        uploads: brings some misses to the GPU; None: all are the CPU's.
+        uploads: some misses come to the GPU instead; None: all are the CPU's.
     """
 
     def __init__(
@@ -41,24 +41,17 @@ class GraphPath:
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
-        table = self._slots.table(layer)
-        return self._uploads.landing.nowhere(layer) if table is None and self._uploads is not None else table
+        return self._slots.table(layer)
 
     def request(self, layer: int) -> Request | None:
-        """As `ExpertPath`; with uploads, the choices of all tokens are looked at together before the CPU is asked."""
+        """As `ExpertPath`."""
         position = self._positions[layer]
-        if position is None:
-            return None
-        return self._exchange.request(position)._replace(completes=self._uploads is None)
+        return None if position is None else self._exchange.request(position)
 
     def start(self, routed: Routed) -> None:
         """Ask the CPU, unless the router has."""
         position = self._positions[routed.layer]
-        if position is None:
-            return
-        if self._uploads is not None:
-            self._uploads.hand_off(self._exchange, position, routed)
-        elif routed.request is None:
+        if position is not None and routed.request is None:
             self._exchange.hand_off(position, routed.hidden, routed.chosen, routed.misses, routed.weights)
 
     def finish(
@@ -73,12 +66,14 @@ class GraphPath:
         """Compute what lies on the GPU, and add everything up."""
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
-        if self._uploads is not None and position is not None:
+        if self._uploads is None or position is None:
+            self._answer(position)
+        else:
             if then is not None and then.ahead is not None:  # while experts are on their way
                 then.ahead.launch()
                 then = then._replace(ahead=None)
-            cached = self._uploads.compute(routed, cached)
-        self._answer(position)
+            self._answer(position)
+            cached = self._uploads.compute(self._exchange, position, routed, cached)
         return self._exchange.take_back(
             position, residual, shared=shared, shared_gate=shared_gate, cached=cached, scale=scale, then=then
         )
@@ -115,4 +110,7 @@ class EagerPath(GraphPath):
 
     def _answer(self, position: int | None) -> None:
         if position is not None:
-            self._server.serve(self._num_tokens, first_layer=position, num_layers=1, timeout=self._timeout)
+            sender = None if self._uploads is None else self._uploads.sender
+            self._server.serve(
+                self._num_tokens, first_layer=position, num_layers=1, timeout=self._timeout, uploads=sender
+            )

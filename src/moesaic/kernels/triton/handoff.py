@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from moesaic import _native
 from moesaic.kernels.handoff import Mailbox
 from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
 from moesaic.kernels.triton.elementwise import combine
 from moesaic.kernels.triton.route import Request
-from moesaic.kernels.triton.uploads import Picks, pick
 
 __all__ = ["Exchange"]
 
@@ -28,9 +28,7 @@ _SECONDS_PER_POLL = 1e-6  # a read over PCIe, until it is measured
 def _hand_off(
     hidden_ptr, chosen_ptr, experts_ptr, weights_ptr,
     box_hidden_ptr, box_chosen_ptr, box_experts_ptr, box_weights_ptr,
-    requested_ptr, base_ptr, slots_ptr, landing_ptr, numbers_ptr, counts_ptr,
-    position, num_values, num_choices, num_slots,
-    BLOCK: tl.constexpr, CHOICES: tl.constexpr, SLOTS: tl.constexpr,
+    requested_ptr, base_ptr, position, num_values, num_choices, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
     for start in range(0, num_values, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
@@ -39,13 +37,7 @@ def _hand_off(
     choice = tl.arange(0, CHOICES)
     inside = choice < num_choices
     tl.store(box_chosen_ptr + choice, tl.load(chosen_ptr + choice, mask=inside), mask=inside)
-    if SLOTS > 0:
-        experts = pick(
-            experts_ptr, slots_ptr, landing_ptr, numbers_ptr, counts_ptr, num_choices, num_slots, CHOICES, SLOTS
-        )
-    else:
-        experts = tl.load(experts_ptr + choice, mask=inside)
-    tl.store(box_experts_ptr + choice, experts, mask=inside)
+    tl.store(box_experts_ptr + choice, tl.load(experts_ptr + choice, mask=inside), mask=inside)
     tl.store(box_weights_ptr + choice, tl.load(weights_ptr + choice, mask=inside), mask=inside)
     number = tl.load(base_ptr) + position + 1
     # All threads' stores come before the barrier, and with it before the release of the one that stores the number.
@@ -64,6 +56,22 @@ def _wait(answered_ptr, base_ptr, failed_ptr, position, max_polls):
         seen = tl.load(answered_ptr, volatile=True)
         polls += 1
     if seen < number:
+        tl.store(failed_ptr, 1)
+
+
+@triton.jit(do_not_specialize=["position", "max_polls"])
+def _wait_there(arrived_ptr, answered_ptr, base_ptr, failed_ptr, position, max_polls, GAVE_UP: tl.constexpr):
+    """As `_wait`, for a number in the GPU's own memory; whoever gives up does so where answers are awaited."""
+    number = tl.load(base_ptr) + position + 1
+    seen = tl.load(arrived_ptr, volatile=True)
+    answered = tl.load(answered_ptr, volatile=True)
+    failed = tl.load(failed_ptr)
+    polls = 0
+    while (seen < number) & (answered < GAVE_UP) & (polls < max_polls) & (failed == 0):
+        seen = tl.load(arrived_ptr, volatile=True)
+        answered = tl.load(answered_ptr, volatile=True)
+        polls += 1
+    if (seen < number) & (answered < GAVE_UP):
         tl.store(failed_ptr, 1)
 
 
@@ -106,30 +114,37 @@ class Exchange:
     def hand_off(
         self,
         position: int,
-        hidden: torch.Tensor | None,
+        hidden: torch.Tensor,
         chosen: torch.Tensor,
         experts: torch.Tensor,
         weights: torch.Tensor,
-        picks: Picks | None = None,
     ) -> None:
         """Ask for experts.
 
         Args:
             position: which request of the step this is, from 0 on.
-            hidden: float32 `[tokens, hidden_size]`, contiguous; None: the router has written it into the mailbox.
+            hidden: float32 `[tokens, hidden_size]`, contiguous.
             chosen: int64 `[tokens, top_k]`, the router's choice.
             experts: int64 `[tokens, top_k]`, those that do not lie on the GPU, and -1 in the other places.
             weights: float32 `[tokens, top_k]`.
-            picks: which of these experts the GPU brings to itself; all are the CPU's if None.
         """
         box = self._box()
-        num_slots = 0 if picks is None else len(picks.landing)
-        outs = [chosen] * 4 if picks is None else [picks.slots, picks.landing, picks.numbers, picks.counts]
         _hand_off[(1,)](
-            weights if hidden is None else hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts,
-            box.weights, box.requested, self.base, *outs, position, 0 if hidden is None else hidden.numel(),
-            chosen.numel(), num_slots, BLOCK=4096, CHOICES=triton.next_power_of_2(chosen.numel()),
-            SLOTS=triton.next_power_of_2(num_slots) if num_slots else 0, num_warps=16,
+            hidden, chosen, experts, weights, box.hidden, box.chosen, box.experts, box.weights, box.requested,
+            self.base, position, hidden.numel(), chosen.numel(), BLOCK=4096,
+            CHOICES=triton.next_power_of_2(chosen.numel()), num_warps=16,
+        )  # fmt: skip
+
+    def wait_there(self, position: int, arrived: torch.Tensor) -> None:
+        """Let what follows wait until something that the CPU sends has arrived.
+
+        Args:
+            position: of the request that it belongs to.
+            arrived: int64 `[1]` on the device, which then becomes the number of that request, or a later one.
+        """
+        box = self._box()
+        _wait_there[(1,)](
+            arrived, box.answered, self.base, self.failed, position, self.max_polls, _native.GAVE_UP, num_warps=1
         )  # fmt: skip
 
     def take_back(

@@ -50,7 +50,6 @@ class Request(NamedTuple):
         base: int64 `[1]` on the device: number of the last request of the steps before.
         arrivals: int32 `[1]` on the device, 0 between launches.
         position: which request of the step this is, from 0 on.
-        completes: whether `route` writes the rest, and lets the CPU see it.
     """
 
     hidden: torch.Tensor
@@ -61,7 +60,6 @@ class Request(NamedTuple):
     base: torch.Tensor
     arrivals: torch.Tensor
     position: int
-    completes: bool = True
 
 
 def route(

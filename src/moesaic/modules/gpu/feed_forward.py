@@ -116,7 +116,7 @@ class GpuFeedForward:
             self.router.options,
             slot_of_expert=path.table(self.layer),
             slot_mapping=step.input.slot_mapping,
-            request=request if request is not None and request.completes else None,
+            request=request,
         )
         misses = chosen.experts if chosen.misses is None else chosen.misses
         routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses, request)

@@ -30,7 +30,7 @@ class Routed:
         weights: float32 `[tokens, top_k]`.
         slots: int32 `[tokens, top_k]`: where the chosen experts lie on the GPU, -1: nowhere; None if none does.
         misses: int64 `[tokens, top_k]`: chosen experts that do not lie on the GPU, -1 in the other places.
-        request: what the router has written of the request to the CPU; None: nothing.
+        request: to the CPU, which the router has written; None: it has not.
     """
 
     layer: int
@@ -49,7 +49,7 @@ class ExpertPath(Protocol):
         """int32 `[num_experts]`, the slot of each expert on the GPU or -1; None if there are no slots at all."""
 
     def request(self, layer: int) -> Request | None:
-        """What the router of few tokens writes: hidden states, and all of it if it `completes`; None: nothing."""
+        """The request that the router of few tokens writes; None: nothing."""
 
     def start(self, routed: Routed) -> None:
         """The router has decided; the GPU will do something else in the meantime."""

@@ -118,8 +118,8 @@ def decoded(runner: ModelRunner, rows: Sequence[torch.Tensor], steps: int) -> tu
     serve = server.serve
 
     def noted(num_tokens: int, **options: Any) -> None:
-        asked = server.mailbox.experts[:num_tokens].clone()
         serve(num_tokens, **options)
+        asked = server.mailbox.experts[:num_tokens].clone()  # until the next layer asks, which this thread launches
         uploads, layer = options.get("uploads"), options.get("first_layer", 0)
         seen.append(asked if uploads is None else asked.masked_fill(uploads.last_slots(layer)[:num_tokens] >= 0, -1))
 

@@ -5,30 +5,40 @@
 
 The logits of a synthetic model's routers are replaced, inside the graph, by Zipf log-probabilities with Gumbel noise
 (`zipf_routers`), so that every token chooses experts at random, some of them often. DeepSeek's choice of groups makes
-that flatter; the hit rate printed is the measured one.
+that flatter, so its best hit rate is an upper bound only; the hit rate printed is the measured one.
 
-`gain`: decode with caches of 3, 6, 12 and 25% of the experts, filled first, against decode without, measured in turns.
+Steps with the cache and without are those of one sequence, in turns of a few steps (`paired_turns`: ratios, intervals,
+and what "kept", "broken" and "undecided" mean). The cache sees its own steps only, as if no others were between them.
+Copies that steps with it began end before steps without are timed. Each row has its share of the time that is left, or
+less if `--half-width` is reached.
 
-`promise`: steps with the cache against steps without, in turns, where the cache can do little but harm: slots for 1% of
-the experts, a router without favourites, and an eager policy that copies as much as its budget of bytes allows; over
-the link as it is, over a slow one pretended (after each copy, the stream of copies is kept busy for nine times as long)
-and over one where each copy is made four times (which takes DRAM from the CPU as well: worse than any slow link); and
-with one thread on the CPU. A ratio below 0.97 is a promise broken.
+`gain`: caches of 3, 6, 12 and 25% of the experts. Their slots are filled with the experts that the routers choose most,
+as by `--expert-profile` with a profile that is exact; from then on the cache does what it does. "best" is the hit rate
+of the slots that hold those experts for ever: what a cache can hope for here.
+
+`promise`: where the cache can do little but harm: slots for 1% of the experts, a router without favourites, and an
+eager policy that copies as much as its budget of bytes allows; over the link as it is, over a slow one pretended (after
+each copy, the stream of copies is kept busy for nine times as long) and over one where each copy is made four times
+(which takes DRAM from the CPU as well: worse than any slow link); and with one thread on the CPU. Promised is a ratio
+of at least 0.97.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from cache_ways import PROFILE_TOKENS, CacheWays
 from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu import expert_cache
@@ -36,73 +46,55 @@ from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
-from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load
 from moesaic.kernels import num_threads, set_num_threads
 from moesaic.placement.units import parse_size
+from paired_turns import judge, take_turns
+from routing import chosen_shares, zipf_log_probabilities
 from zipf_routers import ZipfRouters
 
 SIZES = (0.03, 0.06, 0.12, 0.25)
 PROMISE = 0.97
-TURNS = 5
+BLOCK = 4  # steps; the cache is asked every eight of its own, so that each turn has a question and its copies
+ROW_SECONDS = 2.0  # a cache, a graph, and steps that do not count
+PROMISE_CASES = (
+    ("real", 0, False), ("real", 0, True), ("slow", 0, True), ("fourfold", 0, True), ("slow", 0, False),
+    ("fourfold", 0, False), ("real", 1, False), ("slow", 1, True),
+)  # fmt: skip
+"""Link, threads (0: all), and whether the policy is eager."""
 Row = dict[str, Any]
 
 
-class Turns:
-    """Decodes with and without a cache on one runner, in turns."""
+class Options:
+    """How precise rows are to be, and how long they may take.
 
-    def __init__(self, runner: ModelRunner, tokens: int) -> None:
-        self.runner, self.tokens = runner, tokens
-        self._ways: dict[str, tuple[ExpertSlots, dict[int, Any]]] = {"off": (ExpertSlots(), {})}
-        self.cache: ExpertCache | None = None
+    Args:
+        half_width: of the interval of the median that is narrow enough.
+        until: end of all rows, by the clock.
+        clock: seconds from any start.
+    """
 
-    def set_cache(self, num_slots: int, policy: PromotionPolicy | None = None) -> None:
-        """A new, empty cache."""
-        self._ways.pop("on", None)
-        self.runner.steps.slots, self.runner.steps.buckets = self._ways["off"]
-        self.cache = None
-        torch.cuda.empty_cache()
-        decoder = self.runner.decoder
-        self.cache = ExpertCache(decoder.routed, num_slots, decoder.device, policy)
-        self.runner.server.uses.zero_()
-        self._ways["on"] = (ExpertSlots(cache=self.cache), {})
+    def __init__(self, half_width: float, until: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.half_width, self._until, self._clock = half_width, until, clock
 
-    def rate(self, way: str) -> float:
-        """Tokens per second."""
-        self.runner.steps.slots, self.runner.steps.buckets = self._ways[way]
-        if way == "on":
-            # What was chosen without the cache is none of its business.
-            self.cache._seen[:] = self.runner.server.uses.numpy().view("uint32")
-        return GpuTimedRuns(self.runner, "decode", 4, self.tokens + 1).run()
+    def left(self) -> float:
+        """Seconds."""
+        return self._until - self._clock()
 
-    def fill(self, seconds: float) -> None:
-        """Decode until the slots are taken, or for so long."""
-        ends = time.monotonic() + seconds
-        self.rate("on")
-        while time.monotonic() < ends and self.cache.statistics().num_held < self.cache.policy.num_slots:
-            self.rate("on")
+    def share(self, rows: int) -> float:
+        """Seconds for the turns of the next of so many rows, beside what it takes to begin one."""
+        return self.left() / rows - ROW_SECONDS
 
-    def compare(self, turns: int = TURNS) -> Row:
-        """Medians of both, and their ratio."""
-        for way in ("off", "on"):
-            self.rate(way)
-        policy, before = self.cache.policy, self.cache.statistics().copied
-        hits, uses = int(policy.hits.sum()), int(policy.uses.sum())
-        off, on = [], []
-        for _ in range(turns):
-            off.append(self.rate("off"))
-            on.append(self.rate("on"))
-        counted = int(policy.uses.sum()) - uses
-        return {
-            "slots": policy.num_slots,
-            "held": self.cache.statistics().num_held,
-            "hit_rate": (int(policy.hits.sum()) - hits) / counted if counted else 0.0,
-            "copies_per_token": (self.cache.statistics().copied - before) / (turns * self.tokens),
-            "off": off,
-            "on": on,
-            "ratio": statistics.median(on) / statistics.median(off),
-            "pairs": [b / a for a, b in zip(off, on, strict=True)],
-        }
+
+def compare(ways: CacheWays, half_width: float, seconds: float) -> Row:
+    """Turns, and what they say."""
+    ways.warm_up()
+    turns = take_turns(ways, BLOCK, half_width, seconds)
+    finding = judge(turns)
+    row: Row = {"verdict": finding.verdict(PROMISE)} | asdict(finding) | ways.counts()
+    row["without_ms"] = [round(turn.without * 1e3, 4) for turn in turns]
+    row["with_ms"] = [round(turn.own * 1e3, 4) for turn in turns]
+    return row
 
 
 @contextmanager
@@ -147,48 +139,49 @@ def measure_copy(cache: ExpertCache) -> float:
     return seconds
 
 
-def gain(turns: Turns, routers: ZipfRouters, exponents: list[float], left: Callable[[], float]) -> Iterator[Row]:
+def gain(ways: CacheWays, routers: ZipfRouters, exponents: list[float], options: Options) -> Iterator[Row]:
     """Sizes and exponents."""
-    routed = turns.runner.decoder.routed
-    num_all = sum(experts.num_experts for experts in routed)
-    for exponent in exponents:
-        routers.set_exponent(exponent)
-        for size in SIZES:
-            if left() < 10:
-                yield {"part": "gain", "exponent": exponent, "size": size, "problem": "not run: no time left"}
-                continue
-            turns.set_cache(max(1, round(size * num_all)))
-            turns.fill(6.0)
-            yield {"part": "gain", "exponent": exponent, "size": size, **turns.compare(3)}
-
-
-def promise(turns: Turns, routers: ZipfRouters, slots: int, left: Callable[[], float]) -> Iterator[Row]:
-    """Where the cache can only harm."""
-    routed = turns.runner.decoder.routed
+    routed, top_k = ways.runner.decoder.routed, ways.runner.decoder.top_k
     shape = len(routed), max(experts.num_experts for experts in routed)
+    for number, exponent in enumerate(exponents):
+        routers.set_exponent(exponent)
+        shares = chosen_shares(zipf_log_probabilities(*shape, exponent), top_k)
+        best = np.sort(shares, axis=None)[::-1].cumsum() / (len(routed) * top_k)
+        for index, size in enumerate(SIZES):
+            row: Row = {"part": "gain", "exponent": exponent, "size": size}
+            slots = max(1, round(size * shares.size))
+            seconds = options.share(len(SIZES) * (len(exponents) - number) - index)
+            if seconds <= 0:
+                yield row | {"problem": "not run: no time left"}
+                continue
+            ways.set_cache(slots, profile=np.rint(shares * PROFILE_TOKENS).astype(np.int64))
+            yield row | {"best": float(best[slots - 1])} | compare(ways, options.half_width, seconds)
+
+
+def promise(ways: CacheWays, routers: ZipfRouters, options: Options) -> Iterator[Row]:
+    """Where the cache can only harm."""
+    routed = ways.runner.decoder.routed
+    shape = len(routed), max(experts.num_experts for experts in routed)
+    slots = max(8, round(0.01 * sum(experts.num_experts for experts in routed)))
     routers.set_exponent(0.0)
     all_threads = num_threads()
-    for kind, threads, eager in (
-        ("real", all_threads, False), ("real", all_threads, True), ("slow", all_threads, True),
-        ("fourfold", all_threads, True), ("slow", all_threads, False), ("fourfold", all_threads, False),
-        ("real", 1, False), ("slow", 1, True),
-    ):  # fmt: skip
+    for index, (kind, few, eager) in enumerate(PROMISE_CASES):
+        threads = few or all_threads
         row: Row = {"part": "promise", "link": kind, "threads": threads, "eager": eager}
-        if left() < 15:
+        seconds = options.share(len(PROMISE_CASES) - index)
+        if seconds <= 0:
             yield row | {"problem": "not run: no time left"}
             continue
         # An eager policy takes every chance: a use outside is enough, so it always copies what its budget allows.
-        turns.set_cache(slots, PromotionPolicy(*shape, slots, **({"advantage": -1e9} if eager else {})))
-        copy_seconds, tokens = measure_copy(turns.cache), turns.tokens
-        turns.tokens = tokens if threads > 1 else 12
+        ways.set_cache(slots, PromotionPolicy(*shape, slots, **({"advantage": -1e9} if eager else {})))
+        copy_seconds = measure_copy(ways.cache)
         with link(kind):
             set_num_threads(threads)
             try:
-                found = turns.compare(TURNS if threads > 1 else 3)
+                found = compare(ways, options.half_width, seconds)
             finally:
                 set_num_threads(all_threads)
-        turns.tokens = tokens
-        yield row | {"copy_us": copy_seconds * 1e6, "kept": found["ratio"] >= PROMISE} | found
+        yield row | {"copy_us": copy_seconds * 1e6} | found
 
 
 def line(row: Row) -> str:
@@ -198,18 +191,25 @@ def line(row: Row) -> str:
     else:
         head = f"| {'eager' if row['eager'] else 'usual'} policy, {row['link']} link | {row['threads']} threads"
     if "problem" in row:
-        return f"{head} | {row['problem']} | | | | | |"
-    off, on = row["off"], row["on"]
+        return f"{head} | {row['problem']} | | | | | | | |"
+    best = f" of {row['best']:.1%}" if "best" in row else ""
+    rates = (f"{len(row[name]) * 1e3 / sum(row[name]):.2f}" for name in ("without_ms", "with_ms"))
+    verdict = f"{row['verdict']}, " if row["part"] == "promise" else ""
     return (
-        f"{head} | {row['held']} of {row['slots']} | {row['hit_rate']:.1%} | {row['copies_per_token']:.2f} | "
-        f"{statistics.median(off):.2f} ({min(off):.2f}-{max(off):.2f}) | {statistics.median(on):.2f} "
-        f"({min(on):.2f}-{max(on):.2f}) | {row['ratio']:.3f} |"
+        f"{head} | {row['held']} of {row['slots']} | {row['hit_rate']:.1%}{best} | {row['copies_per_token']:.2f} | "
+        f"{' | '.join(rates)} | {row['ratio']:.3f} ({_interval(row['low'], row['high'])}) | "
+        f"{row['whole']:.3f} ({_interval(row['whole_low'], row['whole_high'])}) | {verdict}{row['turns']} turns |"
     )
 
 
+def _interval(low: float, high: float) -> str:
+    return f"{low:.3f}-{high:.3f}" if math.isfinite(low) else "too few turns"
+
+
 HEAD = (
-    "| what | size or threads | held | hits | copies per token | tok/s without | with | ratio |\n"
-    "|---|---|---|---|---|---|---|---|"
+    "| what | size or threads | held | hits | copies per token | tok/s without | with | ratio, median "
+    "| of all time | |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--subject", default="qwen3-30b-a3b:Q4_K", help="MODEL:FORMAT[:LAYERS]")
     parser.add_argument("--parts", default="gain,promise")
     parser.add_argument("--exponents", default="0.8,1.0,1.2")
-    parser.add_argument("--tokens", type=int, default=32, help="to decode in a run")
+    parser.add_argument("--half-width", type=float, default=0.0075, help="of a ratio's interval, that is narrow enough")
     parser.add_argument("--vram", type=parse_size, default=24 * 2**30)
     parser.add_argument("--budget", type=float, default=240.0, metavar="SECONDS")
     arguments = parser.parse_args()
@@ -234,22 +234,18 @@ def main() -> None:
     runner: ModelRunner = model.runner
     runner.steps.slots = ExpertSlots()  # the cache of the plan gives its VRAM to those that are tried
     runner.steps.uploads = None  # what a cache does by itself
-    turns, routers = Turns(runner, arguments.tokens), ZipfRouters(runner)
+    routers = ZipfRouters(runner)
+    ways, options = CacheWays(runner), Options(arguments.half_width, started + arguments.budget)
     num_all = sum(experts.num_experts for experts in runner.decoder.routed)
-    slots = max(8, round(0.01 * num_all))
     rows: list[Row] = []
-
-    def left() -> float:
-        return arguments.budget - (time.monotonic() - started)
-
     print(
-        f"{arguments.subject}: {num_all} experts, {torch.cuda.get_device_name()}, built: {left():.0f} s left",
+        f"{arguments.subject}: {num_all} experts, {torch.cuda.get_device_name()}, built: {options.left():.0f} s left",
         flush=True,
     )
     print(HEAD)
     parts = {
-        "promise": lambda: promise(turns, routers, slots, left),
-        "gain": lambda: gain(turns, routers, [float(x) for x in arguments.exponents.split(",")], left),
+        "promise": lambda: promise(ways, routers, options),
+        "gain": lambda: gain(ways, routers, [float(x) for x in arguments.exponents.split(",")], options),
     }
     for name, part in parts.items():
         if name not in arguments.parts.split(","):

@@ -5,9 +5,10 @@
 
 No expert cache; routers without favourites, so that every token misses all its experts. First the bytes that land and
 what is computed from them are compared with copies; a difference ends the run. Then steps with fixed numbers of
-experts per layer take turns, and at last the choice that a runner makes by itself, from its first step on, against
-steps without uploads before and after. "whole" is the mean of all its steps, trials included, over those without: more
-than 1.03 is a promise broken. `--threads`: of the CPU; 0: as many as it has.
+experts per layer take turns, and at last the choice that a runner makes by itself, from its first step on, in turns of
+a few steps with steps without uploads (`paired_turns`: intervals, and what "kept", "broken" and "undecided" mean).
+"median" and "whole" are times of its steps, trials included, over those without, each with its interval: promised is at
+most 1.03. "ratio" is the median of the last turns, when it has chosen. `--threads`: of the CPU; 0: as many as it has.
 """
 
 from __future__ import annotations
@@ -39,11 +40,14 @@ from moesaic.modules.gpu.experts import copy_experts, slot_bytes
 from moesaic.modules.gpu.landing import LandingSlots, why_not_sent
 from moesaic.placement.units import parse_size
 from moesaic.placement.vram import MAX_UPLOADS
+from paired_turns import LEAST_TURNS, Turn, judge, take_turn
+from upload_ways import UploadWays
 from zipf_routers import ZipfRouters
 
 SUBJECTS = "deepseek-v3:IQ1_S:4,qwen3-30b-a3b:IQ1_S:16,deepseek-v3:Q4_K:3"
 PROMISE = 1.03
 TURNS, STEPS = 3, 16
+BLOCK = 4  # steps; twice as many with the automatic choice are a turn
 PROMPT = 4
 CPU_TOLERANCE = 3e-2  # the CPU rounds activations to 8 bits
 Row = dict[str, Any]
@@ -175,35 +179,30 @@ def fixed_rows(subject: Subject, batch: int, numbers: list[int], left: Callable[
         }
 
 
-def automatic_row(subject: Subject, batch: int, count: int, seconds_left: float) -> Row:
-    """As the runner chooses from its first step on."""
-    before = seconds(subject.steps(batch, STEPS, 0))[2:]
-    usual = statistics.median(before)
-    count = max(48, min(count, int(seconds_left / usual)))
+def automatic_row(subject: Subject, batch: int, most_turns: int, seconds: float) -> Row:
+    """As the runner chooses from its first step on, in turns with steps without uploads."""
     subject.uploads.shares = UploadShares(subject.expected())
-    brought = subject.uploads.statistics()
-    times = list[float]()
-    shares = list[int]()
-    while len(times) < count:
-        run = seconds(subject.steps(batch, min(48, count - len(times)), None))
-        times += run
-        shares.append(subject.uploads.shares.usual(batch))
-    after = seconds(subject.steps(batch, STEPS, 0))[2:]
-    without = statistics.median(before + after)
-    now = subject.uploads.statistics()
+    ways, brought = UploadWays(subject.runner, subject.uploads, batch), subject.uploads.statistics()
+    turns, ends = list[Turn](), time.monotonic() + seconds
+    while len(turns) < LEAST_TURNS or (len(turns) < most_turns and time.monotonic() < ends):
+        turns.append(take_turn(ways, BLOCK))
+    ways.decode.close()
+    now, found, late = subject.uploads.statistics(), judge(turns), judge(turns[-max(LEAST_TURNS, len(turns) // 4) :])
     return {
         "part": "automatic",
         "batch": batch,
-        "steps": count,
+        "turns": len(turns),
         "share": subject.uploads.shares.usual(batch) / ALL,
-        "shares": shares,
-        "without_ms": without * 1e3,
-        "ms": statistics.median(times[-48:]) * 1e3,
-        "ratio": statistics.median(times[-48:]) / without,
-        "whole": statistics.mean(times) / statistics.mean(before + after),
+        "shares": ways.shares,
+        "without_ms": statistics.median(turn.without for turn in turns) * 1e3,
+        "ms": statistics.median(turn.own for turn in turns) * 1e3,
+        "ratio": 1 / late.ratio,
+        "median": [1 / found.ratio, 1 / found.high, 1 / found.low],
+        "whole": [1 / found.whole, 1 / found.whole_high, 1 / found.whole_low],
+        "verdict": found.verdict(1 / PROMISE),
         "steps_with": now.steps - brought.steps,
         "brought_per_layer": (now.brought - brought.brought) / max(1, now.steps - brought.steps) / subject.num_layers,
-        "first_ms": [round(x * 1e3, 2) for x in times[:64]],
+        "all_ms": [[round(turn.without * 1e3, 3), round(turn.own * 1e3, 3)] for turn in turns],
     }
 
 
@@ -237,7 +236,7 @@ def measure(arguments: argparse.Namespace, started: float) -> Iterator[Row]:
             chosen = numbers if batch == 1 else sorted({0, 4, 8, 16} | set(numbers[:1]))
             for row in fixed_rows(subject, batch, chosen, left):
                 yield row | extra
-            yield automatic_row(subject, batch, arguments.steps, max(5.0, left() / 2)) | extra
+            yield automatic_row(subject, batch, arguments.turns, max(5.0, left() / 2)) | extra
     set_num_threads(all_threads)
 
 
@@ -257,7 +256,7 @@ def main() -> None:
     parser.add_argument("--numbers", default="0,1,2,3,4,6,8", help="of uploads per layer; the first is compared with")
     parser.add_argument("--batches", default="1,4")
     parser.add_argument("--threads", default="0,2")
-    parser.add_argument("--steps", type=int, default=384, help="with the automatic choice, at most")
+    parser.add_argument("--turns", type=int, default=64, help="with the automatic choice, at most")
     parser.add_argument("--vram", type=parse_size, default=24 * 2**30)
     parser.add_argument("--seconds", type=float, default=420.0, help="for all subjects together")
     arguments = parser.parse_args()
@@ -280,7 +279,7 @@ def main() -> None:
             print(text(row), flush=True)
             file.write(json.dumps({"subject": arguments.subjects} | row) + "\n")
             file.flush()
-            if row["part"] == "automatic" and row["whole"] > PROMISE:
+            if row.get("verdict") == "broken":
                 print("   ^ a promise broken", flush=True)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-__all__ = ["demo_trace", "zipf_log_probabilities", "zipf_trace"]
+__all__ = ["chosen_shares", "demo_trace", "zipf_log_probabilities", "zipf_trace"]
 
 DRIFT_TOKENS = 512
 """Tokens after which a tenth of a Zipf router's experts change places in its ranking."""
@@ -39,6 +40,39 @@ def zipf_trace(
         for layer in scores:
             moving = rng.choice(num_experts, max(2, num_experts // 10), replace=False)
             layer[moving] = layer[np.roll(moving, 1)]
+    return out
+
+
+def chosen_shares(log_probabilities: np.ndarray, top_k: int) -> np.ndarray:
+    """How many of the tokens choose each expert, if they choose the top k of these with Gumbel noise.
+
+    That is a race: expert i arrives after an exponential time of rate p_i, and the first k are chosen. So i is, if
+    fewer than k of the others have arrived before; this is integrated over the logarithm of its time of arrival.
+
+    Args:
+        log_probabilities: float64 `[num_layers, num_experts]`, the same numbers in each layer, in any order.
+        top_k: experts of a token.
+
+    Returns:
+        float64 `[num_layers, num_experts]`, of whose rows each has the sum `top_k`.
+    """
+    rates = np.sort(np.exp(log_probabilities[0]))[::-1]
+    log_times, width = np.linspace(math.log(1e-9), math.log(1e3 / rates.min()), 1024, retstep=True)
+    times = np.exp(log_times)
+    # others[i, t, n]: n of those besides i have arrived by t; k stands for k and more, which nobody asks for
+    others = np.zeros((len(rates), len(times), top_k))
+    others[:, :, 0] = 1.0
+    for index, rate in enumerate(rates):
+        arrived = np.broadcast_to(-np.expm1(-rate * times), (len(rates), len(times))).copy()
+        arrived[index] = 0.0
+        moved = others * arrived[:, :, None]
+        others -= moved
+        others[:, :, 1:] += moved[:, :, :-1]
+    density = rates[:, None] * times * np.exp(-rates[:, None] * times)
+    shares = (density * others.sum(axis=2)).sum(axis=1) * width
+    order = np.argsort(-log_probabilities, axis=1, kind="stable")
+    out = np.empty_like(log_probabilities)
+    np.put_along_axis(out, order, np.broadcast_to(shares, out.shape), axis=1)
     return out
 
 

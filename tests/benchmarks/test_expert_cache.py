@@ -9,7 +9,7 @@ import pytest
 
 import expert_cache
 from expert_cache import Trace
-from routing import zipf_log_probabilities, zipf_trace
+from routing import chosen_shares, zipf_log_probabilities, zipf_trace
 
 
 def alternating(first: int, second: int, tokens: int = 400) -> Trace:
@@ -77,3 +77,17 @@ def test_zipf_routers_choose_different_experts_and_drift() -> None:
     assert all(len(set(token[0].tolist())) == 4 for token in choices)
     first, last = (np.bincount(part.ravel(), minlength=32) for part in (choices[:512], choices[-512:]))
     assert np.abs(first - last).max() > 40
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0])
+def test_chosen_shares_are_those_of_draws(exponent: float) -> None:
+    """40,000 draws of 5 of 24; and of one, where the share is the probability itself."""
+    scores = zipf_log_probabilities(2, 24, exponent, seed=1)
+    shares = chosen_shares(scores, 5)
+    assert shares.sum(axis=1) == pytest.approx(5.0, abs=1e-6)
+    noisy = scores + np.random.default_rng(2).gumbel(size=(40_000, 2, 24))
+    chosen = np.argpartition(-noisy, 4, axis=-1)[..., :5]
+    for layer in range(2):
+        found = np.bincount(chosen[:, layer].ravel(), minlength=24) / 40_000
+        assert np.abs(found - shares[layer]).max() < 4 * math.sqrt(0.25 / 40_000)
+    assert chosen_shares(scores, 1) == pytest.approx(np.exp(scores), abs=1e-7)

@@ -86,6 +86,19 @@ def test_copies_take_no_more_than_their_share(share: float) -> None:
     assert copied > 0.5 * share * read or copied >= 32
 
 
+def test_copies_that_cost_nothing_need_no_budget() -> None:
+    policy = PromotionPolicy(1, 8, num_slots=4, share=0.0)
+    use(policy, 1, 3, 5, times=9)
+    assert policy.moves() == [] and policy.moves(most=2) == []
+    assert [move.expert for move in policy.moves(most=2, is_free=True)] == [1, 3]
+    assert [move.expert for move in policy.moves(is_free=True)] == [5]
+    assert policy.moves(is_free=True) == []
+    policy = PromotionPolicy(1, 8, num_slots=4, share=0.5)
+    use(policy, 1, 3)  # a copy may be made
+    assert len(policy.moves(most=1, is_free=True)) == 1
+    assert len(policy.moves()) == 1  # it was not paid with the budget
+
+
 def test_hit_rates_are_counted_by_layer() -> None:
     policy = PromotionPolicy(2, 4, num_slots=1, share=1.0)
     uses = np.zeros((2, 4), np.int64)

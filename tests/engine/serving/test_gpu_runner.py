@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tests.engine.pairs import relative_error
 
 pytest.importorskip("triton")
 
-from tests.engine.test_gpu import ON_GPU, OPTIONS, TOLERANCE, all_resident, checkpoint_of, eager_cache, inputs, on_gpu
+from tests.engine.test_gpu import (
+    DEVICE,
+    ON_GPU,
+    OPTIONS,
+    TOLERANCE,
+    all_resident,
+    checkpoint_of,
+    eager_cache,
+    inputs,
+    on_gpu,
+)
 
+from moesaic.engine.gpu import expert_cache
+from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.gpu_runner import GpuStepRunner
 from moesaic.engine.serving.outputs import Completion
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.errors import ExpertTimeoutError, KernelError
+from moesaic.modules.gpu.decoder import GpuDecoder
 
 
 def expected(family: str, *rows: torch.Tensor) -> torch.Tensor:
@@ -116,3 +131,43 @@ def test_an_engine_on_it(family: str) -> None:
         assert answer.token_ids == wanted
     assert engine.stats().blocks_free == OPTIONS.num_blocks
     assert runner._num_sequences == 0
+
+
+def test_while_nobody_asks_the_cache_gets_what_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces, whatever the budget of steps says; and what is in the slots is right."""
+    num_slots = 6
+
+    def filled(decoder: GpuDecoder) -> ExpertSlots:
+        cache = ExpertCache([each for each in decoder.routed if each is not None], num_slots, DEVICE)
+        cache.fill()
+        return ExpertSlots(cache=cache)
+
+    runner = GpuStepRunner(on_gpu("qwen3_moe", ON_GPU, slots=filled).runner)
+    cache, server = runner._runner.slots.cache, runner._runner.server
+    monkeypatch.setattr(expert_cache, "_JOINING_BYTES", 2 * cache.slot_bytes + 1)
+    while runner._runner.steps.prepare(1):
+        pass
+    assert not runner.prepare(1)  # nothing was used
+    ids, sequence = inputs(1, 12)[0], runner.new_sequence()
+    runner.start_prefill([(sequence, ids[:3])]).advance(2)
+    for token in ids[3:7].tolist():  # too few for the cache to be asked
+        runner.decode([sequence], [token])
+    uses = server.uses.numpy().copy()
+    at_first = {(int(layer), int(expert)) for layer, expert in zip(*np.nonzero(cache.policy.slot_of >= 0), strict=True)}
+    unused = sum(uses[each] == 0 for each in at_first)
+    pieces = 0
+    while runner.prepare(1):
+        pieces += 1
+    held = cache.policy.slot_of >= 0
+    copied = cache.statistics().copied
+    assert copied >= unused >= 1 and pieces == -(-copied // 2)
+    assert held.sum() == num_slots and np.array_equal(cache._tables.cpu().numpy(), cache.policy.slot_of)
+    assert uses[held].min() >= 1  # more experts were used than there are slots
+    assert uses[held].max() == uses.max() and uses[~held].max() < uses[held].min() + 4  # the policy's advantage
+    hits, lookups = runner.expert_uses()
+    rows = [runner.decode([sequence], [token]).clone() for token in ids[7:].tolist()]
+    assert relative_error(torch.cat(rows[-1:]), expected("qwen3_moe", ids)) < TOLERANCE
+    while runner.prepare(1):  # what was used is told
+        pass
+    more = np.array(runner.expert_uses()) - (hits, lookups)
+    assert 0 < more[0] <= more[1] == 5 * uses.sum() // 4

@@ -27,7 +27,8 @@ from moesaic.modules.gpu.step import Routed
 __all__ = ["CacheStatistics", "ExpertCache"]
 
 _JOINING_BYTES = 64 * 1024**2
-"""Of experts for new slots, what may begin to be copied in a step, if that is more than one."""
+"""Of experts for new slots, what may begin to be copied in a step, if that is more than one; or, while no step runs, of
+any experts before it is looked whether one is asked for: 1.2 ms of a link of 55 GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,14 +116,29 @@ class ExpertCache:
         """
         if uses is not None:
             self.policy.seed(uses, num_tokens)
-        moves = self.policy.fill([experts.num_experts for experts in self._routed])
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
-            for move in moves:
-                self._copy(move)
-        self.wait()
-        for move in moves:
-            self.policy.complete(move)
-        self._enter()
+        self._copy_now(self.policy.fill([experts.num_experts for experts in self._routed]))
+
+    def catch_up(self) -> bool:
+        """While no step runs: copy a piece of what the policy wants, whatever it would cost a step, and wait for it.
+
+        Returns:
+            Whether there was anything.
+        """
+        self._record()
+        self.wait()  # those that leave are out of the table
+        piece = max(1, _JOINING_BYTES // self._slot_bytes)
+        moves, self._leaving = self._leaving, []
+        moves += [self._joining.popleft() for _ in range(min(len(self._joining), piece))]
+        if not moves:
+            moves = self.policy.moves(most=piece, is_free=True)
+            if not moves:
+                return False
+            self._enter()
+        if self._stream is not None:  # somebody who was not waited for may still read slots
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        self._copy_now(moves)
+        self._copied += len(moves)
+        return True
 
     def restart(self, policy: PromotionPolicy) -> None:
         """Begin anew, with no experts, by another policy, which may have fewer slots."""
@@ -277,6 +293,16 @@ class ExpertCache:
         """What the policy says is what steps see from now on."""
         self._staged.copy_(torch.from_numpy(self.policy.slot_of))
         self._tables.copy_(self._staged, non_blocking=True)
+
+    def _copy_now(self, moves: Sequence[Move]) -> None:
+        """Copy experts, wait until they are there, and enter them."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+            for move in moves:
+                self._copy(move)
+        self.wait()
+        for move in moves:
+            self.policy.complete(move)
+        self._enter()
 
     def _copy(self, move: Move) -> None:
         experts, layout = self._routed[move.layer], self._layouts[move.layer]

@@ -93,7 +93,9 @@ class PromotionPolicy:
         """Share of the uses so far that found their expert in a slot, per layer; 0 where there were none."""
         return self.hits / np.maximum(self.uses, 1)
 
-    def moves(self, busy: frozenset[int] | set[int] = frozenset(), most: int | None = None) -> list[Move]:
+    def moves(
+        self, busy: frozenset[int] | set[int] = frozenset(), most: int | None = None, is_free: bool = False
+    ) -> list[Move]:
         """What to copy next.
 
         The experts are entered in `slot_of` by `complete`, and those that leave are out of it at once.
@@ -101,8 +103,10 @@ class PromotionPolicy:
         Args:
             busy: slots that a copy is under way to.
             most: how many, whatever the budget says.
+            is_free: whether copies slow no step down: then they need no budget.
         """
-        count = int(self._allowance) if most is None else min(int(self._allowance), most)
+        budget = self.num_slots if is_free else int(self._allowance)
+        count = budget if most is None else min(budget, most)
         if count < 1 or self.num_slots == 0:
             return []
         wanted = self._best_outside(count)
@@ -118,7 +122,8 @@ class PromotionPolicy:
                 self.slot_of[evicted] = NOWHERE
             self._holder[slot] = flat
             moves.append(Move(int(slot), layer, expert, evicted))
-        self._allowance -= len(moves)
+        if not is_free:
+            self._allowance -= len(moves)
         return moves
 
     def seed(self, uses: np.ndarray, num_tokens: int) -> None:

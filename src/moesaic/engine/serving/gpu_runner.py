@@ -69,8 +69,11 @@ class GpuStepRunner:
         return GpuPrefill(self._runner.start_prefill(parts))
 
     def prepare(self, num_sequences: int) -> bool:
-        """As `StepRunner.prepare`."""
-        return self._runner.steps.prepare(num_sequences)
+        """As `StepRunner.prepare`; when graphs are there, the cache gets the experts that steps had no time to copy."""
+        if self._runner.steps.prepare(num_sequences):
+            return True
+        cache = self._runner.slots.cache
+        return cache is not None and cache.catch_up()
 
     def expert_uses(self) -> tuple[int, int]:
         """As `StepRunner.expert_uses`."""

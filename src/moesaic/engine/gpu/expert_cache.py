@@ -26,9 +26,12 @@ from moesaic.modules.gpu.step import Routed
 
 __all__ = ["CacheStatistics", "ExpertCache"]
 
-_JOINING_BYTES = 64 * 1024**2
-"""Of experts for new slots, what may begin to be copied in a step, if that is more than one; or, while no step runs, of
-any experts before it is looked whether one is asked for: 1.2 ms of a link of 55 GB/s."""
+_JOINING_BYTES = 16 * 1024**2
+"""Of experts for new slots, what may begin to be copied in a step, if that is more than one: 0.3 ms of a link of
+55 GB/s."""
+
+_CATCHING_UP_BYTES = 64 * 1024**2
+"""Of any experts, what is copied while no step runs before it is looked whether one is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,7 @@ class ExpertCache:
         """
         self._record()
         self.wait()  # those that leave are out of the table
-        piece = max(1, _JOINING_BYTES // self._slot_bytes)
+        piece = max(1, _CATCHING_UP_BYTES // self._slot_bytes)
         moves, self._leaving = self._leaving, []
         moves += [self._joining.popleft() for _ in range(min(len(self._joining), piece))]
         if not moves:

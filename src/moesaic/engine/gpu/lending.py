@@ -29,6 +29,7 @@ __all__ = ["LendingFigures", "VramLending"]
 _LOG = logging.getLogger("moesaic.gpu")
 
 _STEPS = 16  # from one look at what could come back to the next
+_IDLE_LOOKS = 16  # at prefill's buffers, before experts get their memory: often the next prompt is there before
 _SECONDS = 2.0  # that blocks stay at least, before the experts get their memory back
 
 
@@ -84,7 +85,7 @@ class VramLending:
         self._cache: ExpertCache | None = None
         # Weakly, since the pool has this: VRAM of a model that nobody has any more is free at once.
         self._pool: weakref.ref[BlockPool] | None = None
-        self._streams = self._steps = self._moves = self._lent_out = 0
+        self._streams = self._steps = self._looks = self._moves = self._lent_out = 0
         self._seconds, self._extended, self._is_refused = 0.0, clock(), False
 
     @property
@@ -165,7 +166,7 @@ class VramLending:
     def end_streaming(self) -> None:
         """A prefill that had begun needs its buffers no more."""
         self._streams -= 1
-        self._steps = 0
+        self._steps = self._looks = 0
 
     def after_step(self) -> None:
         """Let the experts have what nobody has used for a while; after a decode step, when the GPU has nothing to do.
@@ -175,8 +176,9 @@ class VramLending:
         self._steps += 1
         if self._steps < _STEPS:
             return
-        self._steps = 0
-        staging = self._staging if self._staging is not None and not self._streams else None
+        self._steps, self._looks = 0, self._looks + 1
+        is_idle = not self._streams and self._looks >= _IDLE_LOOKS
+        staging = self._staging if self._staging is not None and is_idle else None
         if not self._streams:
             self._take_back()
         idle = 0 if staging is None else staging.num_mapped

@@ -46,6 +46,7 @@ class Vram:
         layer: the one.
         tried: tokens of each pass through that layer.
         held: what a pass that failed had allocated, as long as somebody holds it.
+        is_clean: whether nobody did when the allocator was emptied last.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,14 +54,19 @@ class Vram:
         self.layer = 1
         self.tried: list[int] = []
         self.held: list[weakref.ref[torch.Tensor]] = []
+        self.is_clean = True
+        monkeypatch.setattr(torch.cuda, "empty_cache", self._empty)
         for attention in (GpuGqaAttention, GpuMlaAttention):
             monkeypatch.setattr(attention, "__call__", self._instead_of(attention.__call__))
+
+    def _empty(self) -> None:
+        self.is_clean = all(each() is None for each in self.held)
 
     def _instead_of(self, real: Any) -> Any:
         def call(module: Any, x: torch.Tensor, step: GpuStep, *rest: Any) -> torch.Tensor:
             attended = real(module, x, step, *rest)
             if module.layer_idx == self.layer and len(x) > 1:
-                assert not any(each() is not None for each in self.held), "memory of a pass that failed"
+                assert self.is_clean, "memory of a pass that failed is still held"
                 self.tried.append(len(x))
                 if self.room is not None and len(x) > self.room:
                     self.held = [weakref.ref(attended), weakref.ref(x), weakref.ref(step.input.positions)]
@@ -176,8 +182,9 @@ def test_the_smallest_piece_fails_as_a_whole(runner: ModelRunner, vram: Vram) ->
     ids, sequence = inputs(1, 20, seed=7)[0], runner.new_sequence()
     runner.prefill([(sequence, ids[:4])])
     vram.room = 3
-    with pytest.raises(VramError, match=r"the VRAM does not suffice for 4 tokens of prompts at once .* --vram"):
+    with pytest.raises(VramError, match=r"the VRAM does not suffice for 4 tokens of prompts at once .* --vram") as caught:
         runner.prefill([(sequence, ids[4:])])
+    assert caught.value.__cause__ is not None and all(each() is None for each in vram.held)  # the error holds nothing
     assert sequence.length == 4
     vram.room = None
     found = runner.prefill([(sequence, ids[4:])])

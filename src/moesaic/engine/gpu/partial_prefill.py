@@ -73,7 +73,8 @@ class PartialPrefill:
                     num_layers -= run.advance(num_layers)
             except VramError as error:
                 run.take_back()
-                run = self._run = None  # with all memory that it has, before anything else is begun
+                run = self._run = None  # with all memory that it has
+                torch.cuda.empty_cache()  # smaller tensors would be cut from what held larger ones, and be in the way
                 self._cut(error)
                 continue
             if run.num_done == self._num_layers:

@@ -182,7 +182,9 @@ def test_the_smallest_piece_fails_as_a_whole(runner: ModelRunner, vram: Vram) ->
     ids, sequence = inputs(1, 20, seed=7)[0], runner.new_sequence()
     runner.prefill([(sequence, ids[:4])])
     vram.room = 3
-    with pytest.raises(VramError, match=r"the VRAM does not suffice for 4 tokens of prompts at once .* --vram") as caught:
+    with pytest.raises(
+        VramError, match=r"the VRAM does not suffice for 4 tokens of prompts at once .* --vram"
+    ) as caught:
         runner.prefill([(sequence, ids[4:])])
     assert caught.value.__cause__ is not None and all(each() is None for each in vram.held)  # the error holds nothing
     assert sequence.length == 4

@@ -159,9 +159,15 @@ class ModelRunner:
             slots = piece.recurrent_slots if self.chunk_limit.can_cut(piece.num_tokens) else []
             states = [cache for cache in self.caches if isinstance(cache, StateLayer)]
             saved = SavedStates(states, slots) if slots else None
-            step_input = piece.step_input().to(self.decoder.device)
-            hidden = self.decoder.embed(piece.token_ids).to(self.decoder.device)
+            # First, since it makes room: what was allocated before would be in the middle of that.
             path, on_end = self._chunk_path(piece.num_tokens, piece.asks_some)
+            try:
+                step_input = piece.step_input().to(self.decoder.device)
+                hidden = self.decoder.embed(piece.token_ids).to(self.decoder.device)
+            except BaseException:
+                if on_end is not None:
+                    on_end()
+                raise
         step = GpuStep(step_input, self.caches, self.decoder.angles, max(piece.counts), path)
         return PieceRun(self.decoder, step, path, piece, hidden, saved, on_end)
 

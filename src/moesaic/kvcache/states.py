@@ -72,7 +72,9 @@ class StateLayer:
 
 
 class SavedStates:
-    """Copies of some slots in the CPU's memory, for a step that may have to be undone.
+    """Copies of some slots in the CPU's memory, page-locked for a GPU, for a step that may have to be undone.
+
+    They are made in the order of the current stream, and nobody waits for them.
 
     Args:
         layers: of all of which the slots are kept.
@@ -81,16 +83,18 @@ class SavedStates:
 
     def __init__(self, layers: Iterable[StateLayer], slots: Sequence[int]) -> None:
         self._kept = [
-            (states[slot], states[slot].to("cpu", copy=True))
+            (states[slot], torch.empty(states.shape[1:], pin_memory=states.is_cuda))
             for layer in layers
             for slot in slots
             for states in (layer.conv, layer.recurrent)
         ]
+        for states, kept in self._kept:
+            kept.copy_(states, non_blocking=True)
 
     def restore(self) -> None:
         """Give the slots back what they had, in the order of the current stream."""
         for states, kept in self._kept:
-            states.copy_(kept)
+            states.copy_(kept, non_blocking=True)
 
 
 class StatePool:

@@ -18,8 +18,9 @@ from tests.engine.test_gpu import DEVICE, ON_GPU, OPTIONS, TOLERANCE, checkpoint
 from tests.engine.test_lending import Allowed, Subject
 from tests.engine.test_streaming import FixedShares
 
+from moesaic.engine.gpu import chunk_limit
 from moesaic.engine.gpu.causal_lm import attach_runner
-from moesaic.engine.gpu.chunk_limit import _PATIENCE, ChunkLimit
+from moesaic.engine.gpu.chunk_limit import ChunkLimit
 from moesaic.engine.gpu.prompt_pieces import WantedLogits
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.staging import StagingBuffers
@@ -153,8 +154,10 @@ def test_several_sequences_are_cut_where_it_comes(runner: ModelRunner, vram: Vra
 
 
 def test_later_prompts_do_not_fail_first_and_it_grows_back(
-    runner: ModelRunner, vram: Vram, caplog: pytest.LogCaptureFixture
+    runner: ModelRunner, vram: Vram, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(chunk_limit, "_PATIENCE", 4)
+    runner.chunk_limit = ChunkLimit(SMALL.max_chunk, SMALL.least_chunk)
     caplog.set_level(logging.INFO, "moesaic.gpu")
     ids, sequence = inputs(1, 16, seed=5)[0], runner.new_sequence()
 
@@ -166,9 +169,9 @@ def test_later_prompts_do_not_fail_first_and_it_grows_back(
         return list(vram.tried)
 
     assert tried(8) == [16, 8, 8]
-    assert [tried(8) for _ in range(_PATIENCE // 2 - 1)] == [[8, 8]] * (_PATIENCE // 2 - 1)
+    assert tried(8) == [8, 8]
     assert tried(8) == [16, 8, 8]  # it was worth a trial
-    assert [tried(None) for _ in range(_PATIENCE - 1)] == [[8, 8]] * (_PATIENCE - 1)
+    assert [tried(None) for _ in range(3)] == [[8, 8]] * 3
     assert tried(None) == [16]
     assert (runner.chunk_limit.failures, runner.chunk_limit.size) == (2, 16)
     warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]

@@ -18,6 +18,7 @@
         ├── RequestError           what it asks for is wrong or too much (names the parameter)
         │   └── ContextError       its prompt leaves no room for an answer in the context
         ├── OverloadedError        too many requests wait already; says when to come back
+        ├── VramError              the GPU's memory does not suffice for a step; a smaller one may go
         └── EngineDeadError        the engine that would answer has ended
 
 A message names the file, tensor or rule, what was found, what was expected, and what to do next. This module knows
@@ -48,6 +49,7 @@ __all__ = [
     "TokenizerError",
     "UnsupportedFormatError",
     "UnsupportedModelError",
+    "VramError",
 ]
 
 
@@ -185,6 +187,10 @@ class OverloadedError(GenerationError):
     def __init__(self, message: str, retry_after: float) -> None:
         self.retry_after = retry_after
         super().__init__(message)
+
+
+class VramError(GenerationError):
+    """The GPU's memory does not suffice for a step; a smaller one, or the same one later, may go."""
 
 
 class EngineDeadError(GenerationError):

@@ -239,10 +239,14 @@ def test_a_long_chunk_has_memory_of_experts() -> None:
     for _ in range(lending_module._STEPS):
         lending.after_step()
     assert lending.nbytes == (lending.lots.total - 2) * lot
+    for count in (40, 64, 64):  # the allocator begins anew where what it has is of other sizes
+        lending.begin_streaming(count)
+        lending.end_streaming()
+    assert allowed.calls == [2 * lot, 0, 2 * lot, 2 * lot]
     allowed.held = 0
     for _ in range(lending_module._STEPS):
         lending.after_step()
-    assert allowed.calls == [2 * lot, 0, 0] and lending.nbytes == lending.lots.nbytes
+    assert allowed.calls[4:] == [0] and lending.nbytes == lending.lots.nbytes
     assert lending.figures().staging  # the next prompt may come soon
     for _ in range(lending_module._IDLE_LOOKS * lending_module._STEPS):
         lending.after_step()
@@ -251,6 +255,27 @@ def test_a_long_chunk_has_memory_of_experts() -> None:
     lending.begin_streaming(8)
     assert allowed.calls[-1] == 0  # short ones have memory of their own
     lending.end_streaming()
+
+
+def test_room_for_a_long_chunk_is_made_before_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in the middle of what the last chunk's largest one had, if that chunk was of another length."""
+    subject, order = Subject("qwen3_moe", first_blocks=2, slots=9), list[str]()
+    lending, runner = subject.lending, subject.runner
+    lending.lots = replace(lending.lots, chunk=9, long_chunk=64, long=2)
+    lending._allow = lambda extra: order.append("room") is None
+    embed, sequence = runner.decoder.embed, runner.new_sequence()
+    monkeypatch.setattr(runner.decoder, "embed", lambda ids, out=None: order.append(str(len(ids))) or embed(ids, out))
+    for count in (10, 10, 9, 10, 11):
+        runner.start_prefill([(sequence, inputs(1, count)[0])]).abandon()
+    assert order == ["room", "10", "10", "9", "room", "10", "room", "11"]
+
+    def full(ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(runner.decoder, "embed", full)
+    with pytest.raises(GenerationError, match="the VRAM does not suffice for 10 tokens"):
+        runner.start_prefill([(sequence, inputs(1, 10)[0])])
+    assert not lending._streams and sequence.length == 0
 
 
 @pytest.mark.skipif(ON_GPU, reason="the driver of a test refuses")

@@ -194,3 +194,26 @@ def test_layers_share_one_piece_of_memory_block_after_block():
         pool_layers(shapes, memory, 6, 4, torch.float32)
     with pytest.raises(KernelError, match="float64"):
         pool_layers(shapes, memory, 1, 4, torch.float64)
+
+
+def test_a_step_of_positions_that_are_there_already():
+    """As `build` would have given when the sequences ended there; what lies behind is not part of it."""
+    pool = BlockPool(12, 4)
+    grown, whole = [PagedSequence(pool) for _ in range(2)], [PagedSequence(pool) for _ in range(2)]
+    for first, second in zip(grown, whole, strict=True):
+        first.append(3)
+        second.append(13)
+    for sequence, other in zip(grown, whole, strict=True):
+        built, found = StepInput.build([(sequence, 4)]), StepInput.of([(other, 3, 7)])
+        assert found.positions.tolist() == built.positions.tolist() == [3, 4, 5, 6]
+        assert found.seq_lens.tolist() == [7] and found.query_start.tolist() == [0, 4]
+        assert found.block_tables.tolist() == [list(other.blocks[:2])] and found.state_slots.tolist() == [-1]
+        offsets = [other.blocks[position // 4] * 4 + position % 4 for position in range(3, 7)]
+        assert found.slot_mapping.tolist() == offsets
+    both = StepInput.of([(whole[0], 12, 13), (whole[1], 0, 2)])
+    assert (both.positions.tolist(), both.seq_lens.tolist()) == ([12, 0, 1], [13, 2])
+    assert both.query_start.tolist() == [0, 1, 3] and both.block_tables.shape == (2, 4)
+    for spans in ([], [(whole[0], 3, 3)], [(whole[0], 12, 14)]):
+        with pytest.raises(KernelError, match=r"expected at least one sequence|of a sequence of 13"):
+            StepInput.of(spans)
+    assert whole[0].length == 13

@@ -7,7 +7,7 @@ import torch
 
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kvcache.paged import BlockPool, PagedSequence
-from moesaic.kvcache.states import StateLayer, StatePool, StateShape
+from moesaic.kvcache.states import SavedStates, StateLayer, StatePool, StateShape
 from moesaic.kvcache.step_input import StepInput
 
 
@@ -82,3 +82,17 @@ def test_memory_of_a_layer_and_copies():
     layer.copy(4, 1)
     for part in (layer.conv, layer.recurrent):
         assert part.flatten(1)[:, 0].tolist() == [0, 4, 2, 3, 4, 5]
+
+
+def test_saved_states_come_back_and_others_stay():
+    layers = [StateLayer.empty(StateShape(3, 6, 2, 4, 5), 4) for _ in range(2)]
+    for number, states in enumerate(x for layer in layers for x in (layer.conv, layer.recurrent)):
+        states.copy_(torch.arange(states.numel()).view(states.shape) + 1000 * number)
+    before = [x.clone() for layer in layers for x in (layer.conv, layer.recurrent)]
+    saved = SavedStates(layers, [3, 1])
+    for layer in layers:
+        layer.conv.fill_(-1.0)
+        layer.recurrent.fill_(-1.0)
+    saved.restore()
+    for states, kept in zip((x for layer in layers for x in (layer.conv, layer.recurrent)), before, strict=True):
+        assert torch.equal(states[[1, 3]], kept[[1, 3]]) and (states[[0, 2]] == -1.0).all()

@@ -267,9 +267,19 @@ class PagedSequence:
         """
         if num_tokens < 0:
             raise KernelError(f"append({num_tokens}): expected a number of tokens.")
-        size, start, end = self.pool.block_size, self.length, self.length + num_tokens
+        start, end = self.length, self.length + num_tokens
         self._make_room(end)
-        positions = np.arange(start, end)
+        return self.slots(start, end)
+
+    def slots(self, first: int, end: int) -> torch.Tensor:
+        """Where positions lie that the sequence has: int64 `[end - first]`, as `append` says.
+
+        Raises:
+            KernelError: it does not have them.
+        """
+        if not 0 <= first <= end <= self.length:
+            raise KernelError(f"positions {first} to {end} of a sequence of {self.length}.")
+        size, positions = self.pool.block_size, np.arange(first, end)
         return torch.from_numpy(self._table[positions // size].astype(np.int64) * size + positions % size)
 
     def append_one(self) -> int:

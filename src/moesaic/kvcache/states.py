@@ -2,18 +2,20 @@
 
 A sequence has a slot, whose number is the same in all layers. `StatePool` hands the slots out; `StateLayer` is the
 memory of a layer. Nothing is ever cleared: who computes a sequence's first position begins with zeros and does not read
-its slot. A state cannot go back to an earlier position. It does not know what computes states.
+its slot. A state cannot go back to an earlier position, unless somebody has kept a copy of it (`SavedStates`). It does
+not know what computes states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from moesaic.errors import GenerationError, KernelError
 
-__all__ = ["StateLayer", "StatePool", "StateShape"]
+__all__ = ["SavedStates", "StateLayer", "StatePool", "StateShape"]
 
 _FLOAT_BYTES = 4
 
@@ -67,6 +69,32 @@ class StateLayer:
         """Give a slot the contents of another one."""
         for states in (self.conv, self.recurrent):
             states[target].copy_(states[source])
+
+
+class SavedStates:
+    """Copies of some slots in the CPU's memory, page-locked for a GPU, for a step that may have to be undone.
+
+    They are made in the order of the current stream, and nobody waits for them.
+
+    Args:
+        layers: of all of which the slots are kept.
+        slots: which.
+    """
+
+    def __init__(self, layers: Iterable[StateLayer], slots: Sequence[int]) -> None:
+        self._kept = [
+            (states[slot], torch.empty(states.shape[1:], pin_memory=states.is_cuda))
+            for layer in layers
+            for slot in slots
+            for states in (layer.conv, layer.recurrent)
+        ]
+        for states, kept in self._kept:
+            kept.copy_(states, non_blocking=True)
+
+    def restore(self) -> None:
+        """Give the slots back what they had, in the order of the current stream."""
+        for states, kept in self._kept:
+            states.copy_(kept, non_blocking=True)
 
 
 class StatePool:

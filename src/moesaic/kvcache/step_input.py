@@ -14,7 +14,10 @@ import torch
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kvcache.paged import PagedSequence
 
-__all__ = ["StepInput"]
+__all__ = ["Span", "StepInput"]
+
+Span = tuple[PagedSequence, int, int]
+"""Positions of a sequence: the first, and the one behind the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,41 +88,60 @@ class StepInput:
             raise KernelError(f"a step of {counts} new tokens: expected at least one sequence, and 1 token of each.")
         try:
             slots = [sequence.append_one() if count == 1 else sequence.append(count) for sequence, count in parts]
-            widest = max(len(sequence.table_array) for sequence, _ in parts)
+            spans = [(each, first, each.length) for (each, _), first in zip(parts, before, strict=True)]
             if like is None:
-                step = cls.empty(sum(counts), len(parts), widest if max_blocks is None else max_blocks)
+                step = cls.empty(sum(counts), len(parts), _widest(spans) if max_blocks is None else max_blocks)
             else:
                 step = cls.empty(len(like.positions), len(like.seq_lens), like.block_tables.shape[1])
-            step._fill([sequence for sequence, _ in parts], before, slots)
+            step._fill(spans, slots)
         except (GenerationError, KernelError):
             for (sequence, _), length in zip(parts, before, strict=True):
                 sequence.undo(min(length, sequence.length))
             raise
         return step
 
-    def _fill(self, sequences: list[PagedSequence], before: list[int], slots: list[int | torch.Tensor]) -> None:
-        num_tokens = sum(sequence.length for sequence in sequences) - sum(before)
-        widest = max(len(sequence.table_array) for sequence in sequences)
+    @classmethod
+    def of(cls, spans: Sequence[Span]) -> StepInput:
+        """Say where positions are that sequences have already, as if those behind them were not there.
+
+        Args:
+            spans: sequences, each of them once, with the first of the positions and the one behind the last.
+
+        Returns:
+            Tensors on the CPU, for `to`: what `build` would have given when the sequences ended there.
+
+        Raises:
+            KernelError: there is no position, or a sequence does not have it.
+        """
+        counts = [end - first for _, first, end in spans]
+        if min(counts, default=0) < 1:
+            raise KernelError(f"a step of {counts} tokens: expected at least one sequence, and 1 token of each.")
+        step = cls.empty(sum(counts), len(spans), _widest(spans))
+        step._fill(spans, [sequence.slots(first, end) for sequence, first, end in spans])
+        return step
+
+    def _fill(self, spans: Sequence[Span], slots: Sequence[int | torch.Tensor]) -> None:
+        num_tokens, widest = sum(end - first for _, first, end in spans), _widest(spans)
         room = (len(self.positions), *self.block_tables.shape)
-        if any(have > most for have, most in zip((num_tokens, len(sequences), widest), room, strict=True)):
+        if any(have > most for have, most in zip((num_tokens, len(spans), widest), room, strict=True)):
             raise KernelError(
-                f"a step of {num_tokens} tokens of {len(sequences)} sequences of up to {widest} blocks does not fit "
+                f"a step of {num_tokens} tokens of {len(spans)} sequences of up to {widest} blocks does not fit "
                 f"into buffers for {room[0]}, {room[1]} and {room[2]}."
             )
         starts = [0]
         # Through numpy: tensors would take several times as long for the few numbers of each of many sequences.
         positions, mapping, tables = self.positions.numpy(), self.slot_mapping.numpy(), self.block_tables.numpy()
         lengths, states = self.seq_lens.numpy(), self.state_slots.numpy()
-        for index, (sequence, start, own_slots) in enumerate(zip(sequences, before, slots, strict=True)):
-            first, last = starts[-1], starts[-1] + sequence.length - start
-            positions[first:last] = np.arange(start, sequence.length)
+        for index, ((sequence, start, end), own_slots) in enumerate(zip(spans, slots, strict=True)):
+            first, last = starts[-1], starts[-1] + end - start
+            positions[first:last] = np.arange(start, end)
             mapping[first:last] = own_slots
-            table = sequence.table_array
+            table = sequence.table_array[: sequence.pool.blocks_for(end)]
             tables[index, : len(table)] = table
-            lengths[index] = sequence.length
+            lengths[index] = end
             states[index] = sequence.state_slot
             starts.append(last)
-        starts += _padding_starts(num_tokens, room[0], room[1] - len(sequences))[1:]
+        starts += _padding_starts(num_tokens, room[0], room[1] - len(spans))[1:]
         self.query_start.copy_(torch.tensor(starts, dtype=torch.int32))
 
     def copy_into(self, fixed: StepInput) -> None:
@@ -139,6 +161,11 @@ class StepInput:
     def to(self, device: torch.device | str) -> StepInput:
         """The same on a device."""
         return StepInput(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def _widest(spans: Sequence[Span]) -> int:
+    """Most blocks that a sequence has up to the end of its span."""
+    return max(sequence.pool.blocks_for(end) for sequence, _, end in spans)
 
 
 def _padding_starts(first: int, num_tokens: int, num_seqs: int) -> list[int]:

@@ -23,6 +23,7 @@ __all__ = [
     "DEFAULT_CONTEXT",
     "DRIVER_BYTES",
     "KV_BLOCK",
+    "LEAST_CHUNK",
     "LENT_STAGING_BYTES",
     "LONG_CHUNK",
     "MAX_BATCH",
@@ -49,6 +50,8 @@ PREFILL_CHUNK = 4096
 """Tokens of a prompt that go through the layers at once, at most, in memory that is set aside for them."""
 LONG_CHUNK = 8192
 """The same where experts lend memory: experts that are streamed pass once for twice as many tokens."""
+LEAST_CHUNK = 512
+"""The same that is not cut where VRAM runs out: what it takes is little beside what else a step needs."""
 MAX_BATCH = 32
 """Sequences of a decode step, at most."""
 MAX_STATES = 8

@@ -31,9 +31,12 @@ class AllocatorLimit:
         self._set(0)
 
     def allow(self, extra: int) -> bool:
-        """Let the allocator have so many bytes more than its part, until the next call; False if it holds more."""
-        if not extra:
-            torch.cuda.empty_cache()
+        """Let the allocator have so many bytes more than its part, until the next call; False if it holds more.
+
+        What it holds without need goes back to the device first: tensors of one size would be cut from what it had for
+        larger ones, which then find no room. So this comes before the first tensor of whoever wants more.
+        """
+        torch.cuda.empty_cache()
         if torch.cuda.memory_reserved(self._device) > self._part + extra:
             return False
         self._set(extra)

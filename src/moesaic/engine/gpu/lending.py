@@ -86,6 +86,7 @@ class VramLending:
         # Weakly, since the pool has this: VRAM of a model that nobody has any more is free at once.
         self._pool: weakref.ref[BlockPool] | None = None
         self._streams = self._steps = self._looks = self._moves = self._lent_out = 0
+        self._last_chunk = 0  # its tokens
         self._seconds, self._extended, self._is_refused = 0.0, clock(), False
 
     @property
@@ -152,16 +153,22 @@ class VramLending:
         return self._num_backed()
 
     def begin_streaming(self, num_tokens: int) -> None:
-        """A chunk of so many tokens is about to use prefill's buffers; KernelError if there is no memory for it."""
+        """A chunk of so many tokens is about to use prefill's buffers; KernelError if there is no memory for it.
+
+        It has allocated nothing yet.
+        """
         self._streams += 1
         try:
             if self._staging is not None and not self._staging.num_mapped:
                 self._move(self._staging, self._staging.num_lots)
             if num_tokens > self.lots.chunk and not self._lent_out:
                 self._lend_out(self.lots.long)
+            elif num_tokens > self.lots.chunk and num_tokens != self._last_chunk:  # whose tensors would be in the way
+                self._allow_out(self._lent_out)
         except BaseException:
             self._streams -= 1
             raise
+        self._last_chunk = num_tokens
 
     def end_streaming(self) -> None:
         """A prefill that had begun needs its buffers no more."""
@@ -219,11 +226,15 @@ class VramLending:
         """Let PyTorch's allocator have so many lots."""
         began = time.perf_counter()
         self._make_free(num_lots)
-        if not self._allow(num_lots * self.lots.lot_bytes):
-            raise KernelError("activations hold more memory than the plan set aside for them and experts could lend.")
+        self._allow_out(num_lots)
         self._stock.shrink(num_lots)
         self._lent_out = num_lots
         self._count(began)
+
+    def _allow_out(self, num_lots: int) -> None:
+        """Let PyTorch's allocator begin anew, with so many lots beside its part."""
+        if not self._allow(num_lots * self.lots.lot_bytes):
+            raise KernelError("activations hold more memory than the plan set aside for them and experts could lend.")
 
     def _take_back(self) -> None:
         """Have lots again that PyTorch's allocator needs no more, unless other programs took their memory meanwhile."""

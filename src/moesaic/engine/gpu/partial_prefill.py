@@ -1,27 +1,24 @@
-"""A chunk of prompts on its way through the layers on a GPU, and those of the tail: some at a time.
+"""A chunk of prompts on its way through the layers on a GPU: some at a time, and in pieces where VRAM is short.
 
-Between two of its calls, decode steps may run. It does not know who decides how far it goes. The last layer is computed
-for those tokens only whose logits are asked for: what the others leave in its cache comes before.
+Between two of its calls, decode steps may run. It does not know who decides how far it goes. A piece for which the VRAM
+does not suffice begins again as smaller ones; those before it stay as they are, and what was learnt holds for later
+chunks (`ChunkLimit`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 
+from moesaic.engine.gpu.chunk_limit import ChunkLimit
 from moesaic.engine.gpu.out_of_vram import told_if_out_of_vram
-from moesaic.engine.gpu.prefill import ChunkPath
-from moesaic.errors import KernelError
-from moesaic.kvcache.paged import PagedSequence
+from moesaic.engine.gpu.piece_run import PieceRun, num_layers_of
+from moesaic.engine.gpu.prompt_pieces import Piece, PromptChunk, WantedLogits
+from moesaic.errors import KernelError, VramError
 from moesaic.modules.gpu.decoder import GpuDecoder
-from moesaic.modules.gpu.step import GpuStep
 
 __all__ = ["PartialPrefill", "WantedLogits"]
-
-WantedLogits = Literal["last", "all", "none"]
-"""Of a chunk: of the last token of each sequence, of all tokens, or nobody's."""
 
 
 class PartialPrefill:
@@ -29,80 +26,66 @@ class PartialPrefill:
 
     Args:
         decoder: the model.
-        step: where the tokens are.
-        path: who computes routed experts.
-        parts: sequences, which have the tokens already, each with its length before and the number of its tokens.
-        hidden: float32 `[tokens, hidden_size]` on the GPU, the tokens' embeddings.
-        wanted: whose logits are asked for.
-        on_end: called when it is through all layers or was abandoned, once.
+        chunk: the tokens, whose positions the sequences have already.
+        limit: how many of them may go together.
+        start: begins a piece; VramError if there is no memory for it.
     """
 
     def __init__(
-        self,
-        decoder: GpuDecoder,
-        step: GpuStep,
-        path: ChunkPath,
-        parts: list[tuple[PagedSequence, int, int]],
-        hidden: torch.Tensor,
-        wanted: WantedLogits = "last",
-        on_end: Callable[[], None] | None = None,
+        self, decoder: GpuDecoder, chunk: PromptChunk, limit: ChunkLimit, start: Callable[[Piece], PieceRun]
     ) -> None:
-        self._decoder, self._step, self._path, self._parts, self._hidden = decoder, step, path, parts, hidden
-        self._on_end = on_end
-        self._done = 0
-        self._rows: torch.Tensor | None = None  # of which nothing is computed yet behind the layers
-        if wanted != "all":
-            last = step.input.last_tokens.to(hidden.device)
-            self._rows = last if wanted == "last" else last[:0]
-        self._num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
+        self._decoder, self._chunk, self._limit, self._start = decoder, chunk, limit, start
+        self._num_layers = num_layers_of(decoder)
+        self._begin = 0  # tokens that are through
+        self._sizes = limit.pieces(chunk.num_tokens)  # of pieces that are not
+        self._run: PieceRun | None = None  # the first of these
+        self._found: list[torch.Tensor] = []  # of those that are, what logits are made of
 
     @property
     def num_layers_left(self) -> int:
-        """Layers still to go, the tail's included."""
-        return self._num_layers - self._done
+        """Layers still to go, the tail's included, of all pieces together."""
+        return self._num_layers * len(self._sizes) - (0 if self._run is None else self._run.num_done)
 
-    def advance(self, num_layers: int) -> None:
-        """Go through so many more layers, or those that are left.
+    def begin(self) -> None:
+        """Begin the next piece, unless it has begun or there is none.
 
         Raises:
-            GenerationError: the VRAM does not suffice.
+            VramError: there is no memory for the smallest one.
         """
-        first, last = self._done, min(self._done + num_layers, self._num_layers)
-        on_gpu = len(self._decoder.layers)
-        rows = self._rows if first < last == on_gpu == self._num_layers else None
-        apart = rows is not None and len(rows) < len(self._hidden)  # otherwise it is a layer like all
-        with torch.no_grad(), told_if_out_of_vram(f"{len(self._hidden)} tokens of prompts at once"):
-            if first:
-                self._path.interrupted()
-            if first < on_gpu:
-                self._decoder.run(self._hidden, self._step, first, min(last, on_gpu) - apart - first)
-            if rows is not None and apart:
-                self._hidden, self._rows = self._decoder.finish(self._hidden, self._step, rows), None
-            if last > on_gpu:
-                self._run_tail(max(first, on_gpu) - on_gpu, last - max(first, on_gpu))
-        if self._hidden.is_cuda and last < self._num_layers:  # whoever takes the time, takes that of the GPU
-            torch.cuda.current_stream().synchronize()
-        self._done = last
-        if last == self._num_layers:
-            self._end()
+        while self._run is None and self._sizes:
+            try:
+                self._run = self._start(self._chunk.piece(self._begin, self._begin + self._sizes[0]))
+            except VramError as error:
+                self._cut(error)
 
-    def _run_tail(self, first: int, count: int) -> None:
-        tail = self._decoder.tail
-        assert tail is not None
-        pieces = self._hidden.cpu().split([number for _, _, number in self._parts])
-        sequences = [sequence for sequence, _, _ in self._parts]
-        self._hidden = torch.cat(
-            [tail(piece, sequence, first, count) for piece, sequence in zip(pieces, sequences, strict=True)]
-        )
+    def advance(self, num_layers: int) -> None:
+        """Go through so many more layers, or those that are left, which may be more than they were.
+
+        Raises:
+            VramError: the VRAM does not suffice for the smallest piece.
+        """
+        while num_layers > 0 and self._sizes:
+            self.begin()
+            run = self._run
+            assert run is not None
+            try:
+                with torch.no_grad(), told_if_out_of_vram(f"{self._sizes[0]} tokens of prompts at once"):
+                    num_layers -= run.advance(num_layers)
+            except VramError as error:
+                run.take_back()
+                run = self._run = None  # with all memory that it has
+                torch.cuda.empty_cache()  # smaller tensors would be cut from what held larger ones, and be in the way
+                self._cut(error)
+                continue
+            if run.num_done == self._num_layers:
+                self._end_piece(run)
 
     def logits(self) -> torch.Tensor:
         """float32 `[tokens that are wanted, vocab_size]` where the head is; when no layer is left."""
         if self.num_layers_left:
             raise KernelError(f"{self.num_layers_left} layers are left: there are no logits yet.")
         with torch.no_grad(), told_if_out_of_vram("the logits of a prompt"):
-            hidden, rows = self._hidden, self._rows
-            if rows is not None:
-                hidden = hidden[rows.to(hidden.device)].contiguous()
+            hidden = self._found[0] if len(self._found) == 1 else torch.cat(self._found)
             decoder = self._decoder
             if not len(hidden):
                 return hidden.new_empty(0, decoder.vocab_size)
@@ -110,12 +93,22 @@ class PartialPrefill:
 
     def abandon(self) -> None:
         """Take the new positions back; sequences with recurrent states are emptied."""
-        for sequence, length, _ in self._parts:
-            sequence.truncate(0 if sequence.is_recurrent else length)
-        self._done = self._num_layers
-        self._end()
+        self._chunk.abandon()
+        self._sizes = []
+        run, self._run = self._run, None
+        if run is not None:
+            run.end()
 
-    def _end(self) -> None:
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end()
+    def _end_piece(self, run: PieceRun) -> None:
+        size, *self._sizes = self._sizes
+        self._found.append(run.wanted())
+        self._run, self._begin = None, self._begin + size
+        self._limit.passed(size)
+
+    def _cut(self, error: VramError) -> None:
+        """Let smaller pieces follow, after the next one has found too little memory; that error if it is small."""
+        size = self._sizes[0]
+        if not self._limit.can_cut(size):
+            raise error
+        self._limit.failed(size, str(error))
+        self._sizes = self._limit.pieces(sum(self._sizes))

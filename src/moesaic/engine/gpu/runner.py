@@ -11,13 +11,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moesaic.engine.gpu.chunk_limit import ChunkLimit
 from moesaic.engine.gpu.decode_steps import DecodeSteps
 from moesaic.engine.gpu.hand_off import HandOff
 from moesaic.engine.gpu.layer_caches import layer_caches
 from moesaic.engine.gpu.lending import VramLending
-from moesaic.engine.gpu.out_of_vram import told_if_out_of_vram
+from moesaic.engine.gpu.out_of_vram import told_if_no_lots, told_if_out_of_vram
 from moesaic.engine.gpu.partial_prefill import PartialPrefill, WantedLogits
+from moesaic.engine.gpu.piece_run import PieceRun
 from moesaic.engine.gpu.prefill import ChunkBuffers, ChunkPath
+from moesaic.engine.gpu.prompt_pieces import Piece, PromptChunk
 from moesaic.engine.gpu.runner_options import RunnerOptions
 from moesaic.engine.gpu.shares import ExpertShares
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -28,8 +31,7 @@ from moesaic.errors import GenerationError, KernelError
 from moesaic.kernels import ops
 from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kvcache.paged import PagedSequence
-from moesaic.kvcache.states import StateLayer, StatePool, StateShape
-from moesaic.kvcache.step_input import StepInput
+from moesaic.kvcache.states import SavedStates, StateLayer, StatePool, StateShape
 from moesaic.modules.gpu.decoder import GpuDecoder
 from moesaic.modules.gpu.step import GpuStep
 from moesaic.modules.gpu.tail import CpuTail
@@ -58,6 +60,7 @@ class ModelRunner:
         steps: decode steps.
         staging: as given.
         shares: as given.
+        chunk_limit: how many tokens of prompts go through the layers at once, where the VRAM was short.
         no_uploads: why there are none.
     """
 
@@ -74,6 +77,7 @@ class ModelRunner:
         self.decoder, self.options, self.staging, self.shares = decoder, options, staging, shares
         self.no_uploads = uploads if isinstance(uploads, str) else ""
         self._chunk_buffers, slots = ChunkBuffers(decoder.device), slots or ExpertSlots()
+        self.chunk_limit = ChunkLimit(options.max_chunk, options.least_chunk)
         device = decoder.device
         shapes = [layer.attention.cache_shape for layer in decoder.layers]
         num_states = options.num_states or options.max_batch
@@ -127,7 +131,8 @@ class ModelRunner:
         """
         work = self.start_prefill(parts, wanted)
         try:
-            work.advance(work.num_layers_left)
+            while work.num_layers_left:
+                work.advance(work.num_layers_left)
             return work.logits()
         except BaseException:
             work.abandon()
@@ -137,23 +142,34 @@ class ModelRunner:
         self, parts: Sequence[tuple[PagedSequence, torch.Tensor]], wanted: WantedLogits = "last"
     ) -> PartialPrefill:
         """As `prefill`, but nothing is computed yet."""
-        before = [sequence.length for sequence, _ in parts]
-        self._check_lengths([length + len(ids) for length, (_, ids) in zip(before, parts, strict=True)])
-        step_input = StepInput.build([(sequence, len(ids)) for sequence, ids in parts]).to(self.decoder.device)
-        token_ids = torch.cat([ids for _, ids in parts])
-        some = wanted == "none" or (wanted == "last" and len(parts) < len(token_ids))
+        self._check_lengths([sequence.length + len(ids) for sequence, ids in parts])
+        chunk = PromptChunk([(sequence, sequence.length, ids) for sequence, ids in parts], wanted)
+        chunk.append()
+        work = PartialPrefill(self.decoder, chunk, self.chunk_limit, self._start_piece)
         try:
-            with told_if_out_of_vram(f"{len(token_ids)} tokens of prompts at once"):
-                hidden = self.decoder.embed(token_ids).to(self.decoder.device)
-                path, on_end = self._chunk_path(len(token_ids), some)
+            work.begin()
         except BaseException:
-            for (sequence, _), length in zip(parts, before, strict=True):
-                sequence.undo(length)
+            chunk.undo()
             raise
-        longest = max(len(ids) for _, ids in parts)
-        cut = [(sequence, length, len(ids)) for (sequence, ids), length in zip(parts, before, strict=True)]
-        step = GpuStep(step_input, self.caches, self.decoder.angles, longest, path)
-        return PartialPrefill(self.decoder, step, path, cut, hidden, wanted, on_end)
+        return work
+
+    def _start_piece(self, piece: Piece) -> PieceRun:
+        """A piece of prompts in front of the first layer; VramError if there is no memory for it."""
+        with told_if_out_of_vram(f"{piece.num_tokens} tokens of prompts at once"):
+            slots = piece.recurrent_slots if self.chunk_limit.can_cut(piece.num_tokens) else []
+            states = [cache for cache in self.caches if isinstance(cache, StateLayer)]
+            saved = SavedStates(states, slots) if slots else None
+            # First, since it makes room: what was allocated before would be in the middle of that.
+            path, on_end = self._chunk_path(piece.num_tokens, piece.asks_some)
+            try:
+                step_input = piece.step_input().to(self.decoder.device)
+                hidden = self.decoder.embed(piece.token_ids).to(self.decoder.device)
+            except BaseException:
+                if on_end is not None:
+                    on_end()
+                raise
+        step = GpuStep(step_input, self.caches, self.decoder.angles, max(piece.counts), path)
+        return PieceRun(self.decoder, step, path, piece, hidden, saved, on_end)
 
     def decode(
         self, sequences: Sequence[PagedSequence], token_ids: Sequence[int], to_host: bool = False
@@ -232,7 +248,8 @@ class ModelRunner:
             return ChunkPath(*common), None
         streams = self.lending is not None and num_tokens > MAX_DECODE_TOKENS
         if self.lending is not None and streams:
-            self.lending.begin_streaming(num_tokens)
+            with told_if_no_lots(f"{num_tokens} tokens of prompts at once"):
+                self.lending.begin_streaming(num_tokens)
         on_end = self.lending.end_streaming if self.lending is not None and streams else None
         try:
             finishes = some and self.decoder.tail is None

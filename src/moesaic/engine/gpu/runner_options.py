@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moesaic.placement.vram import PREFILL_CHUNK
+from moesaic.placement.vram import LEAST_CHUNK, PREFILL_CHUNK
 
 __all__ = ["RunnerOptions"]
 
@@ -25,6 +25,7 @@ class RunnerOptions:
         num_states: sequences that can be there at once, if the model has recurrent states; `max_batch` if None.
         max_positions: of a sequence; what fits into all blocks if None.
         max_chunk: tokens of a prompt that go through the layers at once, at most.
+        least_chunk: tokens that go through them at once however little VRAM there is.
     """
 
     num_blocks: int
@@ -36,3 +37,4 @@ class RunnerOptions:
     num_states: int | None = None
     max_positions: int | None = None
     max_chunk: int = PREFILL_CHUNK
+    least_chunk: int = LEAST_CHUNK

@@ -24,11 +24,14 @@ class PrefillWork(Protocol):
 
     @property
     def num_layers_left(self) -> int:
-        """Layers still to go."""
+        """Layers still to go; each of them as often as there are pieces, if the work is cut into some."""
         ...
 
     def advance(self, num_layers: int) -> None:
-        """Go through so many more layers, or those that are left."""
+        """Go through so many more layers, or those that are left.
+
+        Memory that runs out may cut the work, so that more layers are left than before.
+        """
         ...
 
     def logits(self) -> torch.Tensor:

@@ -125,7 +125,8 @@ class TokenStream:
         assert self._sequence is not None, "begin() makes a sequence"
         work = self.runner.start_prefill([(self._sequence, torch.tensor(ids, dtype=torch.int64))])
         try:
-            work.advance(self.runner.num_layers)
+            while work.num_layers_left:
+                work.advance(work.num_layers_left)
             logits = work.logits()
         except BaseException:
             work.abandon()

@@ -47,26 +47,33 @@ class CpuTail:
         return len(self._layers)
 
     def __call__(
-        self, hidden: torch.Tensor, sequence: PagedSequence, first: int = 0, count: int | None = None
+        self,
+        hidden: torch.Tensor,
+        sequence: PagedSequence,
+        first: int = 0,
+        count: int | None = None,
+        end: int | None = None,
     ) -> torch.Tensor:
-        """Go on with the newest tokens of a sequence.
+        """Go on with tokens of a sequence; what the layers had of it from there on is forgotten.
 
         Args:
             hidden: float32 `[tokens, hidden_size]` on the CPU, behind the layers before `first`.
             sequence: already has them.
             first: of the layers on the CPU, where to go on.
             count: so many layers; all that are left if None.
+            end: position behind the last token; the tokens are the newest if None.
 
         Returns:
             Hidden states behind these layers, float32 `[tokens, hidden_size]`.
         """
         cache = self._caches.setdefault(sequence, GrowingCache(self._config))
-        before = sequence.length - len(hidden)
+        end = sequence.length if end is None else end
+        before = end - len(hidden)
         chosen = slice(first, None if count is None else first + count)
         for layer in cache.layers[self._first :][chosen]:
             layer.crop(min(0, before - layer.get_seq_length()))
         x = hidden.unsqueeze(0)
-        positions = torch.arange(before, sequence.length).unsqueeze(0)
+        positions = torch.arange(before, end).unsqueeze(0)
         angles = self._rotary(x, positions)
         for layer in self._layers[chosen]:
             x = layer(

@@ -3,8 +3,11 @@
     python benchmarks/handoff.py [--layers 61] [--hidden 7168] [--top-k 8] [--tokens 1,8]
 
 A graph asks for the experts of each layer and takes the answer; the experts are all computed elsewhere, so the CPU has
-nothing to do but to answer. Printed: microseconds per layer, median of the replays, and the same without asking. Then
-the CPU stays away: the graph has to end by itself, the failure to be seen, and the next step to work.
+nothing to do but to answer. Printed: microseconds per layer, median of the replays, the same without asking, and the
+difference, which is the round trip. As steps of few tokens do it, the router writes the request and the norm of what
+follows reads the answer ("router"); as others do it, that takes a launch of its own ("launch"). Without asking, the same
+router chooses and the same norm follows. Then the CPU stays away: the graph has to end by itself, the failure to be
+seen, and the next step to work.
 """
 
 from __future__ import annotations
@@ -18,9 +21,16 @@ import torch
 
 from moesaic.errors import ExpertTimeoutError
 from moesaic.kernels import PackedExperts, PackedTensor
+from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.handoff import ExpertServer, Mailbox
+from moesaic.kernels.triton.combine_norm import NormBefore
+from moesaic.kernels.triton.formats import device_format
 from moesaic.kernels.triton.handoff import Exchange
+from moesaic.kernels.triton.route import route, router_logits
 from moesaic.quant import get_format
+
+
+NUM_EXPERTS = 256  # that the router chooses from
 
 
 def make_experts(hidden: int) -> PackedExperts:
@@ -33,10 +43,11 @@ def make_experts(hidden: int) -> PackedExperts:
 
 
 class RoundTrips:
-    """A graph of `layers` requests of `num_tokens` tokens."""
+    """A graph of `layers` requests of `num_tokens` tokens, which the router writes, or a launch of its own."""
 
-    def __init__(self, layers: int, hidden: int, top_k: int, num_tokens: int) -> None:
+    def __init__(self, layers: int, hidden: int, top_k: int, num_tokens: int, by_router: bool = True) -> None:
         device = torch.device("cuda")
+        self.by_router = by_router
         experts = make_experts(hidden)
         self.layers, self.num_tokens = layers, num_tokens
         self.server = ExpertServer(Mailbox.of(num_tokens, hidden, top_k, pinned=True), [experts] * layers)
@@ -46,6 +57,10 @@ class RoundTrips:
         self.misses = torch.full_like(self.chosen, -1)
         self.weights = torch.ones(num_tokens, top_k, device=device)
         self.out = torch.zeros_like(self.x)
+        self.router = torch.randn(NUM_EXPERTS, hidden, device=device)
+        self.options = RouteOptions(top_k, score="sigmoid", normalize=True)
+        self.slots = torch.zeros(NUM_EXPERTS, dtype=torch.int32, device=device)  # nothing is left to the CPU
+        self.norm = NormBefore(torch.ones(hidden, device=device), 1e-6, device_format(get_format("Q4_K"), hidden))
         self._load_kernels()
 
     def _load_kernels(self) -> None:
@@ -60,9 +75,15 @@ class RoundTrips:
     def step(self, ask: bool) -> None:
         """The kernels of one step."""
         for layer in range(self.layers):
-            if ask:
+            if self.by_router:
+                request = self.exchange.request(layer) if ask else None
+                box = None if request is None else request.hidden
+                logits = router_logits(self.x, self.router, box_hidden=box)
+                route(logits, self.options, slot_of_expert=self.slots, request=request)
+            elif ask:
                 self.exchange.hand_off(layer, self.x, self.chosen, self.misses, self.weights)
-            self.exchange.take_back(layer if ask else None, self.out, shared=self.x)
+            then = self.norm if self.by_router else None
+            self.exchange.take_back(layer if ask else None, self.out, shared=self.x, then=then)
         self.exchange.advance(self.layers if ask else 0)
 
     def capture(self, ask: bool) -> torch.cuda.CUDAGraph:
@@ -140,10 +161,14 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> N
     parser.add_argument("--tokens", default="1,8")
     arguments = parser.parse_args(argv)
     for num_tokens in map(int, arguments.tokens.split(",")):
-        trips = RoundTrips(arguments.layers, arguments.hidden, arguments.top_k, num_tokens)
-        check_answers(trips)
-        with_cpu, without = trips.time(ask=True), trips.time(ask=False)
-        say(f"{num_tokens} tokens: {with_cpu:.2f} us per layer with the CPU, {without:.2f} without")
+        for by_router in (True, False):
+            trips = RoundTrips(arguments.layers, arguments.hidden, arguments.top_k, num_tokens, by_router)
+            check_answers(trips)
+            with_cpu, without = trips.time(ask=True), trips.time(ask=False)
+            say(
+                f"{num_tokens} tokens, {'router' if by_router else 'launch'}: {with_cpu:.2f} us per layer with the CPU, "
+                f"{without:.2f} without: {with_cpu - without:.2f} us for the round trip"
+            )
     check_silence(RoundTrips(arguments.layers, arguments.hidden, arguments.top_k, 1))
 
 

@@ -5,9 +5,9 @@
 A graph asks for the experts of each layer and takes the answer; the experts are all computed elsewhere, so the CPU has
 nothing to do but to answer. Printed: microseconds per layer, median of the replays, the same without asking, and the
 difference, which is the round trip. As steps of few tokens do it, the router writes the request and the norm of what
-follows reads the answer ("router"); as others do it, that takes a launch of its own ("launch"). Without asking, the same
-router chooses and the same norm follows. Then the CPU stays away: the graph has to end by itself, the failure to be
-seen, and the next step to work.
+follows reads the answer ("router"); as others do it, that takes a launch of its own ("launch"). Without asking, the
+same router chooses and the same norm follows. Then the CPU stays away: the graph has to end by itself, the failure to
+be seen, and the next step to work.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from moesaic.kernels.triton.formats import device_format
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.kernels.triton.route import route, router_logits
 from moesaic.quant import get_format
-
 
 NUM_EXPERTS = 256  # that the router chooses from
 
@@ -165,9 +164,10 @@ def main(argv: list[str] | None = None, say: Callable[[str], None] = print) -> N
             trips = RoundTrips(arguments.layers, arguments.hidden, arguments.top_k, num_tokens, by_router)
             check_answers(trips)
             with_cpu, without = trips.time(ask=True), trips.time(ask=False)
+            way = "router" if by_router else "launch"
             say(
-                f"{num_tokens} tokens, {'router' if by_router else 'launch'}: {with_cpu:.2f} us per layer with the CPU, "
-                f"{without:.2f} without: {with_cpu - without:.2f} us for the round trip"
+                f"{num_tokens} tokens, {way}: {with_cpu:.2f} us per layer with the CPU, {without:.2f} without: "
+                f"{with_cpu - without:.2f} us for the round trip"
             )
     check_silence(RoundTrips(arguments.layers, arguments.hidden, arguments.top_k, 1))
 

@@ -66,6 +66,7 @@ class DecodeSteps:
         # Weakly: VRAM of a model that nobody has any more is free at once, not when Python looks for cycles.
         self.graphs = StepGraphs(weakref.proxy(self), options.max_batch, captures)
         self._token_ids = torch.zeros(options.max_batch, dtype=torch.int64)
+        self._numbers = self._token_ids.numpy()  # the same memory: numbers of a tensor take longer to write
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
         self._out = torch.zeros(options.max_batch, width, device=decoder.device)
         pinned = decoder.device.type == "cuda"
@@ -120,7 +121,7 @@ class DecodeSteps:
         bucket, uploads = self._ready(count)
         bucket.buffers.append(sequences)
         try:
-            self._token_ids.numpy()[:count] = token_ids
+            self._numbers[:count] = token_ids
             self._decoder.embed(self._token_ids[:count], bucket.buffers.rows(count))
             self._run(bucket, uploads, count, to_host)
         except BaseException:

@@ -50,6 +50,7 @@ class HandOff:
         self.exchange = Exchange(mailbox, device)
         self.exchange.set_timeout(timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._seen_failed = self._failed.numpy()  # the same memory: a tensor's number takes longer to read
         self.times: torch.Tensor | None = None
 
     def defer(self, count: int) -> None:
@@ -89,7 +90,7 @@ class HandOff:
 
     def check(self) -> None:
         """When a step is over: raise an ExpertTimeoutError if the GPU waited for an answer too long."""
-        if int(self._failed):
+        if self._seen_failed[0]:
             raise ExpertTimeoutError(
                 f"the CPU did not answer the GPU within {self._timeout:g} s: the computer is overloaded or the "
                 "process was stopped. The request failed; the next one may be tried."

@@ -73,9 +73,8 @@ class StepBuffers:
             blocks = sequence.table_array
             self._tables[index, : len(blocks)] = blocks
             self._lengths[index] = sequence.length
-        self._slots[len(sequences) :] = -1
-        self._states[len(sequences) :] = -1
-        self._lengths[len(sequences) :] = 0
+        if (count := len(sequences)) < len(self._slots):
+            self._slots[count:], self._states[count:], self._lengths[count:] = -1, -1, 0
 
     def rows(self, count: int) -> torch.Tensor:
         """Where the embeddings of so many tokens belong: float32 `[count, hidden_size]` on the CPU."""

@@ -83,11 +83,12 @@ class StepGraphs:
         self.prepares = False
         self._made_do: Counter[tuple[int, bool]] = Counter()  # steps that would have had this graph if it were there
         self._seconds, self._gives_up = 0.0, False
+        self._sizes = sorted({self.size(1 << power) for power in range(max_batch.bit_length() + 1)})
 
     @property
     def sizes(self) -> list[int]:
         """Of buckets, ascending: a step of fewer sequences is padded."""
-        return sorted({self.size(1 << power) for power in range(self._max_batch.bit_length() + 1)})
+        return self._sizes
 
     def size(self, count: int) -> int:
         """The smallest bucket that holds so many sequences."""
@@ -95,6 +96,9 @@ class StepGraphs:
 
     def bucket(self, count: int) -> Bucket:
         """The one that a step of `count` sequences takes; it is ready."""
+        bucket = self.buckets.get(self.size(count))
+        if bucket is not None and (bucket.is_ready or not self._captures):  # as nearly always
+            return bucket
         bucket = self._bucket(self._choose(count))
         if self._captures:
             self._need(bucket, False)
@@ -105,9 +109,11 @@ class StepGraphs:
 
         They are captured now if they are wanted `at_once`, if nobody prepares them, or if many steps did without.
         """
+        if True in bucket.graphs:
+            return True
         if True not in self._maker.ways(bucket.size):
             return False
-        if self._captures and True not in bucket.graphs:
+        if self._captures:
             if self.prepares and not at_once and not self._is_worth(bucket.size, True):
                 return False
             self._need(bucket, True)
@@ -160,7 +166,6 @@ class StepGraphs:
         began = time.perf_counter()
         while brings not in bucket.graphs:
             self._advance(bucket, brings)
-        self._made_do.pop((bucket.size, brings), None)
         seconds = time.perf_counter() - began
         if seconds > 0.01 and bucket.size > 1:
             _LOG.info("a decode step of %d sequences waited %.2f s for its graph", bucket.size, seconds)
@@ -181,6 +186,7 @@ class StepGraphs:
         graphs = (graph for each in self.buckets.values() for graph in each.graphs.values())
         shared = next(graphs, None)  # only one of the graphs runs at a time, and none leaves anything behind
         bucket.graphs[brings] = self._maker.capture(bucket, brings, None if shared is None else shared.pool())
+        self._made_do.pop((bucket.size, brings), None)
 
     def _bucket(self, size: int) -> Bucket:
         if size not in self.buckets:

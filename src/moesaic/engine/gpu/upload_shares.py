@@ -9,6 +9,7 @@ This module knows neither devices nor experts.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass, field
@@ -42,14 +43,20 @@ def numbers_of(share: int, max_distinct: int, num_slots: int) -> list[int]:
     With a share, link and CPU would end together if experts could be divided. They cannot: so many are brought that
     whoever ends last ends as early as can be, and the fewer where that is the same.
     """
+    return list(_numbers_of(share, max_distinct, num_slots))
+
+
+@functools.cache
+def _numbers_of(share: int, max_distinct: int, num_slots: int) -> tuple[int, ...]:
+    """The same, once: every step asks, and while it is found the GPU has nothing to do."""
 
     def ends(missing: int, number: int) -> int:
         return max(number * (ALL - share), (missing - number) * share)
 
-    return [
+    return tuple(
         min(range(min(missing, num_slots) + 1), key=lambda number: ends(missing, number))
         for missing in range(max_distinct + 1)
-    ]
+    )
 
 
 def expected_share(top_k: int, per_upload: float, per_expert: float, fixed: float = 0.0) -> int:

@@ -29,7 +29,7 @@ class Maker:
         self.most_with_memory, self.uploads = most_with_memory, uploads
 
     def new_bucket(self, size: int) -> Bucket:
-        return Bucket(None, torch.zeros(size, 1), torch.zeros(size), size)  # type: ignore[arg-type]
+        return Bucket(None, torch.zeros(size, 1), torch.zeros(size), torch.zeros(size), size)  # type: ignore[arg-type]
 
     def ways(self, size: int) -> tuple[bool, ...]:
         return (False, True) if self.uploads and size <= 8 else (False,)

@@ -193,6 +193,13 @@ def test_argmax(width):
     assert ops.argmax(x)[4] == width // 3
 
 
+def test_likeliest_tokens_and_where_there_are_none():
+    logits = torch.randn(5, 100) - 3.0
+    logits[1, 40], logits[2, 60], logits[3] = torch.nan, torch.inf, -torch.inf
+    best = logits.argmax(-1).tolist()
+    assert ops.likeliest(logits) == [best[0], -1, -1, -1, best[4]]
+
+
 def test_argmax_of_few_wide_rows_by_all_threads():
     before = _native.num_threads()
     _native.set_num_threads(3)

@@ -6,6 +6,7 @@ own. All activations are float32. Shapes are checked here once and addresses go 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -27,6 +28,7 @@ __all__ = [
     "check_angles",
     "gated_activation",
     "layer_norm",
+    "likeliest",
     "mla_attention",
     "norm_and_rotate_",
     "rms_norm",
@@ -269,6 +271,15 @@ def argmax(x: torch.Tensor) -> torch.Tensor:
     indices = torch.empty(num_rows, dtype=torch.int64)
     _native.argmax(x.data_ptr(), stride, num_rows, x.shape[1], indices.data_ptr())
     return indices
+
+
+def likeliest(logits: torch.Tensor) -> list[int]:
+    """The token of each row of float32 `[rows, vocab_size]` that is likeliest; -1 where logits are no numbers."""
+    tokens = argmax(logits)
+    values = logits.gather(1, tokens[:, None])[:, 0]  # a NaN, if there is one
+    return [
+        token if math.isfinite(value) else -1 for token, value in zip(tokens.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def _row_op(

@@ -17,6 +17,7 @@ from moesaic.engine.serving.core import Engine, EngineOptions
 from moesaic.engine.serving.defaults import GenerationDefaults
 from moesaic.engine.serving.outputs import Completion
 from moesaic.engine.serving.params import SamplingParams
+from moesaic.kernels import ops
 from moesaic.kvcache.paged import BlockPool, PagedSequence
 from moesaic.kvcache.states import StatePool
 
@@ -96,6 +97,9 @@ class FakeRunner:
         for sequence, token in zip(sequences, token_ids, strict=True):
             self.write(sequence.append(1), token)
         return self.logits_of(sequences)
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        return ops.likeliest(self.decode(sequences, token_ids))
 
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> FakePrefill:
         assert 0 < sum(len(ids) for _, ids in parts) <= self.max_chunk

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+from typing import Any
 
 import pytest
 from tests.engine.serving.fake_runner import GREEDY, VOCAB_SIZE, Driver, FakeRunner, answer_to, next_token, prompt
@@ -204,6 +205,65 @@ def test_a_lost_step_is_done_again_and_a_second_one_ends_its_answers(recurrent: 
     if not recurrent:  # there the second step is a prefill
         assert driver.answers["b"][0].finish_reason == "error"
     assert driver.tokens("c") == answer_to(prompt(2, 30), 12)
+    driver.check_nothing_is_held()
+
+
+class NotingRunner(FakeRunner):
+    """Notes of each step whether it was to bring logits; at one they are no numbers."""
+
+    def __init__(self, broken_after: int = 0) -> None:
+        super().__init__()
+        self.brought: list[bool] = []
+        self.broken_after = broken_after
+
+    def decode(self, sequences: Any, token_ids: Any) -> Any:
+        self.brought.append(True)
+        return super().decode(sequences, token_ids)
+
+    def decode_likeliest(self, sequences: Any, token_ids: Any) -> list[int]:
+        tokens = super().decode_likeliest(sequences, token_ids)
+        self.brought[-1] = False
+        return [-1] * len(tokens) if len(self.brought) == self.broken_after else tokens
+
+
+@pytest.mark.parametrize(
+    ("wants", "brought"),
+    [
+        ({}, [False] * 8),
+        ({"logprobs": 1}, [True] * 4 + [False] * 4),
+        ({"logit_bias": {3: 0.5}}, [True] * 4 + [False] * 4),
+        ({"presence_penalty": 0.5}, [True] * 4 + [False] * 4),
+        ({"min_tokens": 3, "stop_token_ids": (96,)}, [True] * 2 + [False] * 6),  # the first came with the prompt
+    ],
+)
+def test_logits_are_brought_while_somebody_wants_more_than_the_likeliest_token(
+    wants: dict[str, Any], brought: list[bool]
+) -> None:
+    runner = NotingRunner()
+    driver = Driver(runner)
+    driver.add("plain", prompt(0, 9), greedy(9))
+    driver.add("other", prompt(1, 9), greedy(5, **wants))
+    driver.run()
+    assert driver.tokens("plain") == answer_to(prompt(0, 9), 9)
+    assert len(driver.tokens("other")) == 5
+    assert runner.brought == brought
+
+
+def test_drawn_tokens_need_logits() -> None:
+    runner = NotingRunner()
+    driver = Driver(runner)
+    driver.add("drawn", prompt(1, 9), SamplingParams(max_tokens=4, temperature=1.0))
+    driver.run()
+    assert runner.brought == [True] * 3
+
+
+def test_logits_that_are_no_numbers_end_an_answer() -> None:
+    runner = NotingRunner(broken_after=3)
+    driver = Driver(runner)
+    driver.add("a", prompt(1, 9), greedy(9))
+    driver.run()
+    answer = driver.answers["a"][0]
+    assert answer.finish_reason == "error" and answer.token_ids == answer_to(prompt(1, 9), 3)
     driver.check_nothing_is_held()
 
 

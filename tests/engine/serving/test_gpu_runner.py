@@ -110,6 +110,23 @@ def test_more_sequences_than_a_graph_holds(monkeypatch: pytest.MonkeyPatch) -> N
     assert relative_error(runner.decode(sequences, last), expected("qwen3_moe", *rows)) < TOLERANCE
 
 
+def test_the_likeliest_tokens_come_without_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In batches, all or nothing; none where logits are no numbers."""
+    runner = GpuStepRunner(on_gpu("qwen3_moe", ON_GPU, replace(OPTIONS, max_batch=2)).runner, max_batch=5)
+    rows = [inputs(1, 3 + index, seed=index)[0] for index in range(3)]
+    sequences = [runner.new_sequence() for _ in rows]
+    runner.start_prefill([(sequence, row[:-1]) for sequence, row in zip(sequences, rows, strict=True)]).advance(2)
+    monkeypatch.setattr(runner._runner.steps, "_fetch", None)  # logits stay where they are
+    found = runner.decode_likeliest(sequences, [int(row[-1]) for row in rows])
+    assert found == expected("qwen3_moe", *rows).argmax(-1).tolist()
+    assert [sequence.length for sequence in sequences] == [3, 4, 5]
+    with pytest.raises(KernelError):
+        runner.decode_likeliest(sequences, [1, 2, 10**7])
+    assert [sequence.length for sequence in sequences] == [3, 4, 5]
+    runner._runner.decoder.norm.weight.fill_(torch.nan)
+    assert runner.decode_likeliest(sequences, [1, 2, 3]) == [-1] * 3
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
 def test_an_engine_on_it(family: str) -> None:
     stock = checkpoint_of(family)[0]

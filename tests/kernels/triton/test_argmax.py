@@ -44,6 +44,18 @@ def test_the_first_of_equal_ones_and_nan_above_all(parts, monkeypatch):
     assert found(x) == ops.argmax(x).tolist() == [0, 1100, 2000, 1500, 2100]
 
 
+def test_the_largest_values_are_those_of_the_rows():
+    x = torch.randn(7, 1500)
+    x[1], x[2, 900], x[3, 3], x[4] = -torch.inf, torch.inf, torch.nan, -0.0
+    x[5], x[5, 1200] = -3e38, -1.5e-40  # subnormal
+    places, largest = torch.zeros(7, dtype=torch.int64, device=DEVICE), torch.zeros(7, device=DEVICE)
+    argmax(x.to(DEVICE), places, largest)
+    assert places.tolist() == ops.argmax(x).tolist()
+    expected = x.amax(-1)
+    assert torch.equal(largest.cpu().nan_to_num(nan=9.0), expected.nan_to_num(nan=9.0))
+    assert largest[3].isnan()
+
+
 def test_rows_that_are_parts_of_wider_ones():
     wide = torch.randn(4, 300)
     assert found(wide[:, 50:250]) == wide[:, 50:250].argmax(-1).tolist()
@@ -57,6 +69,8 @@ def test_wrong_arguments_are_refused():
         ("x is", lambda: argmax(x[:, :0], out)),
         ("out is", lambda: argmax(x, out.int())),
         ("out is", lambda: argmax(x, out[:1])),
+        ("largest is", lambda: argmax(x, out, x[0])),
+        ("largest is", lambda: argmax(x, out, out)),
     ]:
         with pytest.raises(KernelError, match=message):
             call()

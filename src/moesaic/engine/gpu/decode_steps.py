@@ -71,6 +71,8 @@ class DecodeSteps:
         self._out = torch.zeros(options.max_batch, width, device=decoder.device)
         pinned = decoder.device.type == "cuda"
         self._likeliest = torch.zeros(options.max_batch, dtype=torch.int64, pin_memory=pinned)
+        self._largest = torch.zeros(options.max_batch, pin_memory=pinned)
+        self._found = self._likeliest.numpy(), self._largest.numpy()  # the same memory
         self._host: torch.Tensor | None = None  # a copy of the result, once somebody has asked for one
 
     @property
@@ -132,9 +134,12 @@ class DecodeSteps:
         return (self._host if to_host and self._host is not None else self._out)[:count]
 
     def likeliest(self, count: int) -> list[int]:
-        """The likeliest token of each of the last step's `count` sequences; without a tail."""
-        tokens: list[int] = self._likeliest[:count].tolist()
-        return tokens
+        """The likeliest token of each of the last step's `count` sequences, as `ops.likeliest`; without a tail."""
+        tokens, values = (found[:count] for found in self._found)
+        if not np.isfinite(values).all():
+            tokens = np.where(np.isfinite(values), tokens, -1)
+        chosen: list[int] = tokens.tolist()
+        return chosen
 
     @property
     def sizes(self) -> list[int]:
@@ -165,7 +170,7 @@ class DecodeSteps:
         """As `GraphMaker`, like those that follow."""
         decoder = self._decoder
         buffers = StepBuffers(size, self._max_blocks, decoder.hidden_size, decoder.device)
-        return Bucket(buffers, self._out[:size], self._likeliest[:size], size)
+        return Bucket(buffers, self._out[:size], self._likeliest[:size], self._largest[:size], size)
 
     def ways(self, size: int) -> tuple[bool, ...]:
         """How steps of a bucket run: without uploads, and with."""
@@ -241,7 +246,7 @@ class DecodeSteps:
             if decoder.tail is not None:
                 bucket.out.copy_(hidden)
             else:
-                argmax(decoder.logits(hidden, normed, bucket.out), bucket.likeliest)
+                argmax(decoder.logits(hidden, normed, bucket.out), bucket.likeliest, bucket.largest)
             self._hand_off.end_step()
 
     def _eager_path(self, num_tokens: int, brings: bool) -> ExpertPath:

@@ -212,12 +212,12 @@ class ModelRunner:
             raise
 
     def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
-        """As `decode`, and the likeliest next token of each sequence, which the GPU has found where it has the head."""
+        """As `decode`, and the likeliest next token of each sequence, -1 if its logits are no numbers.
+
+        The GPU has found it where it has the head.
+        """
         logits = self.decode(sequences, token_ids)
-        if self.decoder.tail is None:
-            return self.steps.likeliest(len(sequences))
-        tokens: list[int] = ops.argmax(logits).tolist()
-        return tokens
+        return self.steps.likeliest(len(sequences)) if self.decoder.tail is None else ops.likeliest(logits)
 
     def head_seconds(self, batch: int, repeat: int = 5) -> float:
         """Seconds that last norm and head take for `batch` tokens; 0 if they are on the CPU."""

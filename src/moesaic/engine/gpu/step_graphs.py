@@ -31,7 +31,8 @@ class Bucket:
 
     buffers: StepBuffers
     out: torch.Tensor  # logits, or what the tail goes on with; all buckets have the same memory
-    likeliest: torch.Tensor  # tokens, by the logits; in page-locked memory
+    likeliest: torch.Tensor  # tokens, by the logits; in page-locked memory, as the next
+    largest: torch.Tensor  # their logits
     size: int
     graphs: dict[bool, Any] = field(default_factory=dict)  # CUDA graphs: without uploads, and with
     warm: set[bool] = field(default_factory=set)  # what was launched once: all its kernels are loaded

@@ -209,13 +209,16 @@ class Engine:
     def _decode(self, answers: list[Answer], alone: bool) -> None:
         before = self._clock()
         self._start(answers, before)
+        # Where nobody wants more than the likeliest token, logits need not leave the device that made them.
+        greedy = all(each.limit and each.sampler.takes_likeliest for each in answers)
+        step: Callable[..., Any] = self.runner.decode_likeliest if greedy else self.runner.decode
         try:
-            logits = self.runner.decode([_sequence(each) for each in answers], [each.ids[-1] for each in answers])
+            found = step([_sequence(each) for each in answers], [each.ids[-1] for each in answers])
         except MoesaicError as error:
             self._failed(answers, error)
             return
         self._pace.decoded(self._clock() - before, len(answers), alone)
-        self._choose(answers, logits)
+        (self._take_all if greedy else self._choose)(answers, found)
 
     def _fill_in(self, step: Step, chunk: Filling) -> None:
         before, answers = self._clock(), [_owner(task) for task, _ in chunk.parts]
@@ -269,6 +272,16 @@ class Engine:
         now = self._clock()
         for answer, token, logprob in zip(answers, tokens, logprobs, strict=True):
             self._take(answer, token, logprob, now)
+
+    def _take_all(self, answers: list[Answer], tokens: list[int]) -> None:
+        """The likeliest token of each answer; -1: its logits are no numbers."""
+        now = self._clock()
+        for answer, token in zip(answers, tokens, strict=True):
+            if token < 0:
+                _LOG.error("request %s: the model's logits are no numbers", answer.request_id)
+                self._end(answer, "error")
+            else:
+                self._take(answer, token, None, now)
 
     def _take(self, answer: Answer, token: int, logprob: TokenLogprob | None, now: float) -> None:
         try:

@@ -6,6 +6,8 @@ It only puts `engine.gpu`'s runner behind the scheduler's interface. It needs Tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +16,8 @@ from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
 
 __all__ = ["GpuStepRunner"]
+
+Result = TypeVar("Result")
 
 
 class GpuStepRunner:
@@ -25,7 +29,8 @@ class GpuStepRunner:
             there are.
         on_close: called when it is closed.
 
-    Attributes: as `StepRunner`.
+    Attributes: as `StepRunner`, and
+        max_positions: that a sequence may have.
     """
 
     def __init__(
@@ -37,7 +42,7 @@ class GpuStepRunner:
         self._runner, decoder, self._on_close = runner, runner.decoder, on_close
         self.pool, self.states = runner.pool, runner.states
         self.max_batch = max_batch if runner.states is None else min(max_batch, runner.states.num_slots)
-        self.max_chunk = runner.options.max_chunk
+        self.max_chunk, self.max_positions = runner.options.max_chunk, runner.max_positions
         self.num_layers = len(decoder.layers) + (0 if decoder.tail is None else decoder.tail.num_layers)
         self.vocab_size = decoder.vocab_size
         self.shares_prefixes = runner.states is None and decoder.tail is None  # what a tail keeps is in no block
@@ -51,18 +56,35 @@ class GpuStepRunner:
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         """As `StepRunner.decode`."""
-        size, logits = self._runner.options.max_batch, list[torch.Tensor]()
+
+        def step(some: Sequence[PagedSequence], tokens: Sequence[int]) -> torch.Tensor:
+            rows = self._runner.decode(some, tokens, to_host=True)
+            return rows if len(some) == len(sequences) else rows.clone()
+
+        logits = self._in_batches(step, sequences, token_ids)
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `StepRunner.decode_likeliest`; logits stay on the GPU."""
+        return list(chain.from_iterable(self._in_batches(self._runner.decode_likeliest, sequences, token_ids)))
+
+    def _in_batches(
+        self,
+        step: Callable[[Sequence[PagedSequence], Sequence[int]], Result],
+        sequences: Sequence[PagedSequence],
+        token_ids: Sequence[int],
+    ) -> list[Result]:
+        """What a step of each batch gives; all of it or nothing."""
+        size, found = self._runner.options.max_batch, list[Result]()
         self._runner.steps.graphs.expected = self._num_sequences
         try:
             for first in range(0, len(sequences), size):
-                batch = slice(first, first + size)
-                rows = self._runner.decode(sequences[batch], token_ids[batch], to_host=True)
-                logits.append(rows if len(sequences) <= size else rows.clone())
+                found.append(step(sequences[first : first + size], token_ids[first : first + size]))
         except BaseException:
-            for sequence in sequences[: len(logits) * size]:  # the others are as they were, by the runner's care
+            for sequence in sequences[: len(found) * size]:  # the others are as they were, by the runner's care
                 sequence.truncate(0 if sequence.is_recurrent else sequence.length - 1)
             raise
-        return logits[0] if len(logits) == 1 else torch.cat(logits)
+        return found
 
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> GpuPrefill:
         """As `StepRunner.start_prefill`."""

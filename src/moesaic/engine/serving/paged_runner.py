@@ -13,7 +13,7 @@ import torch
 
 from moesaic.engine.serving.cache_room import BLOCK_SIZE
 from moesaic.errors import GenerationError, KernelError, UnsupportedModelError
-from moesaic.kernels import independent_rows
+from moesaic.kernels import independent_rows, ops
 from moesaic.kernels.paged_model import DecodeStep
 from moesaic.kvcache.paged import BlockPool, PagedSequence, PoolLayer
 from moesaic.kvcache.states import StateLayer, StatePool, StateShape
@@ -101,6 +101,10 @@ class PagedRunner:
             for sequence, length in zip(sequences, before, strict=True):
                 sequence.truncate(min(length, sequence.length))
             raise
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `StepRunner.decode_likeliest`."""
+        return ops.likeliest(self.decode(sequences, token_ids))
 
     @torch.no_grad()
     def _decode_in_parts(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:

@@ -82,6 +82,14 @@ class StepRunner(Protocol):
         """
         ...
 
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `decode`, for who wants no logits but the likeliest next token of each sequence.
+
+        Returns:
+            Tokens; -1 where logits are no numbers.
+        """
+        ...
+
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PrefillWork:
         """Append tokens, int64 `[tokens]` on the CPU, to sequences; nothing is computed yet.
 

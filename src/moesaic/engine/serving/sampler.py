@@ -105,6 +105,17 @@ class RequestSampler:
         self._stop_ids = np.array([token for token in stops if 0 <= token < vocab_size], np.int64)
         self._token_bytes = token_bytes
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether all that is needed of the next logits, as the model gives them, is which is the largest."""
+        plain = self.filters is None and self.matcher is None and self.params.logprobs is None
+        return plain and not self._is_early and not self._penalties.active
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether the answer may not end yet."""
+        return self.position < self.params.min_tokens and self._stop_ids.size > 0
+
     def accept(self, token: int) -> None:
         """The next token of the answer is this one."""
         self.position += 1
@@ -115,7 +126,7 @@ class RequestSampler:
     def adjusted(self, row: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits that a token is chosen by, `[vocab_size]`; those of the model themselves if nothing changes."""
         grammar = self.matcher is not None
-        early = self.position < self.params.min_tokens and self._stop_ids.size > 0
+        early = self._is_early
         if not (grammar or early or self._penalties.active):
             return row
         row = row.copy()

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from moesaic.errors import GenerationError
+from moesaic.kernels import ops
 from moesaic.kvcache import CACHE_ARGUMENT, GrowingCache
 from moesaic.kvcache.paged import BlockPool, PagedSequence
 from moesaic.kvcache.states import StatePool
@@ -66,6 +67,10 @@ class SoloRunner:
             work.abandon()
             raise
         return work.logits()
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `StepRunner.decode_likeliest`."""
+        return ops.likeliest(self.decode(sequences, token_ids))
 
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> SoloPrefill:
         """As `StepRunner.start_prefill`."""

@@ -7,14 +7,15 @@ text nor how tokens are chosen, and shares the runner with nobody.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from moesaic.engine.serving.cache_room import default_cache_bytes, position_bytes, room_for_cache
-from moesaic.engine.serving.paged_runner import PagedRunner, paged_runner_for
+from moesaic.engine.serving.paged_runner import paged_runner_for
+from moesaic.engine.serving.runner import StepRunner
 from moesaic.engine.serving.sampler import RequestSampler, sample
-from moesaic.errors import GenerationError
+from moesaic.errors import GenerationError, LogitsError
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.placement import DEFAULT_CONTEXT
 
@@ -22,6 +23,15 @@ __all__ = ["TokenStream", "token_stream_of"]
 
 _CACHE_SHARE = 2
 """The cache may grow to one in so many bytes of the DRAM that is free; what is not used takes none."""
+
+
+class OneSequenceRunner(StepRunner, Protocol):
+    """A `StepRunner` that says how long a sequence may be."""
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that a sequence may have."""
+        ...
 
 
 class TokenStream:
@@ -34,7 +44,7 @@ class TokenStream:
         runner: as given.
     """
 
-    def __init__(self, runner: PagedRunner) -> None:
+    def __init__(self, runner: OneSequenceRunner) -> None:
         self.runner = runner
         self._sequence: PagedSequence | None = None
         self._ids: list[int] = []  # what the sequence holds
@@ -91,9 +101,7 @@ class TokenStream:
         Raises:
             GenerationError: there is no prompt, or the cache is full.
         """
-        if self._sequence is None:
-            raise GenerationError("a token can only be appended to a prompt: begin and fill one in first.")
-        logits = self.runner.decode((self._sequence,), (token,))
+        logits = self.runner.decode((self._begun(),), (token,))
         self._ids.append(token)
         return logits
 
@@ -108,18 +116,34 @@ class TokenStream:
             GenerationError: the cache is full.
             LogitsError: the model's logits are no numbers.
         """
-        logits, samplers = self.fill(ids), (sampler,)
+        samplers = (sampler,)
+        (token,), _ = sample(self.fill(ids), samplers)
         while True:
-            (token,), _ = sample(logits, samplers)
             sampler.accept(token)
             yield token
-            logits = self.step(token)
+            if sampler.takes_likeliest:
+                token = self._likeliest_after(token)
+            else:
+                (token,), _ = sample(self.step(token), samplers)
 
     def forget(self) -> None:
         """Give back what is computed."""
         sequence, self._sequence, self._ids = self._sequence, None, []
         if sequence is not None:
             self.runner.forget(sequence)
+
+    def _likeliest_after(self, token: int) -> int:
+        """As `step`, and what is likeliest to come then."""
+        (likeliest,) = self.runner.decode_likeliest((self._begun(),), (token,))
+        self._ids.append(token)
+        if likeliest < 0:
+            raise LogitsError("the model's logits are no numbers. Its weights may be damaged.", 0)
+        return likeliest
+
+    def _begun(self) -> PagedSequence:
+        if self._sequence is None:
+            raise GenerationError("a token can only be appended to a prompt: begin and fill one in first.")
+        return self._sequence
 
     def _append(self, ids: list[int]) -> torch.Tensor:
         assert self._sequence is not None, "begin() makes a sequence"
@@ -144,17 +168,19 @@ class TokenStream:
 
 
 def token_stream_of(model: Any, kv_dtype: torch.dtype = torch.bfloat16) -> TokenStream | None:
-    """A stream of a loaded model; None if its layers do not run on a paged cache on the CPU.
+    """A stream of a loaded model; None if its layers do not run on a paged cache.
 
     Args:
         model: a causal language model, from `engine.loader.load`.
-        kv_dtype: what the cache stores.
+        kv_dtype: what the cache stores, if it is on the CPU.
 
     Raises:
         PlanDoesNotFitError: not even a short context fits into the DRAM that is free.
     """
-    if hasattr(model, "runner"):  # on a GPU
-        return None
+    if hasattr(model, "runner"):
+        from moesaic.engine.serving.gpu_runner import GpuStepRunner  # needs Triton
+
+        return TokenStream(GpuStepRunner(model.runner, max_batch=1))
     sizes = position_bytes(model, kv_dtype)
     if sizes is None:
         return None

@@ -17,12 +17,13 @@ _LOW_BITS: tl.constexpr = tl.constexpr(0x7FFFFFFF)
 _LEAST: tl.constexpr = tl.constexpr(-(2**31))
 
 
-def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def argmax(x: torch.Tensor, out: torch.Tensor, largest: torch.Tensor | None = None) -> torch.Tensor:
     """Where each row is largest; the first of equal ones, and a NaN is larger than all, as `ops.argmax` has it.
 
     Args:
         x: float32 `[rows, width]`, rows contiguous, width > 0.
         out: int64 `[rows]`, contiguous, on the device or in page-locked memory.
+        largest: float32 `[rows]` like it, for the values there, if they are wanted.
 
     Returns:
         out.
@@ -35,11 +36,16 @@ def argmax(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     rows, width = x.shape
     if out.dtype != torch.int64 or out.shape != (rows,) or not out.is_contiguous():
         raise KernelError(f"out is {describe(out)}: expected int64 [{rows}], contiguous.")
+    if largest is not None and (
+        largest.dtype != torch.float32 or largest.shape != (rows,) or not largest.is_contiguous()
+    ):
+        raise KernelError(f"largest is {describe(largest)}: expected float32 [{rows}], contiguous.")
     if rows:
         parts = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(width, _BLOCK)))
         found = torch.empty(2, rows, parts, dtype=torch.int32, device=x.device)
         _parts_kernel[(rows, parts)](x, found, x.stride(0), width, PARTS=parts, BLOCK=_BLOCK, num_warps=4)
-        _whole_kernel[(rows,)](found, out, PARTS=parts, num_warps=1)
+        values = found if largest is None else largest
+        _whole_kernel[(rows,)](found, out, values, PARTS=parts, VALUES=largest is not None, num_warps=1)
     return out
 
 
@@ -68,10 +74,14 @@ def _parts_kernel(x, found, stride, width, PARTS: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _whole_kernel(found, out, PARTS: tl.constexpr):
+def _whole_kernel(found, out, values, PARTS: tl.constexpr, VALUES: tl.constexpr):
     row = tl.program_id(0)
     at = found + row * PARTS + tl.arange(0, PARTS)
     largest = tl.load(at)
     place = tl.load(at + tl.num_programs(0) * PARTS)
-    first = tl.min(tl.where(largest == tl.max(largest, 0), place, _LOW_BITS), 0)
+    best = tl.max(largest, 0)
+    first = tl.min(tl.where(largest == best, place, _LOW_BITS), 0)
     tl.store(out + row, first.to(tl.int64))
+    if VALUES:
+        bits = tl.where(best < 0, best ^ _LOW_BITS, best)
+        tl.store(values + row, bits.to(tl.float32, bitcast=True))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from moesaic.kernels import ops
 from moesaic.kvcache.paged import BlockPool, PagedSequence
 from moesaic.kvcache.states import StatePool
 
@@ -51,6 +52,10 @@ class PacedRunner:
             sequence.append(1)
         time.sleep(self._step_seconds)
         return self.step_logits(len(sequences))
+
+    def decode_likeliest(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> list[int]:
+        """As `StepRunner.decode_likeliest`."""
+        return ops.likeliest(self.decode(sequences, token_ids))
 
     def start_prefill(self, parts: Sequence[tuple[PagedSequence, torch.Tensor]]) -> PacedPrefill:
         """Append tokens; that takes no time."""

@@ -100,21 +100,25 @@ class GpuTimedRuns:
             before_step: called before each.
         """
         hand_off, server = self.runner.hand_off, self.runner.server
-        steps: list[StepTimes] = []
+        num_layers = 0 if server is None else len(server.layers)
+        # All that is noted is looked at afterwards: what is done between steps would be measured, too.
+        layers = torch.zeros(count, num_layers, 3, dtype=torch.int64)
+        spans: list[tuple[int, int]] = []
         with self._sequences() as sequences:
             tokens = self._prefill(sequences)
-            hand_off.times = None if server is None else torch.zeros(len(server.layers), 3, dtype=torch.int64)
             try:
-                for _ in range(count):
+                for index in range(count):
                     before_step()
+                    hand_off.times = layers[index] if num_layers else None
                     began = time.perf_counter_ns()
                     tokens = self._step(sequences, tokens)
-                    ended = time.perf_counter_ns()
-                    layers = [] if hand_off.times is None else hand_off.times.tolist()
-                    steps.append(StepTimes(began, ended, tuple((seen, end, done) for seen, end, done in layers)))
+                    spans.append((began, time.perf_counter_ns()))
             finally:
                 hand_off.times = None
-        return steps
+        return [
+            StepTimes(began, ended, tuple((seen, end, done) for seen, end, done in own))
+            for (began, ended), own in zip(spans, layers.tolist(), strict=True)
+        ]
 
     def profile(self) -> StepShares:
         """Take a run of decode steps apart."""

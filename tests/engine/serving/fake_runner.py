@@ -60,6 +60,7 @@ class FakeRunner:
         self.pool = BlockPool(self.num_blocks, self.block_size)
         self.states = StatePool(self.max_batch) if self.recurrent else None
         self.vocab_size = VOCAB_SIZE
+        self.on_launch: Callable[[], None] = lambda: None
         self.memory = np.full(self.num_blocks * self.block_size, -1, np.int64)
         self.closed = False
         if self.recurrent:
@@ -88,6 +89,7 @@ class FakeRunner:
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
         assert 0 < len(sequences) <= self.max_batch
         assert len({id(sequence) for sequence in sequences}) == len(sequences)
+        self.on_launch()
         self.now += self.decode_seconds
         if self.failures:
             if self.recurrent:

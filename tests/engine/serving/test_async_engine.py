@@ -259,6 +259,51 @@ def test_an_idle_engine_uses_no_processor() -> None:
     run(main())
 
 
+class HeldRunner(FakeRunner):
+    """Each of its steps ends when it may."""
+
+    def __init__(self) -> None:
+        super().__init__(num_blocks=200)
+        self.permits, self.steps = threading.Semaphore(1), 0  # the prompt's
+
+    def decode(self, sequences: Any, token_ids: Any) -> Any:
+        self.on_launch()
+        self.steps += 1
+        assert self.permits.acquire(timeout=30)
+        return super().decode(sequences, token_ids)
+
+    def start_prefill(self, parts: Any) -> Any:
+        assert self.permits.acquire(timeout=30)
+        return super().start_prefill(parts)
+
+
+def test_tokens_are_handed_over_while_the_next_step_computes() -> None:
+    """Neither before it is launched, where who gets them would be in its way, nor only behind it."""
+
+    async def main() -> None:
+        runner, found = HeldRunner(), list[tuple[int, int]]()
+        engine = AsyncEngine(factory(runner))
+        engine.start()
+        await engine.wait_ready()
+
+        async def ask() -> None:
+            async for chunk in engine.generate(prompt(1, 9), SamplingParams(temperature=0, max_tokens=4)):
+                found.extend((token, runner.steps) for token in chunk.token_ids)
+
+        asked = asyncio.create_task(ask())
+        for count in (1, 2, 3):
+            await until(lambda count=count: len(found) == count)  # type: ignore[misc]
+            await until(lambda count=count: runner.steps == count)  # type: ignore[misc]
+            await asyncio.sleep(0.02)
+            assert len(found) == count  # the step that is launched is under way
+            runner.permits.release()
+        await asked  # there is no step behind the last
+        assert [token for token, _ in found] == answer_to(prompt(1, 9), 4)
+        await engine.close()
+
+    run(main())
+
+
 class PreparingRunner(FakeRunner):
     """Has something to prepare in pieces of some milliseconds."""
 

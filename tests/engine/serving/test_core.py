@@ -249,6 +249,28 @@ def test_logits_are_brought_while_somebody_wants_more_than_the_likeliest_token(
     assert runner.brought == brought
 
 
+def test_every_step_says_when_it_is_under_way() -> None:
+    """Of decode when it is launched; otherwise before prompts, which take long."""
+    runner, events = FakeRunner(), list[str]()
+    driver = Driver(runner)
+    runner.on_launch = lambda: events.append("launch")
+    prefill = runner.start_prefill
+
+    def noted(parts: Any) -> Any:
+        events.append("prompt")
+        return prefill(parts)
+
+    runner.start_prefill = noted  # type: ignore[method-assign]
+    driver.add("a", prompt(1, 9), greedy(3))
+    driver.step()
+    assert events == ["launch", "prompt"]
+    driver.add("b", prompt(2, 9), greedy(2))
+    driver.step()
+    assert events[2] == "launch" and events[3:].count("prompt") <= 1
+    driver.run()
+    assert events.count("prompt") == 2
+
+
 def test_drawn_tokens_need_logits() -> None:
     runner = NotingRunner()
     driver = Driver(runner)

@@ -117,7 +117,11 @@ def test_the_likeliest_tokens_come_without_their_logits(monkeypatch: pytest.Monk
     sequences = [runner.new_sequence() for _ in rows]
     runner.start_prefill([(sequence, row[:-1]) for sequence, row in zip(sequences, rows, strict=True)]).advance(2)
     monkeypatch.setattr(runner._runner.steps, "_fetch", None)  # logits stay where they are
+    launched: list[int] = []
+    runner.on_launch = lambda: launched.append(runner._runner.server.next_request)
+    before = runner._runner.server.next_request
     found = runner.decode_likeliest(sequences, [int(row[-1]) for row in rows])
+    assert launched == [before, before + 2]  # before the requests of each batch are served
     assert found == expected("qwen3_moe", *rows).argmax(-1).tolist()
     assert [sequence.length for sequence in sequences] == [3, 4, 5]
     with pytest.raises(KernelError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class DecodeSteps:
     Attributes:
         lending: as given.
         graphs: of the sizes that there are.
+        on_launch: called in each step when it is launched, before its requests are served.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class DecodeSteps:
     ) -> None:
         self._decoder, self._caches, self._options, self._max_blocks = decoder, caches, options, max_blocks
         self._hand_off, self._slots, self._uploads, self.lending = hand_off, slots, uploads, lending
+        self.on_launch: Callable[[], None] = lambda: None
         captures = options.graphs and decoder.device.type == "cuda"
         # Weakly: VRAM of a model that nobody has any more is free at once, not when Python looks for cycles.
         self.graphs = StepGraphs(weakref.proxy(self), options.max_batch, captures)
@@ -209,6 +211,7 @@ class DecodeSteps:
         is_quiet = cache is None or not cache.is_busy
         brings = uploads is not None and uploads.before_step(count, is_quiet)
         if not bucket.graphs:
+            self.on_launch()
             self._compute(bucket, self._eager_path(count, brings))
             if cache is not None:
                 cache.during_step()
@@ -216,6 +219,7 @@ class DecodeSteps:
             bucket.graphs[brings].replay()
             if cache is not None:
                 cache.during_step()
+            self.on_launch()
             hand_off.serve(count, uploads if brings else None)
         if cache is not None and hand_off.server is not None:  # while the GPU computes what follows the last layer
             uses, share = hand_off.server.uses.numpy().view(np.uint32), 0 if uploads is None else uploads.share

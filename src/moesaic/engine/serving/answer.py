@@ -47,14 +47,16 @@ class Answer(Task):
     _first: float | None = None
     _uses: tuple[int, int] = (0, 0)
 
-    def begin(self, now: float, expert_uses: tuple[int, int]) -> bool:
-        """Its first step begins; False if it has begun before."""
-        if self._started is not None:
-            return False
+    @property
+    def has_begun(self) -> bool:
+        """Whether its first step has."""
+        return self._started is not None
+
+    def begin(self, now: float, expert_uses: tuple[int, int]) -> None:
+        """Its first step begins."""
         self._started, self._uses = now, expert_uses
         self.stats.queue_seconds = now - self.added
         self.stats.cached_tokens = self.cached or 0
-        return True
 
     def take(self, token: int, logprob: TokenLogprob | None, now: float) -> Chunk:
         """The next token; the piece has a finish reason if it is the last.

@@ -161,6 +161,7 @@ class Engine:
             self._end(_owner(refused), "error")
         if step.decode:
             self._decode([_owner(task) for task in step.decode], step.chunk is None)
+        self.runner.on_launch()  # if no step of decode was launched
         if step.chunk is not None:
             self._fill_in(step, step.chunk)
         self._last_step = self._clock()
@@ -247,10 +248,11 @@ class Engine:
 
     def _start(self, answers: list[Answer], now: float) -> None:
         """Remember when answers begin."""
-        uses = self.runner.expert_uses()
-        for answer in answers:
-            if answer.begin(now, uses):
-                self._cached_tokens += answer.stats.cached_tokens
+        new = [answer for answer in answers if not answer.has_begun]
+        uses = self.runner.expert_uses() if new else (0, 0)
+        for answer in new:
+            answer.begin(now, uses)
+            self._cached_tokens += answer.stats.cached_tokens
 
     def _choose(self, answers: list[Answer], logits: torch.Tensor) -> None:
         """The next token of each answer, from float32 `[answers, vocab_size]`."""

@@ -70,6 +70,7 @@ class EngineThread:
         self._inbox: deque[Callable[[Engine], None]] = deque()
         self._wake, self._closing = threading.Event(), False
         self._computed_at = time.monotonic()
+        self._held: list[tuple[str, Chunk]] = []  # what the last step brought
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin to load; the listener is called in this loop."""
@@ -116,14 +117,23 @@ class EngineThread:
                     _LOG.exception("the engine could not be closed")
 
     def _serve(self, engine: Engine) -> None:
-        while not self._closing:
-            while self._inbox:
-                self._inbox.popleft()(engine)
-            if engine.has_work:
-                self._deliver(engine, engine.step())
-            else:
-                self._tell(self._listener.on_stats, engine.stats())
-                self._sleep(engine)
+        engine.runner.on_launch = self._deliver
+        try:
+            while not self._closing:
+                while self._inbox:
+                    self._inbox.popleft()(engine)
+                if engine.has_work:
+                    pieces = engine.step()
+                    self._deliver()  # if nothing was under way meanwhile
+                    self._held = pieces
+                    self._tell_stats(engine)
+                else:
+                    self._deliver()
+                    self._tell(self._listener.on_stats, engine.stats())
+                    self._sleep(engine)
+        finally:
+            self._deliver()
+            engine.runner.on_launch = lambda: None
 
     def _sleep(self, engine: Engine) -> None:
         """Until something is asked for."""
@@ -146,11 +156,20 @@ class EngineThread:
             error = GenerationError("the request cannot be answered.")
         self._tell(self._listener.on_taken, key, params.n, error)
 
-    def _deliver(self, engine: Engine, pieces: list[tuple[str, Chunk]]) -> None:
+    def _tell_stats(self, engine: Engine) -> None:
+        """From time to time."""
         now = time.monotonic()
         if now - self._computed_at > _STATS_SECONDS:
             self._computed_at = now
             self._tell(self._listener.on_stats, engine.stats())
+
+    def _deliver(self) -> None:
+        """Hand over what the last step brought; called when the next one is under way, or there is none.
+
+        Whoever gets it wants Python's lock, which this thread needs until then: it would wait for it with a device that
+        has nothing to do.
+        """
+        pieces, self._held = self._held, []
         if pieces:
             self._tell(self._listener.on_step, pieces)
 

@@ -49,6 +49,15 @@ class GpuStepRunner:
         self.shared_positions: int | None = None
         self._num_sequences = 0  # that will all decode one day
 
+    @property
+    def on_launch(self) -> Callable[[], None]:
+        """As `StepRunner`."""
+        return self._runner.steps.on_launch
+
+    @on_launch.setter
+    def on_launch(self, call: Callable[[], None]) -> None:
+        self._runner.steps.on_launch = call
+
     def new_sequence(self) -> PagedSequence:
         """An empty one."""
         self._num_sequences += 1

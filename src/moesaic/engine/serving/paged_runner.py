@@ -6,7 +6,7 @@ cheaper than as many steps. It chooses neither tokens nor whose turn it is; see 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -65,6 +65,7 @@ class PagedRunner:
         num_states = num_states or max_batch
         is_recurrent = any(isinstance(shape, StateShape) for shape in decoder.cache_shapes)
         self.states = StatePool(num_states) if is_recurrent else None
+        self.on_launch: Callable[[], None] = lambda: None
         self.shares_prefixes, self.shared_positions = not is_recurrent, decoder.angles.shared_positions
         self._layers: PagedLayers | None = decoder.with_caches(
             [
@@ -96,6 +97,7 @@ class PagedRunner:
         before = [sequence.length for sequence in sequences]
         try:
             _fill(step, sequences, token_ids)
+            self.on_launch()
             return step.run(len(sequences), independent=self._independent != "none")
         except BaseException:
             for sequence, length in zip(sequences, before, strict=True):
@@ -108,6 +110,7 @@ class PagedRunner:
 
     @torch.no_grad()
     def _decode_in_parts(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
+        self.on_launch()
         parts = [(sequence, 1) for sequence in sequences]
         work = self._start(parts, torch.tensor(token_ids, dtype=torch.int64), self._independent != "none")
         try:

@@ -8,7 +8,7 @@ tokens nor whose turn it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -55,6 +55,7 @@ class StepRunner(Protocol):
         vocab_size: of the logits.
         shares_prefixes: whether a sequence may begin with blocks of another one.
         shared_positions: if so, only so many first positions, and only of prompts that are no longer; None: all.
+        on_launch: called in each step of decode once Python has done its part, and what follows goes without its lock.
     """
 
     pool: BlockPool
@@ -65,6 +66,7 @@ class StepRunner(Protocol):
     vocab_size: int
     shares_prefixes: bool
     shared_positions: int | None
+    on_launch: Callable[[], None]
 
     def new_sequence(self) -> PagedSequence:
         """An empty one."""

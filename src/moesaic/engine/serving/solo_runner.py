@@ -7,7 +7,7 @@ layers to stop between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,6 +48,7 @@ class SoloRunner:
         self.vocab_size = int(model.config.get_text_config().vocab_size)
         cache = self._new_cache()
         keeps_all = not any(cache.is_sliding) and not any(cache.is_linear)
+        self.on_launch: Callable[[], None] = lambda: None
         self.states = None if keeps_all else StatePool(max_batch)
 
     def new_sequence(self) -> PagedSequence:
@@ -55,7 +56,8 @@ class SoloRunner:
         return PagedSequence(self.pool, self.states)
 
     def decode(self, sequences: Sequence[PagedSequence], token_ids: Sequence[int]) -> torch.Tensor:
-        """As `StepRunner.decode`."""
+        """As `StepRunner.decode`; there is no moment from which on Python has nothing to do."""
+        self.on_launch()
         parts = [
             (sequence, torch.tensor([token], dtype=torch.int64))
             for sequence, token in zip(sequences, token_ids, strict=True)

@@ -6,7 +6,7 @@ The likeliest token of every step is the step's number, so that whoever gets a t
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,6 +38,7 @@ class PacedRunner:
         self.vocab_size = max_steps
         self.pool = BlockPool(max_batch * (-(-positions // _BLOCK_SIZE) + 1), _BLOCK_SIZE)
         self.states: StatePool | None = None
+        self.on_launch: Callable[[], None] = lambda: None
         self.shares_prefixes = False
         self.shared_positions: int | None = None
         self.ended: list[float] = []
@@ -50,6 +51,7 @@ class PacedRunner:
         """Wait, and give everybody this step's number."""
         for sequence in sequences:
             sequence.append(1)
+        self.on_launch()
         time.sleep(self._step_seconds)
         return self.step_logits(len(sequences))
 

@@ -9,19 +9,19 @@ the first kernel runs, and when the last one has run.
 
 `steps`: medians of the time from the CPU's last answer in a step to the GPU's first request in the next, split where
 the host can see it: until the GPU is seen to be done, until the next step is called for, until it is launched, the call
-of the launch, and from its beginning until the first request. In the loop of the bench, in `generate()`, and in the
-server's engine with one and with eight sequences; where misses may be uploaded, with graphs without and with uploads.
+of the launch, and from its beginning until the first request. In the loop of the bench, in that of `moesaic run`, in
+`generate()`, and in the server's engine with one and with eight sequences, with the likeliest tokens and with drawn
+ones; where misses may be uploaded, with graphs without and with uploads.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ from moesaic.engine.loader import load
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.gpu_runner import GpuStepRunner
 from moesaic.engine.serving.params import SamplingParams
+from moesaic.engine.serving.sampler import RequestSampler
+from moesaic.engine.serving.token_stream import token_stream_of
 from moesaic.placement.units import parse_size
 
 KERNELS, FORKS, REPEAT = 900, 28, 60
@@ -112,42 +114,17 @@ class Trivial:
         return [lambda i=i, size=size: part(i, size) for i, size in enumerate(sizes)]  # type: ignore[misc]
 
 
-class Raw:
-    """A captured graph, instantiated with other flags than torch's."""
-
-    def __init__(self, graph: torch.cuda.CUDAGraph, flags: int) -> None:
-        self._graph = graph
-        self._lib = ctypes.CDLL(f"libcudart.so.{torch.version.cuda.split('.')[0]}")
-        self._made = ctypes.c_void_p()
-        wanted = (ctypes.byref(self._made), ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_ulonglong(flags))
-        self._check(self._lib.cudaGraphInstantiate(*wanted))
-        self.replay()
-        torch.cuda.synchronize()
-
-    def replay(self) -> None:
-        """As torch's."""
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        self._check(self._lib.cudaGraphLaunch(self._made, stream))
-
-    @staticmethod
-    def _check(code: int) -> None:
-        if code:
-            raise RuntimeError(f"CUDA error {code}")
-
-
-def measure(
-    parts: list[Callable[[], None]], between: Callable[[], None] | None = None, flags: int | None = None
-) -> str:
+def measure(trivial: Trivial, parts: list[Callable[[], None]], between: Callable[[], None] | None = None) -> str:
     """Capture and launch: microseconds of the calls, until the first kernel, and until all is seen to be done."""
     for part in parts:
         part()
     torch.cuda.synchronize()
     graphs: list[Any] = []
     for part in parts:
-        graph = torch.cuda.CUDAGraph(keep_graph=flags is not None)
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=graphs[0].pool() if graphs else None):
             part()
-        graphs.append(graph if flags is None else Raw(graph, flags))
+        graphs.append(graph)
     calls, firsts, totals, spans = [], [], [], []
     for _ in range(REPEAT + 5):
         torch.cuda.synchronize()
@@ -177,16 +154,12 @@ def measure(
 
 def graphs() -> None:
     """Print a line for each kind of graph."""
-    global trivial
-    trivial = t = Trivial()
+    t = Trivial()
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {torch.cuda.get_device_name()}; microseconds")
     kinds: list[tuple[str, list[Callable[[], None]], dict[str, Any]]] = [
         ("2 stamps only", t.cut(0), {}),
         ("line of 900", t.line(), {}),
         ("line of 900, launched again", t.line(), {}),
-        ("line of 900, no flags", t.line(), {"flags": 0}),
-        ("line of 900, freeing flag", t.line(), {"flags": 1}),
-        ("line of 900, priority flag", t.line(), {"flags": 8}),
         ("copy in, 900", [lambda: (t.upload(), t.stamp(0), t.kernels(KERNELS), t.stamp(1))], {}),
         ("900, copy out", [lambda: (t.stamp(0), t.kernels(KERNELS), t.stamp(1), t.report())], {}),
         ("copy in, 900, copy out", [lambda: (t.upload(), t.stamp(0), t.kernels(KERNELS), t.stamp(1), t.report())], {}),
@@ -207,10 +180,10 @@ def graphs() -> None:
     ]
     for name, parts, more in kinds:
         with guarded(name):
-            print(f"| {name:28s} | {measure(parts, **more)}", flush=True)
+            print(f"| {name:28s} | {measure(t, parts, **more)}", flush=True)
     with guarded("eager 32, then 868 as a graph"):
         eager = t.cut(868)
-        print(f"| {'32 eager, then graph of 868':28s} | {measure(eager, between=lambda: t.kernels(32))}", flush=True)
+        print(f"| {'32 eager, then graph of 868':28s} | {measure(t, eager, between=lambda: t.kernels(32))}", flush=True)
 
 
 @contextmanager
@@ -305,10 +278,21 @@ def loops(model: Any, num_steps: int) -> Iterator[tuple[str, Callable[[], None]]
         model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=num_steps, do_sample=False)
 
     yield "generate()", generate
+    stream = token_stream_of(model)
 
-    def engine(count: int) -> None:
+    def run() -> None:
+        prompt = list(range(16))
+        sampler = RequestSampler(SamplingParams(temperature=0), {}, runner.decoder.vocab_size, prompt)
+        stream.begin(prompt)
+        for _ in islice(stream.generate(prompt, sampler), num_steps):
+            pass
+        stream.forget()
+
+    yield "run", run
+
+    def engine(count: int, temperature: float) -> None:
         made = Engine(GpuStepRunner(runner), None, one_torch_thread=True)
-        params = SamplingParams(temperature=0, max_tokens=num_steps, ignore_eos=True)
+        params = SamplingParams(temperature=temperature, top_p=0.95, max_tokens=num_steps, ignore_eos=True)
         with made.running():
             for index in range(count):
                 made.add(str(index), list(range(3 + index, 19 + index)), params)
@@ -317,7 +301,9 @@ def loops(model: Any, num_steps: int) -> Iterator[tuple[str, Callable[[], None]]
         made.close()
 
     for count in (1, 8):
-        yield f"engine, {count}", lambda count=count: engine(count)  # type: ignore[misc]
+        for temperature in (0.0, 0.7):
+            name = f"engine, {count}{', drawn' if temperature else ''}"
+            yield name, lambda count=count, temperature=temperature: engine(count, temperature)  # type: ignore[misc]
 
 
 def steps(subject: str, vram: int, num_steps: int) -> None:
@@ -326,7 +312,7 @@ def steps(subject: str, vram: int, num_steps: int) -> None:
     prepared = prepare_synthetic(name, FormatMix.parse(fmt), int(layers), "hybrid", vram=vram, context=4096)
     model: Any = load(prepared, progress=False)
     runner = model.runner
-    nodes = "" if runner.uploads is None else "; uploads may be"
+    nodes = f"; {runner.no_uploads}" if runner.uploads is None else "; uploads may be"
     print(f"\n{subject}{nodes}; head {runner.head_seconds(1) * 1e6:.0f} us; microseconds, medians", flush=True)
     uploads = runner.uploads
     ways: list[tuple[bool, Any]] = [(False, None)]
@@ -345,7 +331,7 @@ def steps(subject: str, vram: int, num_steps: int) -> None:
                     run()
                 finally:
                     marks.close()
-                print(f"| {loop:11s} | {'uploads' if brings else 'none':7s} | {marks.line(brings)}", flush=True)
+                print(f"| {loop:16s} | {'uploads' if brings else 'none':7s} | {marks.line(brings)}", flush=True)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ pool. Without graphs the same is launched anew each time. It chooses neither tok
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -137,11 +138,8 @@ class DecodeSteps:
 
     def likeliest(self, count: int) -> list[int]:
         """The likeliest token of each of the last step's `count` sequences, as `ops.likeliest`; without a tail."""
-        tokens, values = (found[:count] for found in self._found)
-        if not np.isfinite(values).all():
-            tokens = np.where(np.isfinite(values), tokens, -1)
-        chosen: list[int] = tokens.tolist()
-        return chosen
+        tokens, values = (found[:count].tolist() for found in self._found)
+        return [token if math.isfinite(value) else -1 for token, value in zip(tokens, values, strict=True)]
 
     @property
     def sizes(self) -> list[int]:

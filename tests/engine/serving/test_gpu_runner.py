@@ -165,7 +165,7 @@ def test_while_nobody_asks_the_cache_gets_what_was_used(monkeypatch: pytest.Monk
 
     runner = GpuStepRunner(on_gpu("qwen3_moe", ON_GPU, slots=filled).runner)
     cache, server = runner._runner.slots.cache, runner._runner.server
-    monkeypatch.setattr(expert_cache, "_JOINING_BYTES", 2 * cache.slot_bytes + 1)
+    monkeypatch.setattr(expert_cache, "_CATCHING_UP_BYTES", 2 * cache.slot_bytes + 1)
     while runner._runner.steps.prepare(1):
         pass
     assert not runner.prepare(1)  # nothing was used

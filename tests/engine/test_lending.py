@@ -306,7 +306,9 @@ def test_memory_for_a_long_chunk_that_is_not_there() -> None:
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 @pytest.mark.usefixtures("free_card")
-def test_a_loaded_model_lends_within_its_budget() -> None:
+def test_a_loaded_model_lends_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lending_module, "_IDLE_LOOKS", 1)
+
     def planned(vram: int | None) -> Prepared:
         return prepare_synthetic("qwen3-30b-a3b", get_format("Q4_K"), 20, "hybrid", vram=vram, context=512)
 

@@ -58,7 +58,7 @@ def test_a_step_is_told_how_many_experts_to_bring(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(uploads.sender, "set_numbers", lambda numbers: told.append(list(numbers)))
     monkeypatch.setattr(uploads.shares, "begin", lambda batch, is_quiet: seen.append((batch, is_quiet)) or ALL // 2)
     assert uploads.before_step(2, is_quiet=True) and uploads.share == ALL // 2
-    assert told[-1] == [min(3, missing // 2) for missing in range(17)]
+    assert told[-1] == [min(3, (missing + 1) // 2) for missing in range(17)]
     monkeypatch.setattr(uploads.shares, "begin", lambda batch, is_quiet: 0)
     assert not uploads.before_step(2, is_quiet=False) and uploads.share == 0
     uploads.fixed = [0] + [1] * 16

@@ -116,6 +116,8 @@ def test_the_likeliest_tokens_come_without_their_logits(monkeypatch: pytest.Monk
     rows = [inputs(1, 3 + index, seed=index)[0] for index in range(3)]
     sequences = [runner.new_sequence() for _ in rows]
     runner.start_prefill([(sequence, row[:-1]) for sequence, row in zip(sequences, rows, strict=True)]).advance(2)
+    while runner._runner.steps.prepare(2):
+        pass
     monkeypatch.setattr(runner._runner.steps, "_fetch", None)  # logits stay where they are
     launched: list[int] = []
     runner.on_launch = lambda: launched.append(runner._runner.server.next_request)

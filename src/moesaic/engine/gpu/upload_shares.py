@@ -38,25 +38,14 @@ _DRIFT = 1.15  # times what steps took after the last trial: other shares are to
 
 
 def numbers_of(share: int, max_distinct: int, num_slots: int) -> list[int]:
-    """How many experts are brought if 0, 1, ... `max_distinct` are missing.
-
-    With a share, link and CPU would end together if experts could be divided. They cannot: so many are brought that
-    whoever ends last ends as early as can be, and the fewer where that is the same.
-    """
+    """How many experts are brought if 0, 1, ... `max_distinct` are missing: so many eighths of them, rounded."""
     return list(_numbers_of(share, max_distinct, num_slots))
 
 
 @functools.cache
 def _numbers_of(share: int, max_distinct: int, num_slots: int) -> tuple[int, ...]:
     """The same, once: every step asks, and while it is found the GPU has nothing to do."""
-
-    def ends(missing: int, number: int) -> int:
-        return max(number * (ALL - share), (missing - number) * share)
-
-    return tuple(
-        min(range(min(missing, num_slots) + 1), key=lambda number: ends(missing, number))
-        for missing in range(max_distinct + 1)
-    )
+    return tuple(min(num_slots, (2 * share * missing + ALL) // (2 * ALL)) for missing in range(max_distinct + 1))
 
 
 def expected_share(top_k: int, per_upload: float, per_expert: float, fixed: float = 0.0) -> int:

@@ -17,6 +17,9 @@ MODEL       ?= demo
 SITE         = $(shell $(PYTHON) -c "import sysconfig; print(sysconfig.get_path('platlib'))")
 CPP          = $(shell git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
 
+# Dozens of processes of the tests import the same thousands of modules: compiled once, whatever the environment says.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: dev native stubs check format test demo bench eval-demo sanitize sanitize-address sanitize-thread aarch64-check
 
 $(VENV)/bin/python:

@@ -46,7 +46,8 @@ def in_process(script: str, cache: Path) -> str:
         What it printed.
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    # One thread: nothing that is computed there matters, and several would wait busily for each other.
+    env |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     code = f"from tests import fake_gpu\nfake_gpu.install()\n{script}"
     done = subprocess.run(
         [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False

@@ -1,13 +1,14 @@
 """Triton's interpreter, quicker: at every operation it makes anew what never changes.
 
 For each operation of a program it replaces nothing of what is computed, only how types and shapes are made on the way:
-those of equal shapes are shared, names of types are spelled when somebody asks, and the functions of `triton.language`
-are replaced once a launch, not again at each call of a function on the device.
+those of equal shapes are shared, names of types are spelled when somebody asks, operands that fit are not made to fit,
+and the functions of `triton.language` are replaced once a launch, not again at each call of a function on the device.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -29,12 +30,17 @@ def quicken_interpreter() -> None:
     core._unwrap_if_constexpr = _unwrap(core, core._unwrap_if_constexpr)
     core.dtype.__eq__ = _equal(core.dtype.__eq__)
     core.block_type.__init__ = _block_type(core, core.block_type.__init__)
+    core.block_type.with_element_ty = _others(core)
+    core.block_type.to_ir = _same_in_numpy(core, interpreter.interpreter_builder, core.block_type.to_ir)
     core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>", lambda self, name: None)
     core.tensor.__init__ = _tensor(core)
     semantic = interpreter.interpreter_semantic
     semantic.broadcast_impl_value = _broadcast(semantic.broadcast_impl_value)
     semantic.computation_type_impl = _remembered(semantic.computation_type_impl)
     semantic.cast = _cast(semantic.cast)
+    semantic.binary_op_sanitize_overflow_impl = _overflow(semantic)
+    semantic.binary_op_type_checking_impl = _operands(core, semantic)
+    interpreter.TensorHandle.__init__ = _handle(core, interpreter.TensorHandle.__init__)
 
 
 class RememberedMembers:
@@ -143,12 +149,35 @@ def _block_type(core: Any, original: Function) -> Function:
     return init
 
 
+def _others(core: Any) -> Function:
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def with_element_ty(self: Any, element: Any) -> Any:
+        if type(element) is not core.dtype:
+            return core.block_type(element, self.shape)
+        key = element.name, tuple(self.shape)
+        if key not in known:
+            known[key] = core.block_type(element, self.shape)
+        return known[key]
+
+    return with_element_ty
+
+
+def _same_in_numpy(core: Any, builder: Any, original: Function) -> Function:
+    def to_ir(self: Any, builder_of: Any) -> Any:
+        if builder_of is builder and type(self.element_ty) is core.dtype:
+            return self
+        return original(self, builder_of)
+
+    return to_ir
+
+
 def _tensor(core: Any) -> Function:
     known: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-    original = core.tensor.__init__
+    original, block_type = core.tensor.__init__, core.block_type
 
     def init(self: Any, handle: Any, type: Any) -> None:
-        sizes = tuple(type.shape) if type.is_block() else ()
+        sizes = tuple(type.shape) if type.__class__ is block_type else ()
         if sizes not in known:
             original(self, handle, type)
             known[sizes] = self.shape, self.numel
@@ -184,3 +213,77 @@ def _remembered(original: Function) -> Function:
         return results[key]
 
     return computation_type
+
+
+def _overflow(semantic: Any) -> Function:
+    original = semantic.binary_op_sanitize_overflow_impl
+
+    def check(*args: Any) -> None:
+        if semantic.builder.options.debug:  # otherwise what it computes in 64 bits is thrown away
+            original(*args)
+
+    return check
+
+
+def _operands(core: Any, semantic: Any) -> Function:
+    original, computation_type = semantic.binary_op_type_checking_impl, semantic.computation_type_impl
+    broadcast, constants = semantic.broadcast_impl_value, Constants(original)
+    plain, pointer = core.dtype, core.pointer_type
+
+    def operands(
+        lhs: Any,
+        rhs: Any,
+        allow_lhs_ptr: bool = False,
+        allow_rhs_ptr: bool = False,
+        arithmetic_check: bool = True,
+        div_or_mod: bool = False,
+    ) -> Any:
+        if type(lhs) is core.tensor:
+            of = lhs.dtype
+            if type(rhs) is core.tensor and type(rhs.dtype) is plain:
+                if type(of) is plain:
+                    if of.name == rhs.dtype.name and (
+                        not arithmetic_check or computation_type(of, False, of, False, div_or_mod).name == of.name
+                    ):
+                        return broadcast(lhs, rhs)
+                elif type(of) is pointer and allow_lhs_ptr and not rhs.dtype.is_floating():
+                    return broadcast(lhs, rhs)
+            elif type(rhs) in (int, float) and type(of) is plain and arithmetic_check:
+                return constants.beside(lhs, rhs, div_or_mod)
+        return original(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check, div_or_mod)
+
+    return operands
+
+
+class Constants:
+    """Numbers as tensors of the shapes of those that they are combined with; nobody writes into them."""
+
+    def __init__(self, make: Function) -> None:
+        self._make = make
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def beside(self, lhs: Any, number: float, div_or_mod: bool) -> tuple[Any, Any]:
+        """Both, of the type in which they are combined."""
+        itself = type(number), number, math.copysign(1.0, number)
+        key = itself, lhs.dtype.name, getattr(lhs.type, "shape", ()), div_or_mod
+        if key in self._known:
+            return lhs, self._known[key]
+        both: tuple[Any, Any] = self._make(lhs, number, False, False, True, div_or_mod)
+        if both[0] is lhs and number == number:
+            both[1].handle.data.flags.writeable = False
+            self._known[key] = both[1]
+        return both
+
+
+def _handle(core: Any, original: Function) -> Function:
+    plain = core.dtype
+
+    def init(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
+        size = data.itemsize
+        if type(dtype) is plain and (size == 1 or 8 * size <= dtype.primitive_bitwidth):
+            self.data, self.dtype = data, dtype
+            self.attr = {} if attr is None else attr
+        else:
+            original(self, data, dtype, *(() if attr is None else (attr,)))
+
+    return init

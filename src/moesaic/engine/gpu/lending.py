@@ -29,9 +29,7 @@ __all__ = ["LendingFigures", "VramLending"]
 _LOG = logging.getLogger("moesaic.gpu")
 
 _STEPS = 16  # from one look at what could come back to the next
-_IDLE_LOOKS = (
-    6  # at prefill's buffers, before experts get their memory: about as long as to wait costs what to move does
-)
+_IDLE_LOOKS = 6  # at prefill's buffers, before experts get their memory: until then to wait costs less than to move
 _SECONDS = 2.0  # that blocks stay at least, before the experts get their memory back
 
 

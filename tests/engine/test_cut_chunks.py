@@ -174,7 +174,8 @@ def test_later_prompts_do_not_fail_first_and_it_grows_back(
     assert [tried(None) for _ in range(3)] == [[8, 8]] * 3
     assert tried(None) == [16]
     assert (runner.chunk_limit.failures, runner.chunk_limit.size) == (2, 16)
-    warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    told = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    warnings = [each for each in told if "compiling" not in each]  # which a card does first
     assert len(warnings) == 1
     for part in ("pieces of 8 tokens", "16 tokens of prompts at once (CUDA out of memory)", "--vram", "--context"):
         assert part in warnings[0]

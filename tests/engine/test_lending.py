@@ -353,7 +353,7 @@ def test_a_loaded_model_lends_within_its_budget(monkeypatch: pytest.MonkeyPatch)
     assert lending.figures().num_blocks == before.num_blocks == runner.pool.num_backed
     ends = time.monotonic() + 60
     while cache.statistics().num_held < 0.9 * before.num_slots and time.monotonic() < ends:
-        assert bool(steps(60).isfinite().all())
+        assert bool(steps(120).isfinite().all())  # slots that a prompt took are filled in about 80 steps
     cache.wait()
     tables = cache._tables.cpu().numpy()
     assert np.array_equal(tables, cache.policy.slot_of) and (tables >= 0).sum() >= 0.9 * before.num_slots

@@ -9,8 +9,8 @@ namespace moesaic {
 void CopyQueue::put(std::uint64_t to, const void* from, std::int64_t num_bytes) const {
     const int status = copy(to, from, static_cast<std::size_t>(num_bytes), queue);
     if (status != 0) {
-        throw std::runtime_error("the driver refused to copy " + std::to_string(num_bytes) +
-                                 " bytes to the GPU: status " + std::to_string(status));
+        throw CopyRefused("the driver refused to copy " + std::to_string(num_bytes) + " bytes to the GPU: status " +
+                          std::to_string(status));
     }
 }
 

@@ -7,18 +7,24 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "moe.h"
 
 namespace moesaic {
 
+// Whoever made the queue did not take note of a copy.
+struct CopyRefused : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 // Copies to memory of a device, in order; `copy` returns 0 when it has taken note of one, and does not wait for it.
 struct CopyQueue {
     int (*copy)(std::uint64_t to, const void* from, std::size_t num_bytes, void* queue);
     void* queue;
 
-    void put(std::uint64_t to, const void* from, std::int64_t num_bytes) const;  // std::runtime_error: refused
+    void put(std::uint64_t to, const void* from, std::int64_t num_bytes) const;  // or CopyRefused
 };
 
 // A projection of a layer's experts in DRAM, one after the other, and where it goes in a slot.

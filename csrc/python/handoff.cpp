@@ -88,6 +88,7 @@ void defer(ExpertServer& server, Int count) {
 
 void bind_uploads(nb::module_& m) {
     m.attr("COPY_NOW") = reinterpret_cast<Address>(&copy_now);
+    nb::exception<CopyRefused>(m, "CopyRefused");
     nb::class_<ExpertUploads>(m, "ExpertUploads", "Brings routed experts to a device; see csrc/uploads.h.")
         .def(
             "__init__",

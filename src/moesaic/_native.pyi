@@ -345,7 +345,10 @@ def delta_net(x_ptr: int, x_stride: int, columns: tuple[int, int, int, int], siz
 
 GAVE_UP: int = 9223372036854775807
 
-COPY_NOW: int = 139692005766203
+COPY_NOW: int = 139714931831947
+
+class CopyRefused(Exception):
+    pass
 
 class ExpertUploads:
     """Brings routed experts to a device; see csrc/uploads.h."""

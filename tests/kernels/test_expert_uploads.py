@@ -176,7 +176,9 @@ def test_a_driver_that_refuses_fails_the_step_and_frees_whoever_waits() -> None:
     inputs = (torch.randn(1, HIDDEN), chosen, chosen, torch.ones(1, 2))
     gpu = threading.Thread(target=lambda: ask(server.mailbox, 1, inputs))
     gpu.start()
-    with pytest.raises(KernelError, match=r"brought to the GPU: the driver refused to copy \d+ bytes .* status 700"):
+    with pytest.raises(
+        KernelError, match=r"not be brought to the GPU: the driver refused to copy \d+ bytes .* status 700"
+    ):
         server.serve(1, uploads=device.uploads)
     gpu.join()
     server.restart()

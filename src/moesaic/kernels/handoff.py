@@ -176,8 +176,8 @@ class ExpertServer:
         brings = None if uploads is None else uploads.native
         try:
             served = self._native.serve(first_layer, count, self.next_request, num_tokens, timeout, address, brings)
-        except RuntimeError as error:
-            raise KernelError(f"Experts of a step could not be computed or brought to the GPU: {error}.") from error
+        except _native.CopyRefused as error:
+            raise KernelError(f"Experts of a step could not be brought to the GPU: {error}.") from error
         if served < count:
             raise ExpertTimeoutError(
                 f"the GPU did not ask for the experts of layer {first_layer + served} within {timeout:g} s: it is "

@@ -49,6 +49,7 @@ native:
 
 stubs: native
 	$(PYTHON) -m nanobind.stubgen -q -m moesaic._native -o src/moesaic/_native.pyi
+	$(PYTHON) -m ruff format -q src/moesaic/_native.pyi
 
 # Instruction sets of other processors are compiled here, quickly: whether they do is what this machine can check.
 check: dev

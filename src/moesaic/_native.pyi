@@ -5,7 +5,6 @@ Kernels of Moesaic: pointers and shapes in, numbers out. Knows neither PyTorch n
 from collections.abc import Sequence
 import enum
 
-
 def isas() -> list[str]:
     """Instruction sets that this processor can run, best first."""
 
@@ -94,20 +93,69 @@ def bf16_from(format: int) -> int:
     From how many tokens on products with this format are computed in bfloat16 by tiles; 0: never, on the active instruction set.
     """
 
-def linear(format: int, rows: int, cols: int, weights_ptr: int, first_row: int, num_rows: int, bias_ptr: int, out_ptr: int, out_stride: int, x_ptr: int, x_stride: int, num_tokens: int) -> None:
+def linear(
+    format: int,
+    rows: int,
+    cols: int,
+    weights_ptr: int,
+    first_row: int,
+    num_rows: int,
+    bias_ptr: int,
+    out_ptr: int,
+    out_stride: int,
+    x_ptr: int,
+    x_stride: int,
+    num_tokens: int,
+) -> None:
     """
     out[t] = W[first_row : first_row + num_rows] x[t] + bias; strides in floats, bias_ptr may be 0.
     """
 
-def linear_multi(jobs: Sequence[tuple[int, int, int, int, int, int, int, int, int]], x_ptr: int, x_stride: int, num_tokens: int) -> None:
+def linear_multi(
+    jobs: Sequence[tuple[int, int, int, int, int, int, int, int, int]], x_ptr: int, x_stride: int, num_tokens: int
+) -> None:
     """
     linear of several matrices with the same input; a job is the first nine arguments of linear.
     """
 
-def linear_heads(format: int, rows: int, cols: int, weights_ptr: int, matrix_bytes: int, row_step: int, num_heads: int, first_row: int, num_rows: int, x_ptr: int, x_token_stride: int, x_head_stride: int, out_ptr: int, out_token_stride: int, out_head_stride: int, num_tokens: int) -> None:
+def linear_heads(
+    format: int,
+    rows: int,
+    cols: int,
+    weights_ptr: int,
+    matrix_bytes: int,
+    row_step: int,
+    num_heads: int,
+    first_row: int,
+    num_rows: int,
+    x_ptr: int,
+    x_token_stride: int,
+    x_head_stride: int,
+    out_ptr: int,
+    out_token_stride: int,
+    out_head_stride: int,
+    num_tokens: int,
+) -> None:
     """out[t, h] = W_h x[t, h]; see csrc/kernels/linear.h."""
 
-def linear_transposed_heads(format: int, rows: int, cols: int, weights_ptr: int, matrix_bytes: int, row_step: int, num_heads: int, first_row: int, num_rows: int, x_ptr: int, x_token_stride: int, x_head_stride: int, out_ptr: int, out_token_stride: int, out_head_stride: int, num_tokens: int) -> None:
+def linear_transposed_heads(
+    format: int,
+    rows: int,
+    cols: int,
+    weights_ptr: int,
+    matrix_bytes: int,
+    row_step: int,
+    num_heads: int,
+    first_row: int,
+    num_rows: int,
+    x_ptr: int,
+    x_token_stride: int,
+    x_head_stride: int,
+    out_ptr: int,
+    out_token_stride: int,
+    out_head_stride: int,
+    num_tokens: int,
+) -> None:
     """out[t, h] = x[t, h] W_h, in float32."""
 
 class ActivationKind(enum.Enum):
@@ -126,12 +174,29 @@ class ActivationKind(enum.Enum):
 class Experts:
     """The projections of one layer's experts, described once."""
 
-    def __init__(self, num_experts: int, hidden: int, slices: Sequence[tuple[int, Sequence[tuple[int, int, int, int, int]]]], activation: int, alpha: float, limit: float) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        slices: Sequence[tuple[int, Sequence[tuple[int, int, int, int, int]]]],
+        activation: int,
+        alpha: float,
+        limit: float,
+    ) -> None:
         """
         slices: of the intermediate rows, one per node: their number, and (format, weights_ptr, matrix_bytes, bias_ptr, bias_stride in floats) of gate, up and down; weights_ptr 0: no gate.
         """
 
-def moe_forward(experts: Experts, experts_ptr: int, weights_ptr: int, top_k: int, x_ptr: int, x_stride: int, num_tokens: int, out_ptr: int) -> None:
+def moe_forward(
+    experts: Experts,
+    experts_ptr: int,
+    weights_ptr: int,
+    top_k: int,
+    x_ptr: int,
+    x_stride: int,
+    num_tokens: int,
+    out_ptr: int,
+) -> None:
     """
     out[t] = sum over k of weights[t, k] * expert experts[t, k] of x[t]; ids outside the experts count as none.
     """
@@ -142,22 +207,67 @@ def writable_formats() -> list[int]:
 def largest_magnitude(format: int) -> float:
     """The largest magnitude of a weight that the format can hold."""
 
-def quantize(format: int, rows: int, cols: int, row_bytes: int, src_ptr: int, dst_ptr: int, importance_ptr: int = 0) -> int:
+def quantize(
+    format: int, rows: int, cols: int, row_bytes: int, src_ptr: int, dst_ptr: int, importance_ptr: int = 0
+) -> int:
     """
     Quantise float32 [rows, cols] into blocks [rows, row_bytes]; importance is float32 [cols] or 0. Returns -1, or the first row with a weight that is not finite or too large (dst is then incomplete).
     """
 
-def rms_norm(x_ptr: int, x_stride: int, weight_ptr: int, weight_offset: float, eps: float, out_ptr: int, out_stride: int, residual_ptr: int, residual_stride: int, residual_scale: float, num_rows: int, width: int) -> None:
+def rms_norm(
+    x_ptr: int,
+    x_stride: int,
+    weight_ptr: int,
+    weight_offset: float,
+    eps: float,
+    out_ptr: int,
+    out_stride: int,
+    residual_ptr: int,
+    residual_stride: int,
+    residual_scale: float,
+    num_rows: int,
+    width: int,
+) -> None:
     """
     out = rms_norm(x) * (weight + weight_offset); with a residual: residual += residual_scale * x comes first and is what is normalised. float32.
     """
 
-def layer_norm(x_ptr: int, x_stride: int, weight_ptr: int, bias_ptr: int, eps: float, out_ptr: int, out_stride: int, num_rows: int, width: int) -> None:
+def layer_norm(
+    x_ptr: int,
+    x_stride: int,
+    weight_ptr: int,
+    bias_ptr: int,
+    eps: float,
+    out_ptr: int,
+    out_stride: int,
+    num_rows: int,
+    width: int,
+) -> None:
     """
     out = layer_norm(x) * weight + bias; weight and bias may be 0 (absent). float32.
     """
 
-def norm_and_rotate(q_ptr: int, q_strides: tuple, num_heads: int, k_ptr: int, k_strides: tuple, num_kv_heads: int, batch: int, num_tokens: int, head_dim: int, cos_ptr: int, sin_ptr: int, angle_strides: tuple, num_pairs: int, layout: int, norm: int, q_weight_ptr: int, k_weight_ptr: int, eps: float, weight_offset: float) -> None:
+def norm_and_rotate(
+    q_ptr: int,
+    q_strides: tuple,
+    num_heads: int,
+    k_ptr: int,
+    k_strides: tuple,
+    num_kv_heads: int,
+    batch: int,
+    num_tokens: int,
+    head_dim: int,
+    cos_ptr: int,
+    sin_ptr: int,
+    angle_strides: tuple,
+    num_pairs: int,
+    layout: int,
+    norm: int,
+    q_weight_ptr: int,
+    k_weight_ptr: int,
+    eps: float,
+    weight_offset: float,
+) -> None:
     """
     Normalise and rotate the heads of q and k [batch, heads, tokens, head_dim] in place. float32.
     """
@@ -180,7 +290,34 @@ class HeadNorm(enum.IntEnum):
 
 MAX_ROTARY_PAIRS: int = 512
 
-def attention(q_ptr: int, q_strides: tuple, k_ptr: int, k_strides: tuple, v_ptr: int, v_strides: tuple, cache_type: int, out_ptr: int, out_strides: tuple, batch: int, num_kv_heads: int, group: int, num_queries: int, num_keys: int, key_dim: int, value_dim: int, scale: float, softcap: float, causal: bool, causal_offset: int, causal_offset_ptr: int, sliding_window: int, sinks_ptr: int, mask_type: int, mask_ptr: int, mask_strides: tuple) -> None:
+def attention(
+    q_ptr: int,
+    q_strides: tuple,
+    k_ptr: int,
+    k_strides: tuple,
+    v_ptr: int,
+    v_strides: tuple,
+    cache_type: int,
+    out_ptr: int,
+    out_strides: tuple,
+    batch: int,
+    num_kv_heads: int,
+    group: int,
+    num_queries: int,
+    num_keys: int,
+    key_dim: int,
+    value_dim: int,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    causal_offset: int,
+    causal_offset_ptr: int,
+    sliding_window: int,
+    sinks_ptr: int,
+    mask_type: int,
+    mask_ptr: int,
+    mask_strides: tuple,
+) -> None:
     """
     softmax(scale q k^T + mask) v over [batch, heads, tokens, dim]; group = heads / num_kv_heads.
     """
@@ -199,12 +336,57 @@ class MaskType(enum.IntEnum):
 
     ADDITIVE = 2
 
-def mla_attention(q_latent_ptr: int, q_latent_strides: tuple, q_rope_ptr: int, q_rope_strides: tuple, latent_ptr: int, latent_strides: tuple, rope_ptr: int, rope_strides: tuple, cache_type: int, out_ptr: int, out_strides: tuple, batch: int, num_heads: int, num_queries: int, num_keys: int, latent_dim: int, rope_dim: int, scale: float, softcap: float, causal: bool, causal_offset: int, causal_offset_ptr: int, sliding_window: int, sinks_ptr: int, mask_type: int, mask_ptr: int, mask_strides: tuple) -> None:
+def mla_attention(
+    q_latent_ptr: int,
+    q_latent_strides: tuple,
+    q_rope_ptr: int,
+    q_rope_strides: tuple,
+    latent_ptr: int,
+    latent_strides: tuple,
+    rope_ptr: int,
+    rope_strides: tuple,
+    cache_type: int,
+    out_ptr: int,
+    out_strides: tuple,
+    batch: int,
+    num_heads: int,
+    num_queries: int,
+    num_keys: int,
+    latent_dim: int,
+    rope_dim: int,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    causal_offset: int,
+    causal_offset_ptr: int,
+    sliding_window: int,
+    sinks_ptr: int,
+    mask_type: int,
+    mask_ptr: int,
+    mask_strides: tuple,
+) -> None:
     """
     Absorbed multi-head latent attention: keys are (latent, rope), values are latent, one cache for all heads.
     """
 
-def route(logits_ptr: int, logits_stride: int, num_tokens: int, num_experts: int, top_k: int, score: int, bias_ptr: int, group_score: int, num_groups: int, topk_groups: int, normalize: bool, sum_offset: float, sum_minimum: float, scale: float, indices_ptr: int, weights_ptr: int) -> None:
+def route(
+    logits_ptr: int,
+    logits_stride: int,
+    num_tokens: int,
+    num_experts: int,
+    top_k: int,
+    score: int,
+    bias_ptr: int,
+    group_score: int,
+    num_groups: int,
+    topk_groups: int,
+    normalize: bool,
+    sum_offset: float,
+    sum_minimum: float,
+    scale: float,
+    indices_ptr: int,
+    weights_ptr: int,
+) -> None:
     """Experts and weights of each token from its router logits."""
 
 class RouteScore(enum.IntEnum):
@@ -223,7 +405,19 @@ class GroupScore(enum.IntEnum):
 
 MAX_ROUTE_EXPERTS: int = 4096
 
-def row_op(op: int, x_ptr: int, x_stride: int, y_ptr: int, y_stride: int, out_ptr: int, out_stride: int, gate_ptr: int, scale: float, num_rows: int, width: int) -> None:
+def row_op(
+    op: int,
+    x_ptr: int,
+    x_stride: int,
+    y_ptr: int,
+    y_stride: int,
+    out_ptr: int,
+    out_stride: int,
+    gate_ptr: int,
+    scale: float,
+    num_rows: int,
+    width: int,
+) -> None:
     """One elementwise operation over rows of float32; see RowOp."""
 
 def argmax(x_ptr: int, stride: int, num_rows: int, width: int, indices_ptr: int) -> None:
@@ -260,9 +454,41 @@ class PeakKind(enum.IntEnum):
 class AttentionBlock:
     """Norm, projections, rotary embedding, attention and residual."""
 
-    def __init__(self, norm: tuple[int, float], q: tuple[int, int, int, int, int], k: tuple[int, int, int, int, int], v: tuple[int, int, int, int, int], o: tuple[int, int, int, int, int], num_heads: int, num_kv_heads: int, head_dim: int, head_norm: int, q_norm: tuple[int, float], k_norm: tuple[int, float], rope_layout: int, num_pairs: int, scale: float, sinks_ptr: int, residual_scale: float) -> None: ...
-
-    def __call__(self, x_ptr: int, batch: int, num_tokens: int, cos_ptr: int, sin_ptr: int, angle_strides: tuple, cache: tuple[int, tuple, int, tuple], cache_type: int, num_past: int, mask_type: int, mask_ptr: int, mask_strides: tuple, out_ptr: int) -> None:
+    def __init__(
+        self,
+        norm: tuple[int, float],
+        q: tuple[int, int, int, int, int],
+        k: tuple[int, int, int, int, int],
+        v: tuple[int, int, int, int, int],
+        o: tuple[int, int, int, int, int],
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_norm: int,
+        q_norm: tuple[int, float],
+        k_norm: tuple[int, float],
+        rope_layout: int,
+        num_pairs: int,
+        scale: float,
+        sinks_ptr: int,
+        residual_scale: float,
+    ) -> None: ...
+    def __call__(
+        self,
+        x_ptr: int,
+        batch: int,
+        num_tokens: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        angle_strides: tuple,
+        cache: tuple[int, tuple, int, tuple],
+        cache_type: int,
+        num_past: int,
+        mask_type: int,
+        mask_ptr: int,
+        mask_strides: tuple,
+        out_ptr: int,
+    ) -> None:
         """
         out = x + residual_scale * attention of x; appends to the cache (keys_ptr, key_strides, values_ptr, value_strides) behind its num_past tokens.
         """
@@ -270,9 +496,43 @@ class AttentionBlock:
 class LatentAttentionBlock:
     """Multi-head latent attention, absorbed."""
 
-    def __init__(self, norm: tuple[int, float], q_a: tuple[int, int, int, int, int], q_a_norm: tuple[int, float], q_b: tuple[int, int, int, int, int], kv_a: tuple[int, int, int, int, int], kv_a_norm: tuple[int, float], o: tuple[int, int, int, int, int], k_b: tuple[int, int, int, int, int, int, int, int], k_b_transposed: bool, v_b: tuple[int, int, int, int, int, int, int, int], num_heads: int, nope_dim: int, rope_dim: int, latent_dim: int, value_dim: int, rope_layout: int, scale: float, residual_scale: float) -> None: ...
-
-    def __call__(self, x_ptr: int, batch: int, num_tokens: int, cos_ptr: int, sin_ptr: int, angle_strides: tuple, cache: tuple[int, tuple, int, tuple], cache_type: int, num_past: int, mask_type: int, mask_ptr: int, mask_strides: tuple, out_ptr: int) -> None:
+    def __init__(
+        self,
+        norm: tuple[int, float],
+        q_a: tuple[int, int, int, int, int],
+        q_a_norm: tuple[int, float],
+        q_b: tuple[int, int, int, int, int],
+        kv_a: tuple[int, int, int, int, int],
+        kv_a_norm: tuple[int, float],
+        o: tuple[int, int, int, int, int],
+        k_b: tuple[int, int, int, int, int, int, int, int],
+        k_b_transposed: bool,
+        v_b: tuple[int, int, int, int, int, int, int, int],
+        num_heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        latent_dim: int,
+        value_dim: int,
+        rope_layout: int,
+        scale: float,
+        residual_scale: float,
+    ) -> None: ...
+    def __call__(
+        self,
+        x_ptr: int,
+        batch: int,
+        num_tokens: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        angle_strides: tuple,
+        cache: tuple[int, tuple, int, tuple],
+        cache_type: int,
+        num_past: int,
+        mask_type: int,
+        mask_ptr: int,
+        mask_strides: tuple,
+        out_ptr: int,
+    ) -> None:
         """
         out = x + residual_scale * attention of x; appends to the cache (keys_ptr, key_strides, values_ptr, value_strides) behind its num_past tokens.
         """
@@ -280,8 +540,25 @@ class LatentAttentionBlock:
 class FeedForwardBlock:
     """Norm, router, experts, shared experts and residual."""
 
-    def __init__(self, norm: tuple[int, float], router: tuple[int, int, int, int, int], top_k: int, score: int, bias_ptr: int, group_score: int, num_groups: int, topk_groups: int, normalize: bool, sum_offset: float, sum_minimum: float, scale: float, experts: Experts, shared: Experts | None, shared_gate: tuple[int, int, int, int, int], residual_scale: float) -> None: ...
-
+    def __init__(
+        self,
+        norm: tuple[int, float],
+        router: tuple[int, int, int, int, int],
+        top_k: int,
+        score: int,
+        bias_ptr: int,
+        group_score: int,
+        num_groups: int,
+        topk_groups: int,
+        normalize: bool,
+        sum_offset: float,
+        sum_minimum: float,
+        scale: float,
+        experts: Experts,
+        shared: Experts | None,
+        shared_gate: tuple[int, int, int, int, int],
+        residual_scale: float,
+    ) -> None: ...
     def __call__(self, x_ptr: int, num_tokens: int) -> None:
         """x += residual_scale * feed-forward of x, in place."""
 
@@ -293,14 +570,53 @@ class DecoderStack:
         blocks: (attention, feed_forward) of each layer, which the caller keeps alive.
         """
 
-    def __call__(self, x_ptr: int, batch: int, num_tokens: int, cos_ptr: int, sin_ptr: int, angle_strides: tuple, caches: Sequence[tuple[int, tuple, int, tuple]], cache_type: int, num_past: int, mask_type: int, mask_ptr: int, mask_strides: tuple, even_out_ptr: int, odd_out_ptr: int) -> None:
+    def __call__(
+        self,
+        x_ptr: int,
+        batch: int,
+        num_tokens: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        angle_strides: tuple,
+        caches: Sequence[tuple[int, tuple, int, tuple]],
+        cache_type: int,
+        num_past: int,
+        mask_type: int,
+        mask_ptr: int,
+        mask_strides: tuple,
+        even_out_ptr: int,
+        odd_out_ptr: int,
+    ) -> None:
         """
         All layers; x stays as it is. Layers with even numbers write to even_out, so the result is in even_out if their number is odd.
         """
 
 ATTENTION_KEY_BLOCK: int = 64
 
-def paged_attention(first: tuple[int, tuple, int, tuple, int], second: tuple[int, tuple, int, tuple, int], v_ptr: int, v_strides: tuple, value_dim: int, cache_type: int, out_ptr: int, out_strides: tuple, num_tokens: int, num_kv_heads: int, group: int, tables_ptr: int, table_width: int, lengths_ptr: int, starts_ptr: int, num_sequences: int, block_size: int, num_blocks: int, scale: float, softcap: float, sliding_window: int, sinks_ptr: int) -> None:
+def paged_attention(
+    first: tuple[int, tuple, int, tuple, int],
+    second: tuple[int, tuple, int, tuple, int],
+    v_ptr: int,
+    v_strides: tuple,
+    value_dim: int,
+    cache_type: int,
+    out_ptr: int,
+    out_strides: tuple,
+    num_tokens: int,
+    num_kv_heads: int,
+    group: int,
+    tables_ptr: int,
+    table_width: int,
+    lengths_ptr: int,
+    starts_ptr: int,
+    num_sequences: int,
+    block_size: int,
+    num_blocks: int,
+    scale: float,
+    softcap: float,
+    sliding_window: int,
+    sinks_ptr: int,
+) -> None:
     """
     Causal attention of the last tokens of sequences over blocks of a pool. first, second: (q_ptr, q_strides, k_ptr, k_strides, dim) of the score's terms, dim 0: absent; strides of (unused or block, head, token).
     """
@@ -308,17 +624,53 @@ def paged_attention(first: tuple[int, tuple, int, tuple, int], second: tuple[int
 class PagedStack:
     """Decoder layers on a cache in pages."""
 
-    def __init__(self, stack: DecoderStack, caches: Sequence[tuple[int, tuple, int, tuple, int]], cache_type: int, block_size: int, num_blocks: int) -> None:
+    def __init__(
+        self,
+        stack: DecoderStack,
+        caches: Sequence[tuple[int, tuple, int, tuple, int]],
+        cache_type: int,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
         """
         caches: (keys_ptr, strides, values_ptr, strides, window) of each layer, strides of block, head and position; window 0: none.
         """
 
-    def __call__(self, x_ptr: int, num_tokens: int, first: int, count: int, cos_ptr: int, sin_ptr: int, num_pairs: int, slots_ptr: int, tables_ptr: int, table_width: int, lengths_ptr: int, starts_ptr: int, num_sequences: int) -> None:
+    def __call__(
+        self,
+        x_ptr: int,
+        num_tokens: int,
+        first: int,
+        count: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        num_pairs: int,
+        slots_ptr: int,
+        tables_ptr: int,
+        table_width: int,
+        lengths_ptr: int,
+        starts_ptr: int,
+        num_sequences: int,
+    ) -> None:
         """
         Layers first to first + count - 1 on x [num_tokens, hidden], in place. ValueError if starts, lengths, tables or slots do not go together, or lead out of the pool.
         """
 
-    def finish(self, x_ptr: int, num_tokens: int, cos_ptr: int, sin_ptr: int, num_pairs: int, slots_ptr: int, tables_ptr: int, table_width: int, lengths_ptr: int, starts_ptr: int, num_sequences: int, out_ptr: int) -> None:
+    def finish(
+        self,
+        x_ptr: int,
+        num_tokens: int,
+        cos_ptr: int,
+        sin_ptr: int,
+        num_pairs: int,
+        slots_ptr: int,
+        tables_ptr: int,
+        table_width: int,
+        lengths_ptr: int,
+        starts_ptr: int,
+        num_sequences: int,
+        out_ptr: int,
+    ) -> None:
         """
         The last layer for the last token of each sequence, into out [num_sequences, hidden]; the others leave keys and values. ValueError as for the call, or if a sequence has no token.
         """
@@ -326,10 +678,33 @@ class PagedStack:
 class PagedModel:
     """Decode steps of a whole model on a cache in pages."""
 
-    def __init__(self, stack: PagedStack, embedding: tuple[int, int, int, int, int], embedding_scale: float, norm: tuple[int, float], head: tuple[int, int, int, int, int], logit_scale: float, cos_ptr: int, sin_ptr: int, num_positions: int, num_pairs: int) -> None:
+    def __init__(
+        self,
+        stack: PagedStack,
+        embedding: tuple[int, int, int, int, int],
+        embedding_scale: float,
+        norm: tuple[int, float],
+        head: tuple[int, int, int, int, int],
+        logit_scale: float,
+        cos_ptr: int,
+        sin_ptr: int,
+        num_positions: int,
+        num_pairs: int,
+    ) -> None:
         """norm: (weight_ptr, eps); cos and sin: [num_positions, num_pairs]."""
 
-    def decode(self, ids_ptr: int, positions_ptr: int, slots_ptr: int, tables_ptr: int, table_width: int, lengths_ptr: int, count: int, logits_ptr: int, independent: bool) -> None:
+    def decode(
+        self,
+        ids_ptr: int,
+        positions_ptr: int,
+        slots_ptr: int,
+        tables_ptr: int,
+        table_width: int,
+        lengths_ptr: int,
+        count: int,
+        logits_ptr: int,
+        independent: bool,
+    ) -> None:
         """
         logits [count, vocabulary] of one new token of each sequence. ValueError if tokens and tables do not go together or lead out of the pool, IndexError for an id outside the embedding.
         """
@@ -338,14 +713,25 @@ MAX_DELTA_KEY_DIM: int = 256
 
 MAX_DELTA_TAPS: int = 16
 
-def delta_net(x_ptr: int, x_stride: int, columns: tuple[int, int, int, int], sizes: tuple[int, int, int, int, int], weights: tuple[int, int, int, int, float], states: tuple[int, int, int], step: tuple[int, int, int, int, int], mixed_ptr: int, gates_ptr: int, out_ptr: int) -> None:
+def delta_net(
+    x_ptr: int,
+    x_stride: int,
+    columns: tuple[int, int, int, int],
+    sizes: tuple[int, int, int, int, int],
+    weights: tuple[int, int, int, int, float],
+    states: tuple[int, int, int],
+    step: tuple[int, int, int, int, int],
+    mixed_ptr: int,
+    gates_ptr: int,
+    out_ptr: int,
+) -> None:
     """
     Gated delta rule between a layer's projections and its output matrix. columns: (conv, gate, beta, decay); sizes: (key heads, heads, key_dim, value_dim, taps); weights: (conv, rate, step_bias, norm, eps); states: (conv, recurrent, slots); step: (tokens, sequences, starts, slots, positions). ValueError if starts or slots do not go together.
     """
 
 GAVE_UP: int = 9223372036854775807
 
-COPY_NOW: int = 139714931831947
+COPY_NOW: int = 140661791765643
 
 class CopyRefused(Exception):
     pass
@@ -353,7 +739,21 @@ class CopyRefused(Exception):
 class ExpertUploads:
     """Brings routed experts to a device; see csrc/uploads.h."""
 
-    def __init__(self, copy_ptr: int, queue: int, arena: int, slots: int, arrived: int, slot_bytes: int, num_slots: int, max_tokens: int, top_k: int, layers: Sequence[tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]], records_ptr: int, record_bytes: int) -> None:
+    def __init__(
+        self,
+        copy_ptr: int,
+        queue: int,
+        arena: int,
+        slots: int,
+        arrived: int,
+        slot_bytes: int,
+        num_slots: int,
+        max_tokens: int,
+        top_k: int,
+        layers: Sequence[tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]],
+        records_ptr: int,
+        record_bytes: int,
+    ) -> None:
         """
         copy_ptr: int (uint64 to, const void* from, size_t num_bytes, void* queue), 0 if it took note of the copy. arena, slots, arrived: addresses of the device. layers: (address, bytes of a matrix, offset in a slot) of gate, up and down of each; records_ptr: record_bytes for each layer: int64, and int32 [max_tokens, top_k].
         """
@@ -368,19 +768,40 @@ class ExpertUploads:
 
     @property
     def num_missing(self) -> int: ...
-
     @property
     def num_brought(self) -> int: ...
 
 class ExpertServer:
     """Answers a GPU's requests for routed experts; see csrc/handoff.h."""
 
-    def __init__(self, requested_ptr: int, answered_ptr: int, hidden_ptr: int, chosen_ptr: int, experts_ptr: int, weights_ptr: int, output_ptr: int, max_tokens: int, hidden_size: int, top_k: int, layers: Sequence[tuple[Experts, int]]) -> None:
+    def __init__(
+        self,
+        requested_ptr: int,
+        answered_ptr: int,
+        hidden_ptr: int,
+        chosen_ptr: int,
+        experts_ptr: int,
+        weights_ptr: int,
+        output_ptr: int,
+        max_tokens: int,
+        hidden_size: int,
+        top_k: int,
+        layers: Sequence[tuple[Experts, int]],
+    ) -> None:
         """
         layers: (experts, uses_ptr) of each; uses_ptr is uint32 [num_experts] to count in, or 0.
         """
 
-    def serve(self, first_layer: int, num_layers: int, first_request: int, num_tokens: int, timeout_seconds: float, times_ptr: int = 0, uploads: ExpertUploads | None = None) -> int:
+    def serve(
+        self,
+        first_layer: int,
+        num_layers: int,
+        first_request: int,
+        num_tokens: int,
+        timeout_seconds: float,
+        times_ptr: int = 0,
+        uploads: ExpertUploads | None = None,
+    ) -> int:
         """
         Answer one request for each of these layers; how many came in time. times_ptr: int64 [num_layers, 3], nanoseconds of the monotonic clock when a request was seen, answered, and all of it computed; or 0. uploads: what brings some of the experts to the device, of the same layers; or None.
         """

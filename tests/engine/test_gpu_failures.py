@@ -12,7 +12,7 @@ from tests.engine.pairs import relative_error
 
 pytest.importorskip("triton")
 
-from tests.engine.test_gpu import ON_GPU, TOLERANCE, checkpoint_of, inputs, on_gpu
+from tests.engine.test_gpu import ON_GPU, TOLERANCE, checkpoint_of, inputs, on_gpu, some_uploads
 
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.serving.core import Engine
@@ -67,12 +67,14 @@ class NoMemory:
         return self._function(*args, **options)
 
 
-def test_a_cpu_that_does_not_answer_lets_the_gpu_go(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("uploads", [{}, {"uploads": some_uploads}], ids=["alone", "uploads"])
+def test_a_cpu_that_does_not_answer_lets_the_gpu_go(uploads: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU polls for a bounded time; then the process hears of it, and the next step is right."""
-    runner = on_gpu("qwen3_moe", ON_GPU).runner
+    runner = on_gpu("qwen3_moe", ON_GPU, **uploads).runner
     runner.hand_off.exchange.set_timeout(0.2 if ON_GPU else 5e-6)
     sequence = prefilled(runner)
     assert runner.server is not None
+    assert step_is_right(runner, sequence)
     with monkeypatch.context() as stalled:
         stalled.setattr(runner.server, "serve", lambda *args, **options: None)
         began = time.monotonic()
@@ -83,7 +85,11 @@ def test_a_cpu_that_does_not_answer_lets_the_gpu_go(monkeypatch: pytest.MonkeyPa
         with pytest.raises(ExpertTimeoutError, match="the CPU did not answer the GPU within"):
             runner.decode([sequence], [int(IDS[-1])])
         assert time.monotonic() - began < 60
+    if runner.uploads is not None:  # numbers of requests begin anew, and those of what has arrived
+        landing = runner.uploads.landing
+        assert not landing.inner_arrived.any() and not landing.down_arrived.any()
     assert step_is_right(runner, sequence)
+    assert not uploads or runner.uploads.statistics().brought > 0
 
 
 def test_no_memory_for_a_step_costs_that_step_only(

@@ -110,11 +110,6 @@ class ExpertUploads:
         )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of page-locked memory held."""
-        return self._records.nbytes
-
-    @property
     def num_missing(self) -> int:
         """Distinct experts that the CPU was asked for in steps that could bring some, over all layers, so far."""
         return int(self.native.num_missing)

@@ -138,4 +138,15 @@ std::vector<std::vector<int>> usable_cores() {
 
 int num_usable_cores() { return std::max(1, std::min(static_cast<int>(usable_cores().size()), cgroup_quota())); }
 
+std::int64_t second_level_cache_bytes() {
+    static const std::int64_t found = [] {
+        long bytes = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+        bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+        return static_cast<std::int64_t>(bytes > 0 ? bytes : 256 << 10);
+    }();
+    return found;
+}
+
 }  // namespace moesaic

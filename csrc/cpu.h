@@ -1,6 +1,7 @@
 // What this processor and this process may use. Knows no kernels.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -19,5 +20,8 @@ std::vector<std::vector<int>> usable_cores();
 
 // Physical cores this process may use: distinct cores of its affinity mask, at most its cgroup quota, at least 1.
 int num_usable_cores();
+
+// Bytes of the second-level cache of a core; 256 KiB where the system does not say.
+std::int64_t second_level_cache_bytes();
 
 }  // namespace moesaic

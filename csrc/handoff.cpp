@@ -1,9 +1,12 @@
 #include "handoff.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <stdexcept>
+#include <vector>
 
+#include "moe_ahead.h"
 #include "spin.h"
 
 namespace moesaic {
@@ -17,20 +20,53 @@ std::int64_t nanoseconds() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch()).count();
 }
 
-// Whether the request came before the deadline.
-bool wait_for(const std::int64_t* requested, std::int64_t number, Clock::time_point deadline) {
+std::int64_t seen(const std::int64_t* number) {
     // The other side writes to this word; atomic_ref takes no pointer to const.
-    const std::atomic_ref<std::int64_t> word(*const_cast<std::int64_t*>(requested));
+    return std::atomic_ref<std::int64_t>(*const_cast<std::int64_t*>(number)).load(std::memory_order_acquire);
+}
+
+// Whether one of these numbers (the second may be null) is as large as `number` before the deadline.
+bool wait_for(const std::int64_t* requested, const std::int64_t* foretold, std::int64_t number,
+              Clock::time_point deadline) {
     bool arrived = false;
     int pauses = 0;
     spin_until(kPausesWithOwnCore, [&] {
-        arrived = word.load(std::memory_order_acquire) >= number;
+        arrived = seen(requested) >= number || (foretold != nullptr && seen(foretold) >= number);
         if (arrived) return true;
         if (++pauses < kPausesPerLook) return false;
         pauses = 0;
         return Clock::now() >= deadline;
     });
     return arrived;
+}
+
+// The experts of a forecast, each once: what all tokens are surest of first.
+std::vector<std::int64_t> likeliest(const Forecast& forecast, std::int64_t num_tokens, std::int64_t top_k,
+                                    std::int64_t num_experts) {
+    std::vector<std::int64_t> experts;
+    for (std::int64_t rank = 0; rank < top_k; ++rank) {
+        for (std::int64_t token = 0; token < num_tokens; ++token) {
+            const std::int64_t expert = forecast.experts[token * top_k + rank];
+            if (expert < 0 || expert >= num_experts) continue;
+            if (std::find(experts.begin(), experts.end(), expert) == experts.end()) experts.push_back(expert);
+        }
+    }
+    return experts;
+}
+
+// Experts that were read ahead for a request, if it was foretold.
+std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast, const Experts& experts,
+                                     std::int64_t num_tokens, std::int64_t number) {
+    if (forecast.foretold == nullptr || seen(forecast.foretold) != number) return {};
+    return read_experts_ahead(experts, likeliest(forecast, num_tokens, m.top_k, experts.num_experts),
+                              {m.requested, number});
+}
+
+void count_asked(ForecastCounts& counts, const std::vector<std::int64_t>& ready, const Routing& routing,
+                 std::int64_t num_tokens) {
+    const std::int64_t* end = routing.experts + num_tokens * routing.top_k;
+    counts.read += static_cast<std::int64_t>(ready.size());
+    for (const std::int64_t expert : ready) counts.asked += std::find(routing.experts, end, expert) != end;
 }
 
 void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tokens) {
@@ -45,7 +81,7 @@ void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tok
 
 std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t first_request,
                            std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
-                           Deferral& deferral, Uploads* uploads) {
+                           Deferral& deferral, Uploads* uploads, const Forecast& forecast, ForecastCounts& counts) {
     if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
     if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
     for (const ServedLayer& layer : layers) {
@@ -61,7 +97,14 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
     try {
         for (const ServedLayer& layer : layers) {
             const std::int64_t number = first_request + served;
-            if (!wait_for(m.requested, number, Clock::now() + timeout)) {
+            const Clock::time_point deadline = Clock::now() + timeout;
+            std::vector<std::int64_t> ready;
+            bool arrived = wait_for(m.requested, forecast.foretold, number, deadline);
+            if (arrived && seen(m.requested) < number) {
+                ready = read_ahead(m, forecast, *layer.experts, num_tokens, number);
+                arrived = wait_for(m.requested, nullptr, number, deadline);
+            }
+            if (!arrived) {
                 deferral.forget();
                 answered.store(kGaveUp, std::memory_order_release);
                 return served;
@@ -69,14 +112,15 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
             const std::int64_t start = times.empty() ? 0 : nanoseconds();
             count_uses(layer, m, num_tokens);  // before the answer, after which the next request may come
             Routing routing{m.experts, m.weights, m.top_k};
+            count_asked(counts, ready, routing, num_tokens);
             if (uploads != nullptr) {
                 routing.experts =
-                    uploads->pick(*layer.uploaded, routing, num_tokens, layer.experts->num_experts, number);
+                    uploads->pick(*layer.uploaded, routing, num_tokens, layer.experts->num_experts, number, ready);
             }
             if (layer.num_deferred > 0) {
                 routing.experts = deferral.put_off(routing, m.hidden, num_tokens, layer.num_deferred);
             }
-            moe_forward(*layer.experts, routing, m.hidden, m.hidden_size, num_tokens, m.output, beside);
+            moe_forward(*layer.experts, routing, m.hidden, m.hidden_size, num_tokens, m.output, beside, ready);
             deferral.deliver(m.output, num_tokens);
             answered.store(number, std::memory_order_release);
             const std::int64_t end = times.empty() ? 0 : nanoseconds();

@@ -26,6 +26,20 @@ struct Mailbox {
     std::int64_t max_tokens, hidden_size, top_k;
 };
 
+// What the other side expects to ask for, said before it knows: it is only for what can be undone.
+struct Forecast {
+    const std::int64_t* foretold =
+        nullptr;  // number of the request of which the experts are; null: nothing is foretold
+    const std::int64_t* experts =
+        nullptr;  // [tokens, top_k], the surest of each token first; outside the experts: none
+};
+
+// What came of forecasts.
+struct ForecastCounts {
+    std::int64_t read = 0;   // experts that were read ahead
+    std::int64_t asked = 0;  // of these, those that were to be computed, then
+};
+
 // A number above all others: whoever waits for an answer passes.
 constexpr std::int64_t kGaveUp = std::numeric_limits<std::int64_t>::max();
 
@@ -46,9 +60,10 @@ struct ServedTimes {
 // Answer the requests first_request, first_request + 1, ..., one per layer. Returns the number of layers served: fewer
 // than there are if a request did not come within `timeout_seconds`. Then, and when experts throw, `answered` becomes
 // kGaveUp. `times` is empty or has an element for each layer. `deferral` is what the layer before the first one has put
-// off, and then what the last one has. `uploads`: brings some of the experts to the other side; null: none.
+// off, and then what the last one has. `uploads`: brings some of the experts to the other side; null: none. While a
+// request is not there, but its forecast is, the experts of the latter are read ahead, and counted.
 std::int64_t serve_experts(const Mailbox& mailbox, std::span<const ServedLayer> layers, std::int64_t first_request,
                            std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
-                           Deferral& deferral, Uploads* uploads = nullptr);
+                           Deferral& deferral, Uploads* uploads, const Forecast& forecast, ForecastCounts& counts);
 
 }  // namespace moesaic

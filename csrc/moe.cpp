@@ -11,6 +11,7 @@
 #include "kernels/prepared_tokens.h"
 #include "kernels/scratch.h"
 #include "moe_assignment.h"
+#include "moe_items.h"
 #include "moe_rows.h"
 #include "moe_tokens.h"
 #include "read_ahead.h"
@@ -21,25 +22,30 @@ namespace moesaic {
 
 namespace {
 
-// A slice in one call: its items of gate and up, and what they leave for down.
+// A slice in one call, and what its items of gate and up leave for down.
 struct SliceWork {
     const ExpertSlice& slice;
-    std::int64_t first_item;  // of gate and up
-    std::int64_t num_pairs;   // of the intermediate rows
-    InnerTokens inner;        // input of down for every slot
+    InnerTokens inner;  // input of down for every slot
 
-    SliceWork(const ExpertSlice& s, std::int64_t first, const Assignment& assignment)
-        : slice(s),
-          first_item(first),
-          num_pairs((s.intermediate + kPair - 1) / kPair),
-          inner(*s.down.format, s.intermediate, assignment) {}
+    SliceWork(const ExpertSlice& s, const Assignment& assignment)
+        : slice(s), inner(*s.down.format, s.intermediate, assignment) {}
 };
+
+// Where the experts that were read ahead are among the active ones.
+std::vector<std::int64_t> active_of(std::span<const std::int64_t> ready, const Assignment& assignment) {
+    std::vector<std::int64_t> active;
+    for (const std::int64_t expert : ready) {
+        const auto found = std::find(assignment.experts.begin(), assignment.experts.end(), expert);
+        if (found != assignment.experts.end()) active.push_back(found - assignment.experts.begin());
+    }
+    return active;
+}
 
 // One call in flight: what its work items share.
 class Forward {
   public:
     Forward(const Experts& experts, const Assignment& assignment, const float* x, std::int64_t x_stride,
-            std::int64_t num_tokens, float* out);
+            std::int64_t num_tokens, float* out, std::span<const std::int64_t> ready, ThreadPool& pool);
     void run(const Beside* beside);
 
   private:
@@ -55,13 +61,11 @@ class Forward {
 
     int most_inner() const;
     int most_outer() const;
-    std::int64_t end_of_expert(std::int64_t item) const;
     void expand_items(WorkQueue::Range items, const std::uint8_t* next, Buffers& buffers);
     void contract_items(WorkQueue::Range items, Buffers& buffers);
     void store(std::size_t slice, const Rows& rows, const float* sums, std::int64_t stride);
     void add_slices(std::int64_t panel);
 
-    std::size_t slice_of(std::int64_t item) const;
     const std::uint8_t* inner_address(std::int64_t item) const;
     const std::uint8_t* down_address(std::size_t slice, std::int64_t active, std::int64_t panel) const;
     const std::uint8_t* outer_address(std::int64_t item) const {
@@ -74,6 +78,7 @@ class Forward {
                    kPanel;
     }
 
+    ThreadPool& pool_;
     const Experts& e_;
     const Assignment& a_;
     std::int64_t num_tokens_;
@@ -81,44 +86,38 @@ class Forward {
     const MatmulKernels* kernels_;
     SlotTokens input_;  // of gate and up
     std::vector<SliceWork> slices_;
-    std::int64_t num_items_ = 0;            // of gate and up
+    InnerItems inner_items_;
     std::int64_t num_panels_;               // of the output
     AlignedArray<float> partial_;           // [num_panels, slices, num_tokens, 16] if there are several slices
     std::unique_ptr<Arrivals[]> arrivals_;  // at each panel
 };
 
 Forward::Forward(const Experts& experts, const Assignment& assignment, const float* x, std::int64_t x_stride,
-                 std::int64_t num_tokens, float* out)
-    : e_(experts),
+                 std::int64_t num_tokens, float* out, std::span<const std::int64_t> ready, ThreadPool& pool)
+    : pool_(pool),
+      e_(experts),
       a_(assignment),
       num_tokens_(num_tokens),
       out_(out),
       kernels_(matmul_table().formats),
       input_(assignment, {experts.slices.front().gate.format, experts.slices.front().up.format}, experts.hidden,
              num_tokens, [&](std::int64_t t) { return x + t * x_stride; }),
+      inner_items_(pairs_of_slices(experts), a_.num_active(), active_of(ready, a_), pool.threads_per_node()),
       num_panels_((experts.hidden + kPanel - 1) / kPanel) {
     slices_.reserve(experts.slices.size());
-    for (const ExpertSlice& slice : experts.slices) {
-        slices_.emplace_back(slice, num_items_, a_);
-        num_items_ += a_.num_active() * slices_.back().num_pairs;
-    }
+    for (const ExpertSlice& slice : experts.slices) slices_.emplace_back(slice, a_);
     if (slices_.size() == 1) return;
     partial_.reserve(static_cast<std::size_t>(num_panels_ * num_tokens * kPanel) * slices_.size());
     arrivals_ = std::make_unique<Arrivals[]>(static_cast<std::size_t>(num_panels_));
 }
 
-std::size_t Forward::slice_of(std::int64_t item) const {
-    std::size_t s = slices_.size() - 1;
-    while (item < slices_[s].first_item) --s;
-    return s;
-}
-
 // Where the panels begin that an item of gate and up reads first.
 const std::uint8_t* Forward::inner_address(std::int64_t item) const {
-    const SliceWork& w = slices_[slice_of(item)];
-    const ExpertMatrices& m = w.slice.gate.format != nullptr ? w.slice.gate : w.slice.up;
-    const std::int64_t active = (item - w.first_item) / w.num_pairs, pair = (item - w.first_item) % w.num_pairs;
-    return m.weights + a_.experts[active] * m.matrix_bytes + pair * kMaxPanels * m.format->panel_bytes(e_.hidden);
+    const ItemRun& run = inner_items_.run_of(item);
+    const ExpertSlice& slice = slices_[run.slice].slice;
+    const ExpertMatrices& m = slice.gate.format != nullptr ? slice.gate : slice.up;
+    const std::int64_t panel = run.pair_of(item) * kMaxPanels;
+    return m.weights + a_.experts[run.expert] * m.matrix_bytes + panel * m.format->panel_bytes(e_.hidden);
 }
 
 const std::uint8_t* Forward::down_address(std::size_t slice, std::int64_t active, std::int64_t panel) const {
@@ -149,18 +148,12 @@ int Forward::most_outer() const {
                                                                                             : kMaxPanels;
 }
 
-// Where the items of the expert end to which this one belongs.
-std::int64_t Forward::end_of_expert(std::int64_t item) const {
-    const SliceWork& w = slices_[slice_of(item)];
-    return item + w.num_pairs - (item - w.first_item) % w.num_pairs;
-}
-
 // Pairs of 32 rows of gate and up for the tokens of one expert, through the activation, into the input of down.
 void Forward::expand_items(WorkQueue::Range items, const std::uint8_t* next, Buffers& buffers) {
-    SliceWork& w = slices_[slice_of(items.begin)];
+    const ItemRun& run = inner_items_.run_of(items.begin);
+    SliceWork& w = slices_[run.slice];
     const ActivationKernels& kernels = activation_kernels();
-    const std::int64_t active = (items.begin - w.first_item) / w.num_pairs;
-    const std::int64_t pair = (items.begin - w.first_item) % w.num_pairs, num_pairs = items.end - items.begin;
+    const std::int64_t active = run.expert, pair = run.pair_of(items.begin), num_pairs = items.end - items.begin;
     const std::int64_t count = a_.num_slots(active), first = a_.first[active], size = pair_size(count);
     const Rows rows{pair * kPair, std::min(num_pairs * kPair, w.slice.intermediate - pair * kPair), e_.hidden};
     auto project = [&](const ExpertMatrices& m, float* out, const std::uint8_t* then) {
@@ -246,18 +239,13 @@ void Forward::add_slices(std::int64_t panel) {
     }
 }
 
-// Items of each slice go to the threads of its node first.
-WorkQueue queue_of(std::span<const std::int64_t> items_of_slices, const ThreadPool& pool) {
-    return WorkQueue(group_work(items_of_slices, pool.threads_per_node()));
-}
-
 void Forward::run(const Beside* beside) {
-    std::vector<std::int64_t> inner(slices_.size()), outer(slices_.size(), num_panels_);
-    for (std::size_t s = 0; s < slices_.size(); ++s) inner[s] = a_.num_active() * slices_[s].num_pairs;
-    ThreadPool& pool = thread_pool();
-    WorkQueue inner_items = queue_of(inner, pool), outer_items = queue_of(outer, pool);
+    // Items of each slice go to the threads of its node first.
+    const std::vector<std::int64_t> outer(slices_.size(), num_panels_);
+    WorkQueue outer_items(group_work(outer, pool_.threads_per_node()));
+    WorkQueue& inner_items = inner_items_.queue();
     const int most_inner = this->most_inner(), most_outer = this->most_outer();
-    pool.run([&](Team& team) {
+    pool_.run([&](Team& team) {
         static thread_local Buffers buffers;
         buffers.input.active = -1;  // of another call
         if (beside != nullptr && team.thread() == 0) (*beside)();
@@ -266,9 +254,9 @@ void Forward::run(const Beside* beside) {
                                                   static_cast<std::int64_t>(slices_.size()) * num_panels_ - 1);
         for (WorkQueue::Range taken; inner_items.next_part(team.thread(), 4, 1, most_inner, taken);) {
             for (std::int64_t item = taken.begin, end; item < taken.end; item = end) {
-                end = std::min(taken.end, end_of_expert(item));
+                end = std::min(taken.end, inner_items_.run_of(item).end);
                 // Where its share ends, a thread hardly ever finds more to do before the barrier.
-                const bool more = end != inner_end && end < num_items_;
+                const bool more = end != inner_end && end < inner_items_.count();
                 expand_items({item, end}, more ? inner_address(end) : outer_address(outer_first), buffers);
             }
         }
@@ -307,7 +295,7 @@ void check_experts(const Experts& e) {
 }
 
 void moe_forward(const Experts& experts, const Routing& routing, const float* x, std::int64_t x_stride,
-                 std::int64_t num_tokens, float* out, const Beside* beside) {
+                 std::int64_t num_tokens, float* out, const Beside* beside, std::span<const std::int64_t> ready) {
     check_experts(experts);
     const Assignment assignment = assign(routing, num_tokens, experts.num_experts);
     if (assignment.num_active() == 0) {
@@ -315,7 +303,7 @@ void moe_forward(const Experts& experts, const Routing& routing, const float* x,
         std::fill_n(out, num_tokens * experts.hidden, 0.0f);
         return;
     }
-    Forward(experts, assignment, x, x_stride, num_tokens, out).run(beside);
+    Forward(experts, assignment, x, x_stride, num_tokens, out, ready, thread_pool()).run(beside);
 }
 
 }  // namespace moesaic

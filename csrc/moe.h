@@ -11,6 +11,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "formats/registry.h"
@@ -53,8 +54,10 @@ void check_experts(const Experts& experts);
 using Beside = std::function<void()>;
 
 // out[num_tokens, hidden] = sum over the chosen experts of weight * expert(x); rows of x are x_stride floats
-// apart; out must not overlap x. `beside` runs once, in the calling thread; null: nothing.
+// apart; out must not overlap x. `beside` runs once, in the calling thread; null: nothing. `ready`: experts that were
+// read ahead (moe_ahead.h), which come first; the result is the same.
 void moe_forward(const Experts& experts, const Routing& routing, const float* x, std::int64_t x_stride,
-                 std::int64_t num_tokens, float* out, const Beside* beside = nullptr);
+                 std::int64_t num_tokens, float* out, const Beside* beside = nullptr,
+                 std::span<const std::int64_t> ready = {});
 
 }  // namespace moesaic

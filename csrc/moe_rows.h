@@ -18,6 +18,13 @@ struct Rows {
     std::int64_t num_pairs() const { return (count + kPair - 1) / kPair; }
 };
 
+// Pairs of panels of gate and up in each slice.
+inline std::vector<std::int64_t> pairs_of_slices(const Experts& experts) {
+    std::vector<std::int64_t> pairs;
+    for (const ExpertSlice& slice : experts.slices) pairs.push_back((slice.intermediate + kPair - 1) / kPair);
+    return pairs;
+}
+
 // Floats that a pair of panels of an expert's output takes.
 inline std::int64_t pair_size(std::int64_t num_tokens) { return static_cast<std::int64_t>(output_size(num_tokens)); }
 

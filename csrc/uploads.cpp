@@ -15,7 +15,7 @@ void CopyQueue::put(std::uint64_t to, const void* from, std::int64_t num_bytes) 
 }
 
 const std::int64_t* Uploads::pick(const UploadedLayer& layer, const Routing& routing, std::int64_t num_tokens,
-                                  std::int64_t num_experts, std::int64_t number) {
+                                  std::int64_t num_experts, std::int64_t number, std::span<const std::int64_t> ready) {
     const std::int64_t top_k = landing_.top_k, num_choices = num_tokens * top_k;
     if (num_tokens > landing_.max_tokens || routing.top_k != top_k) {
         throw std::invalid_argument("more tokens or experts than can be brought");
@@ -31,7 +31,8 @@ const std::int64_t* Uploads::pick(const UploadedLayer& layer, const Routing& rou
         if (known != candidates_.end()) {
             ++known->tokens;
         } else {
-            candidates_.push_back({expert, i, 1});
+            const bool is_ready = std::find(ready.begin(), ready.end(), expert) != ready.end();
+            candidates_.push_back({expert, i, 1, is_ready});
         }
     }
     const std::size_t distinct = candidates_.size();
@@ -40,6 +41,7 @@ const std::int64_t* Uploads::pick(const UploadedLayer& layer, const Routing& rou
         wanted, 0, std::min<std::int64_t>(static_cast<std::int64_t>(distinct), landing_.num_slots)));
     std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(count), candidates_.end(),
                       [](const Candidate& a, const Candidate& b) {
+                          if (a.is_ready != b.is_ready) return b.is_ready;
                           return a.tokens != b.tokens ? a.tokens > b.tokens : a.first_choice < b.first_choice;
                       });
     brought_.clear();

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <stdexcept>
 #include <vector>
 
@@ -62,10 +63,11 @@ class Uploads {
     // number holds for more.
     void set_numbers(std::vector<std::int32_t> numbers) { numbers_ = std::move(numbers); }
 
-    // Choose what is brought of a request: experts that most tokens chose, and of these whose first choice comes first.
+    // Choose what is brought of a request: experts that most tokens chose, and of these whose first choice comes first;
+    // those that were read ahead (`ready`) only if there are too few others.
     // Returns the experts that are left to compute, valid until the next call.
     const std::int64_t* pick(const UploadedLayer& layer, const Routing& routing, std::int64_t num_tokens,
-                             std::int64_t num_experts, std::int64_t number);
+                             std::int64_t num_experts, std::int64_t number, std::span<const std::int64_t> ready = {});
 
     // Put what was picked last into the queue, and what the device is told.
     void send() const;
@@ -79,6 +81,7 @@ class Uploads {
   private:
     struct Candidate {
         std::int64_t expert, first_choice, tokens;
+        bool is_ready;
     };
     void put(const UploadedMatrices& matrices, const std::vector<std::int64_t>& experts) const;
 

@@ -26,6 +26,8 @@ struct ExpertServer {
     Mailbox mailbox;
     std::vector<ServedLayer> layers;
     Deferral deferral;
+    Forecast forecast;
+    ForecastCounts counts;
 };
 
 // Layers whose experts can be brought to a device.
@@ -76,7 +78,7 @@ Int serve(ExpertServer& server, Int first_layer, Int num_layers, Int first_reque
     std::span<ServedTimes> times;
     if (times_ptr != 0) times = {as_pointer<ServedTimes>(times_ptr), count};
     return serve_experts(server.mailbox, layers, first_request, num_tokens, timeout_seconds, times, server.deferral,
-                         uploads == nullptr ? nullptr : &uploads->uploads);
+                         uploads == nullptr ? nullptr : &uploads->uploads, server.forecast, server.counts);
 }
 
 void defer(ExpertServer& server, Int count) {
@@ -137,7 +139,9 @@ void bind_handoff(nb::module_& m) {
                                          as_pointer<const Int>(experts_ptr), as_pointer<const float>(weights_ptr),
                                          as_pointer<float>(output_ptr), max_tokens, hidden_size, top_k},
                                         {},
-                                        Deferral(max_tokens, hidden_size, top_k)};
+                                        Deferral(max_tokens, hidden_size, top_k),
+                                        {},
+                                        {}};
                 for (const auto& [experts, uses] : layers) {
                     self->layers.push_back({experts, as_pointer<std::uint32_t>(uses), 0});
                 }
@@ -153,6 +157,15 @@ void bind_handoff(nb::module_& m) {
         .def("defer", &defer, "count"_a,
              "From the next step on, the `count` experts of each token with the lowest weights come with the next "
              "layer's answer, but for the last layer's.")
+        .def(
+            "set_forecast",
+            [](ExpertServer& self, Address foretold_ptr, Address experts_ptr) {
+                self.forecast = {as_pointer<const Int>(foretold_ptr), as_pointer<const Int>(experts_ptr)};
+            },
+            "foretold_ptr"_a, "experts_ptr"_a,
+            "Where requests are foretold: int64, the number of one, and int64 [max_tokens, top_k]; 0: nowhere.")
+        .def_prop_ro("num_read", [](const ExpertServer& self) { return self.counts.read; })
+        .def_prop_ro("num_asked", [](const ExpertServer& self) { return self.counts.asked; })
         .def(
             "forget", [](ExpertServer& self) { self.deferral.forget(); },
             "What the last layer that was served has put off will not be wanted.");

@@ -731,7 +731,7 @@ def delta_net(
 
 GAVE_UP: int = 9223372036854775807
 
-COPY_NOW: int = 140661791765643
+COPY_NOW: int = 140542486886027
 
 class CopyRefused(Exception):
     pass
@@ -811,5 +811,14 @@ class ExpertServer:
         From the next step on, the `count` experts of each token with the lowest weights come with the next layer's answer, but for the last layer's.
         """
 
+    def set_forecast(self, foretold_ptr: int, experts_ptr: int) -> None:
+        """
+        Where requests are foretold: int64, the number of one, and int64 [max_tokens, top_k]; 0: nowhere.
+        """
+
+    @property
+    def num_read(self) -> int: ...
+    @property
+    def num_asked(self) -> int: ...
     def forget(self) -> None:
         """What the last layer that was served has put off will not be wanted."""

@@ -31,6 +31,9 @@ class Mailbox:
         output: float32 `[max_tokens, hidden_size]`, the answer.
         requested: int64 `[1]`, number of the last complete request.
         answered: int64 `[1]`, number of the last complete answer.
+        likely: int64 `[max_tokens, top_k]`, like `experts`, of a request that will come: what it will probably be, the
+            surest of each token first.
+        foretold: int64 `[1]`, number of the request that `likely` is of.
     """
 
     hidden: torch.Tensor
@@ -40,6 +43,8 @@ class Mailbox:
     output: torch.Tensor
     requested: torch.Tensor
     answered: torch.Tensor
+    likely: torch.Tensor
+    foretold: torch.Tensor
 
     @classmethod
     def of(cls, max_tokens: int, hidden_size: int, top_k: int, *, pinned: bool) -> Mailbox:
@@ -64,6 +69,8 @@ class Mailbox:
             # Apart from each other: one is polled by the CPU, the other by the GPU.
             requested=zeros(64, dtype=torch.int64)[:1],
             answered=zeros(64, dtype=torch.int64)[:1],
+            likely=zeros(max_tokens, top_k, dtype=torch.int64),
+            foretold=zeros(64, dtype=torch.int64)[:1],
         )
 
     @property
@@ -74,7 +81,9 @@ class Mailbox:
     @property
     def nbytes(self) -> int:
         """Bytes of page-locked memory held."""
-        return sum(getattr(self, name).nbytes for name in ("hidden", "chosen", "experts", "weights", "output"))
+        return sum(
+            getattr(self, name).nbytes for name in ("hidden", "chosen", "experts", "weights", "output", "likely")
+        )
 
 
 @dataclass(eq=False)
@@ -88,6 +97,7 @@ class ExpertServer:
         uses: int32 `[num_layers, num_experts]`, how often so far (a uint32; whoever reads it may set it back).
         next_request: number of the next request.
         deferred: experts of each token that come with the next layer's answer; see `defer`.
+        reads_ahead: whether experts of requests that are foretold are read into the CPU's caches; see `read_ahead`.
     """
 
     mailbox: Mailbox
@@ -96,6 +106,7 @@ class ExpertServer:
     uses: torch.Tensor = field(init=False)
     next_request: int = field(default=1, init=False)
     deferred: int = field(default=0, init=False)
+    reads_ahead: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         box = self.mailbox
@@ -142,6 +153,22 @@ class ExpertServer:
             raise KernelError(f"{count} of {top_k} experts are to come a layer late: expected 0 to {top_k - 1}.")
         self._native.defer(count)
         self.deferred = count
+
+    def read_ahead(self, is_on: bool) -> None:
+        """From the next step on: whether to read what is foretold while nobody asks. Answers are the same anyway."""
+        box = self.mailbox
+        self._native.set_forecast(*((box.foretold.data_ptr(), box.likely.data_ptr()) if is_on else (0, 0)))
+        self.reads_ahead = is_on
+
+    @property
+    def num_read(self) -> int:
+        """Experts that were read ahead so far, of all layers."""
+        return int(self._native.num_read)
+
+    @property
+    def num_asked(self) -> int:
+        """Of these, those that requests then asked for."""
+        return int(self._native.num_asked)
 
     def serve(
         self,
@@ -194,4 +221,5 @@ class ExpertServer:
         self.next_request = 1
         self._native.forget()
         self.mailbox.requested.zero_()
+        self.mailbox.foretold.zero_()
         self.mailbox.answered.zero_()

@@ -9,6 +9,7 @@ import torch
 
 from moesaic.engine.gpu.paths import EagerPath, GraphPath
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.streams import SideStream
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels.handoff import ExpertServer, Mailbox
@@ -27,6 +28,7 @@ class HandOff:
         slots: says which layers' experts are all on the GPU.
         max_batch: most tokens of a request.
         timeout: seconds that GPU and CPU wait for each other.
+        reads_ahead: whether captured steps foretell requests, and the CPU reads ahead what is foretold.
 
     Attributes:
         exchange: the GPU's side.
@@ -35,7 +37,9 @@ class HandOff:
         times: see `ExpertServer.serve`; filled by `serve` if it is set.
     """
 
-    def __init__(self, decoder: GpuDecoder, slots: ExpertSlots, max_batch: int, timeout: float) -> None:
+    def __init__(
+        self, decoder: GpuDecoder, slots: ExpertSlots, max_batch: int, timeout: float, reads_ahead: bool = True
+    ) -> None:
         device, self._timeout = decoder.device, timeout
         self._positions, self.served = _request_positions(
             [slots.is_complete(layer) for layer in range(len(decoder.routed))]
@@ -47,6 +51,8 @@ class HandOff:
             experts = [experts for experts in decoder.routed if experts is not None]
             assert len(experts) == len(self.served)
             self.server = ExpertServer(mailbox, experts, count_uses=True)
+            self.server.read_ahead(reads_ahead)
+        self._forecasts = SideStream(device) if reads_ahead else None
         self.exchange = Exchange(mailbox, device)
         self.exchange.set_timeout(timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -65,13 +71,22 @@ class HandOff:
 
     def graph_path(self, slots: ExpertSlots, uploads: MissUploads | None) -> ExpertPath:
         """Who computes experts in a step that is captured, with these slots and uploads; then `serve` serves it."""
-        return GraphPath(self.exchange, slots, self._positions, uploads)
+        return GraphPath(self.exchange, slots, self._positions, uploads, self._forecasts)
 
     def eager_path(self, slots: ExpertSlots, uploads: MissUploads | None, num_tokens: int) -> ExpertPath:
         """The same in a step without a graph, of so many tokens that are no padding; nobody else serves it."""
         if self.server is None:
             return self.graph_path(slots, None)
-        return EagerPath(self.exchange, slots, self._positions, self.server, num_tokens, self._timeout, uploads)
+        return EagerPath(
+            self.exchange,
+            slots,
+            self._positions,
+            self.server,
+            num_tokens,
+            self._timeout,
+            uploads,
+            self._forecasts,
+        )
 
     def end_step(self) -> None:
         """The last thing that a step's GPU does: count its requests, and let the CPU see whether all were answered."""

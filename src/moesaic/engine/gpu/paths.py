@@ -6,18 +6,24 @@ each request where the layer needs it. Neither decides which experts lie on the 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from moesaic.engine.gpu.slots import ExpertSlots
+from moesaic.engine.gpu.streams import SideStream
 from moesaic.engine.gpu.uploads import MissUploads
 from moesaic.kernels.handoff import ExpertServer
 from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.kernels.triton.route import Request
-from moesaic.modules.gpu.step import Routed
+from moesaic.modules.gpu.step import Forecast, Routed
 
-__all__ = ["EagerPath", "GraphPath"]
+__all__ = ["MAX_FORECAST_TOKENS", "EagerPath", "GraphPath"]
+
+MAX_FORECAST_TOKENS = 8
+"""What more tokens ask for is nearly everything."""
 
 
 class GraphPath:
@@ -28,6 +34,7 @@ class GraphPath:
         slots: experts on the GPU.
         positions: of each layer, the position of its request in a step; None for layers without requests.
         uploads: some misses come to the GPU instead; None: all are the CPU's.
+        forecasts: where routers say beforehand what they will probably ask for; None: they do not.
     """
 
     def __init__(
@@ -36,8 +43,11 @@ class GraphPath:
         slots: ExpertSlots,
         positions: list[int | None],
         uploads: MissUploads | None = None,
+        forecasts: SideStream | None = None,
     ) -> None:
         self._exchange, self._slots, self._positions, self._uploads = exchange, slots, positions, uploads
+        self._forecasts = forecasts
+        self._kept: torch.Tensor | None = None  # what a forecast reads that has not been waited for
 
     def table(self, layer: int) -> torch.Tensor | None:
         """As `ExpertPath`."""
@@ -47,6 +57,20 @@ class GraphPath:
         """As `ExpertPath`."""
         position = self._positions[layer]
         return None if position is None else self._exchange.request(position)
+
+    def forecast(self, layer: int, num_tokens: int) -> Forecast | None:
+        """As `ExpertPath`."""
+        position = self._positions[layer]
+        if self._forecasts is None or position is None or num_tokens > MAX_FORECAST_TOKENS:
+            return None
+        return Forecast(self._exchange.forecast(position), self._beside)
+
+    def _beside(self, kept: torch.Tensor) -> AbstractContextManager[object]:
+        """As `Forecast`; `finish` of the layer that is foretold waits for it, while it waits for the CPU anyway."""
+        assert self._forecasts is not None
+        self._kept = kept
+        self._forecasts.follow()
+        return self._forecasts.use()
 
     def start(self, routed: Routed) -> None:
         """Ask the CPU, unless the router has."""
@@ -64,6 +88,9 @@ class GraphPath:
         then: NormBefore | None = None,
     ) -> Lanes | None:
         """Compute what lies on the GPU, and add everything up."""
+        if self._kept is not None and self._forecasts is not None:
+            self._forecasts.join()
+            self._kept = None
         cached = self._slots.compute(routed)
         position = self._positions[routed.layer]
         if self._uploads is None or position is None:
@@ -93,6 +120,7 @@ class EagerPath(GraphPath):
         num_tokens: of the step that are no padding.
         timeout: seconds to wait for a request.
         uploads: as `GraphPath`.
+        forecasts: as `GraphPath`.
     """
 
     def __init__(
@@ -104,8 +132,9 @@ class EagerPath(GraphPath):
         num_tokens: int,
         timeout: float,
         uploads: MissUploads | None = None,
+        forecasts: SideStream | None = None,
     ) -> None:
-        super().__init__(exchange, slots, positions, uploads)
+        super().__init__(exchange, slots, positions, uploads, forecasts)
         self._server, self._num_tokens, self._timeout = server, num_tokens, timeout
 
     def _answer(self, position: int | None) -> None:

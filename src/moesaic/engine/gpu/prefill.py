@@ -12,7 +12,7 @@ from moesaic.kernels.triton.activations import Lanes
 from moesaic.kernels.triton.combine_norm import NormBefore
 from moesaic.kernels.triton.handoff import Exchange
 from moesaic.kernels.triton.route import Request
-from moesaic.modules.gpu.step import Routed
+from moesaic.modules.gpu.step import Forecast, Routed
 
 __all__ = ["ChunkBuffers", "ChunkPath"]
 
@@ -105,6 +105,10 @@ class ChunkPath:
 
     def request(self, layer: int) -> Request | None:
         """As `ExpertPath`: the CPU is asked otherwise."""
+        return None
+
+    def forecast(self, layer: int, num_tokens: int) -> Forecast | None:
+        """As `ExpertPath`: nobody waits for it."""
         return None
 
     def start(self, routed: Routed) -> None:

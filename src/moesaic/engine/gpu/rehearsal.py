@@ -24,7 +24,7 @@ from moesaic.kernels.triton.few_experts import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.loading import kernel_folder
 from moesaic.kernels.triton.route import Request
 from moesaic.kvcache.step_input import StepInput
-from moesaic.modules.gpu.step import GpuStep, Routed
+from moesaic.modules.gpu.step import Forecast, GpuStep, Routed
 from moesaic.placement.vram import PREFILL_CHUNK
 
 __all__ = ["compile_kernels", "rehearse_prefill"]
@@ -144,6 +144,10 @@ class _Rehearsed:
 
     def request(self, layer: int) -> Request | None:
         """As `ExpertPath`: the CPU is asked otherwise."""
+        return None
+
+    def forecast(self, layer: int, num_tokens: int) -> Forecast | None:
+        """As `ExpertPath`: nobody waits for it."""
         return None
 
     def start(self, routed: Routed) -> None:

@@ -86,7 +86,7 @@ class ModelRunner:
         self.pool, self.caches = layer_caches(
             shapes, options.num_blocks, options.block_size, options.kv_dtype, num_states, device, lending
         )
-        self.hand_off = HandOff(decoder, slots, options.max_batch, options.timeout)
+        self.hand_off = HandOff(decoder, slots, options.max_batch, options.timeout, options.reads_ahead)
         self.server = self.hand_off.server
         max_blocks = self.pool.blocks_for(self.max_positions)
         used = None if isinstance(uploads, str) else uploads

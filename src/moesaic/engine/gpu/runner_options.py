@@ -25,6 +25,8 @@ class RunnerOptions:
         num_states: sequences that can be there at once, if the model has recurrent states; `max_batch` if None.
         max_positions: of a sequence; what fits into all blocks if None.
         max_chunk: tokens of a prompt that go through the layers at once, at most.
+        reads_ahead: whether routers in decode say beforehand what they will probably ask for, so that the CPU reads it
+            into its caches while it would wait; answers are the same either way.
         least_chunk: tokens that go through them at once however little VRAM there is.
     """
 
@@ -38,3 +40,4 @@ class RunnerOptions:
     max_positions: int | None = None
     max_chunk: int = PREFILL_CHUNK
     least_chunk: int = LEAST_CHUNK
+    reads_ahead: bool = True

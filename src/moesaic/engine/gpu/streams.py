@@ -34,6 +34,11 @@ class SideStream:
         if self.stream is not None:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
 
+    def join(self) -> None:
+        """What is asked for in the current stream from now on comes after everything here."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
 
 class Mark:
     """A point in a stream.

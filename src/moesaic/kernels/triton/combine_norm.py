@@ -19,13 +19,27 @@ from moesaic.kernels.triton.activations import Lanes, column, store_blocks
 from moesaic.kernels.triton.elementwise import check_parts, combine
 from moesaic.kernels.triton.formats import DeviceFormat
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
-from moesaic.kernels.triton.norm import norm_lanes
+from moesaic.kernels.triton.norm import norm_lanes, rms_norm
 from moesaic.kernels.triton.read_ahead import ReadAhead
 
-__all__ = ["NormBefore", "combine_norm"]
+__all__ = ["NormBefore", "SecondNorm", "combine_norm"]
 
 _MOST = 16384
 """Activations that a program has in registers."""
+
+
+class SecondNorm(NamedTuple):
+    """Another norm of the same hidden states.
+
+    Attributes:
+        weight: float32 `[width]`.
+        eps: added to the mean square.
+        out: float32 `[tokens, width]`, contiguous, which it fills.
+    """
+
+    weight: torch.Tensor
+    eps: float
+    out: torch.Tensor
 
 
 class NormBefore(NamedTuple):
@@ -36,12 +50,14 @@ class NormBefore(NamedTuple):
         eps: added to the mean square.
         form: of the matrices.
         ahead: weights that will be needed then, for whoever has to wait first; None: none in particular.
+        second: is computed, too; None: no other.
     """
 
     weight: torch.Tensor
     eps: float
     form: DeviceFormat
     ahead: ReadAhead | None = None
+    second: SecondNorm | None = None
 
 
 def combine_norm(
@@ -70,24 +86,32 @@ def combine_norm(
         raise KernelError(f"hidden is {describe(hidden)}: expected 1 to {MAX_DECODE_TOKENS} rows.")
     if weight.dtype != torch.float32 or weight.shape != (width,) or not weight.is_contiguous():
         raise KernelError(f"weight is {describe(weight)}: expected float32 [{width}], contiguous.")
+    second = norm.second
+    if second is not None and (second.out.shape != hidden.shape or not second.out.is_contiguous()):
+        raise KernelError(f"out of a second norm is {describe(second.out)}: expected {list(hidden.shape)}, contiguous.")
     lanes = Lanes.empty(rows, width, form, hidden.device)
     form = form if lanes.thirds else form.lanes
     blocks = triton.next_power_of_2(lanes.num_blocks)
     size = blocks * form.item * 8
     if size > _MOST:
         combine(hidden, *parts, scale, shared_gate)
+        if second is not None:
+            rms_norm(hidden, second.weight, second.eps, out=second.out)
         return norm_lanes(hidden, weight, norm.eps, norm.form)
     _combine_norm_kernel[(rows,)](
         hidden,
         *(hidden if x is None else x for x in parts),
         hidden if shared_gate is None else shared_gate,
         weight,
+        weight if second is None else second.weight,
         lanes.values,
+        hidden if second is None else second.out,
         hidden.stride(0),
         *(0 if x is None else x.stride(0) for x in parts),
         0 if shared_gate is None else shared_gate.stride(0),
         scale,
         norm.eps,
+        norm.eps if second is None else second.eps,
         width,
         lanes.num_blocks,
         form,
@@ -97,6 +121,7 @@ def combine_norm(
         CACHED=cached is not None,
         FROM_CPU=from_cpu is not None,
         GATED=shared_gate is not None,
+        TWICE=second is not None,
         num_warps=4 if size <= 2048 else 8 if size <= 8192 else 16,
     )
     return lanes
@@ -110,7 +135,9 @@ def _combine_norm_kernel(
     from_cpu,
     gate,
     weight,
+    second_weight,
     lanes,
+    second,
     hidden_stride,
     shared_stride,
     cached_stride,
@@ -118,6 +145,7 @@ def _combine_norm_kernel(
     gate_stride,
     scale,
     eps,
+    second_eps,
     cols,
     num_blocks,
     F: tl.constexpr,
@@ -127,6 +155,7 @@ def _combine_norm_kernel(
     CACHED: tl.constexpr,
     FROM_CPU: tl.constexpr,
     GATED: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     size: tl.constexpr = F.item
@@ -143,6 +172,8 @@ def _combine_norm_kernel(
     if CACHED:
         from_cache = tl.load(cached + token * cached_stride + k, mask=inside, other=0.0)
     factors = tl.load(weight + k, mask=inside, other=0.0)
+    if TWICE:
+        second_factors = tl.load(second_weight + k, mask=inside, other=0.0)
     tl.debug_barrier()  # or the compiler puts some of these loads off until others are there
     total = tl.zeros([BLOCKS, size, 8], tl.float32)
     if SHARED:
@@ -156,5 +187,8 @@ def _combine_norm_kernel(
     values += scale * total
     tl.store(hidden + token * hidden_stride + k, values, mask=inside)
     squares = tl.sum(tl.reshape(values * values, (BLOCKS * size * 8,)), 0)
-    values = values * (1.0 / tl.sqrt(squares / cols + eps)) * factors
-    store_blocks(lanes, token.to(tl.int32), num_blocks, values, F, BLOCKS, THIRDS)
+    normed = values * (1.0 / tl.sqrt(squares / cols + eps)) * factors
+    store_blocks(lanes, token.to(tl.int32), num_blocks, normed, F, BLOCKS, THIRDS)
+    if TWICE:
+        normed = values * (1.0 / tl.sqrt(squares / cols + second_eps)) * second_factors
+        tl.store(second + token * cols + k, normed, mask=inside)

@@ -98,6 +98,7 @@ class Exchange:
         self.base = torch.zeros(1, dtype=torch.int64, device=device)
         self.failed = torch.zeros(1, dtype=torch.int32, device=device)
         self._arrivals = torch.zeros(1, dtype=torch.int32, device=device)
+        self._foretold: Request | None = None
         self.max_polls = round(30.0 / _SECONDS_PER_POLL)
 
     def set_timeout(self, seconds: float, seconds_per_poll: float = _SECONDS_PER_POLL) -> None:
@@ -110,6 +111,18 @@ class Exchange:
         return Request(
             box.hidden, box.chosen, box.experts, box.weights, box.requested, self.base, self._arrivals, position
         )
+
+    def forecast(self, position: int) -> Request:
+        """As `request`, for what a router says of a request before it is made: only its experts reach the CPU."""
+        if self._foretold is None:
+            box, device = self._box(), self.base.device
+            chosen = torch.zeros(box.chosen.shape, dtype=torch.int64, device=device)
+            weights = torch.zeros(box.weights.shape, device=device)
+            arrivals = torch.zeros_like(self._arrivals)  # it may be under way while a request is
+            self._foretold = Request(
+                box.hidden, chosen, box.likely, weights, box.foretold, self.base, arrivals, position
+            )
+        return self._foretold._replace(position=position)
 
     def hand_off(
         self,

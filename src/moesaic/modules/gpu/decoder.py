@@ -41,7 +41,12 @@ class GpuLayer:
     feed_forward: GpuFeedForward
 
     def __call__(
-        self, x: torch.Tensor, step: GpuStep, normed: Lanes | None = None, then: NormBefore | None = None
+        self,
+        x: torch.Tensor,
+        step: GpuStep,
+        normed: Lanes | None = None,
+        then: NormBefore | None = None,
+        follows: GpuLayer | None = None,
     ) -> Lanes | None:
         """Update float32 `[tokens, hidden_size]`, contiguous, in place.
 
@@ -50,12 +55,14 @@ class GpuLayer:
             step: that this is part of.
             normed: what the layer before returned.
             then: the norm of what follows, for few tokens.
+            follows: the next layer, if it is the next to be called.
 
         Returns:
             What follows reads, if `then` is given.
         """
         attended = self.attention(x, step, normed)
-        return self.feed_forward(x, attended, self.attention.residual_scale, step, then)
+        feed_forward = None if follows is None else follows.feed_forward
+        return self.feed_forward(x, attended, self.attention.residual_scale, step, then, feed_forward)
 
     def of_some(self, x: torch.Tensor, step: GpuStep, rows: torch.Tensor) -> torch.Tensor:
         """As a call, for some tokens; of the others only what they leave in the cache.
@@ -182,7 +189,8 @@ class GpuDecoder:
         for index in range(first, last):
             follows = index + 1 < last or last == len(self.layers)
             then = self._after[index] if follows and 0 < len(hidden) <= MAX_DECODE_TOKENS else None
-            normed = self.layers[index](hidden, step, normed, then)
+            following = self.layers[index + 1] if index + 1 < last else None
+            normed = self.layers[index](hidden, step, normed, then, following)
         return normed
 
     def finish(self, hidden: torch.Tensor, step: GpuStep, rows: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,11 @@ from moesaic.kernels.block_parts import RouteOptions
 from moesaic.kernels.blocks import FeedForwardBlock
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kernels.triton.activations import Lanes
-from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
+from moesaic.kernels.triton.combine_norm import NormBefore, SecondNorm, combine_norm
 from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.norm import add_rms_norm
-from moesaic.kernels.triton.route import route, router_logits
+from moesaic.kernels.triton.route import Request, route, router_logits
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.modules.gpu.step import GpuStep, Routed
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
@@ -86,6 +86,7 @@ class GpuFeedForward:
         attended_scale: float,
         step: GpuStep,
         then: NormBefore | None = None,
+        follows: GpuFeedForward | None = None,
     ) -> Lanes | None:
         """Add what attention gave, then update, float32 `[tokens, hidden_size]`, contiguous, in place.
 
@@ -95,6 +96,7 @@ class GpuFeedForward:
             attended_scale: its factor.
             step: that this is part of.
             then: the norm of what follows, for few tokens.
+            follows: the feed-forward block of the next layer.
 
         Returns:
             What follows reads, if `then` is given.
@@ -123,4 +125,32 @@ class GpuFeedForward:
         path.start(routed)
         shared = None if self.dense is None else self.dense.of_all(normed)
         gate = None if self.shared_gate is None else self.shared_gate(normed)
-        return path.finish(routed, x, shared, gate, self.scale, then)
+        forecast = None
+        if then is not None and follows is not None and follows.layer is not None:
+            forecast = path.forecast(follows.layer, len(x))
+        if then is None or follows is None or forecast is None:
+            return path.finish(routed, x, shared, gate, self.scale, then)
+        likely = torch.empty_like(x)
+        then = then._replace(second=SecondNorm(follows.norm.weight, follows.norm.eps, likely))
+        lanes = path.finish(routed, x, shared, gate, self.scale, then)
+        with forecast.beside(likely):
+            follows.foretell(likely, step, forecast.request)
+        return lanes
+
+    def foretell(self, likely: torch.Tensor, step: GpuStep, request: Request) -> None:
+        """Say what the router would ask for if attention in front of it added nothing.
+
+        Args:
+            likely: float32 `[tokens, hidden_size]`, contiguous: the norm of what attention gets.
+            step: that this is part of.
+            request: where.
+        """
+        assert self.router is not None and self.layer is not None
+        logits = router_logits(likely, self.router.weight, self.router.bias)
+        route(
+            logits if self.logits_of is None else self.logits_of(logits),
+            self.router.options,
+            slot_of_expert=step.experts.table(self.layer),
+            slot_mapping=step.input.slot_mapping,
+            request=request,
+        )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -16,7 +18,7 @@ from moesaic.kvcache.paged import PoolLayer
 from moesaic.kvcache.states import StateLayer
 from moesaic.kvcache.step_input import StepInput
 
-__all__ = ["ExpertPath", "GpuStep", "Routed"]
+__all__ = ["ExpertPath", "Forecast", "GpuStep", "Routed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,19 @@ class Routed:
     request: Request | None = None
 
 
+class Forecast(NamedTuple):
+    """How a router says beforehand what it will probably ask the CPU for.
+
+    Attributes:
+        request: where.
+        beside: makes what is launched inside come after what was launched so far, while what follows does not wait for
+            it; its arguments are what is read inside, and nowhere else.
+    """
+
+    request: Request
+    beside: Callable[[torch.Tensor], AbstractContextManager[object]]
+
+
 class ExpertPath(Protocol):
     """Who computes routed experts, and how the result comes back."""
 
@@ -50,6 +65,9 @@ class ExpertPath(Protocol):
 
     def request(self, layer: int) -> Request | None:
         """The request that the router of few tokens writes; None: nothing."""
+
+    def forecast(self, layer: int, num_tokens: int) -> Forecast | None:
+        """For a router of so many tokens to say, before attention, what it will probably ask for; None: it does not."""
 
     def start(self, routed: Routed) -> None:
         """The router has decided; the GPU will do something else in the meantime."""

@@ -54,12 +54,16 @@ std::vector<std::int64_t> likeliest(const Forecast& forecast, std::int64_t num_t
     return experts;
 }
 
-// Experts that were read ahead for a request, if it was foretold.
-std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast, const Experts& experts,
-                                     std::int64_t num_tokens, std::int64_t number) {
+// Experts that were read ahead for a request, if it was foretold; one may be sent to the other side instead.
+std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast, const ServedLayer& layer,
+                                     std::int64_t num_tokens, std::int64_t number, Uploads* uploads) {
     if (forecast.foretold == nullptr || seen(forecast.foretold) != number) return {};
-    return read_experts_ahead(experts, likeliest(forecast, num_tokens, m.top_k, experts.num_experts),
-                              {m.requested, number});
+    std::vector<std::int64_t> wanted = likeliest(forecast, num_tokens, m.top_k, layer.experts->num_experts);
+    if (uploads == nullptr) return read_experts_ahead(*layer.experts, wanted, {m.requested, number});
+    const auto sent = uploads->pick_ahead(*layer.uploaded, wanted, number);
+    std::erase_if(wanted, [&](std::int64_t e) { return std::find(sent.begin(), sent.end(), e) != sent.end(); });
+    const Beside send = [uploads] { uploads->send_ahead(); };
+    return read_experts_ahead(*layer.experts, wanted, {m.requested, number}, &send);
 }
 
 void count_asked(ForecastCounts& counts, const std::vector<std::int64_t>& ready, const Routing& routing,
@@ -101,7 +105,7 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
             std::vector<std::int64_t> ready;
             bool arrived = wait_for(m.requested, forecast.foretold, number, deadline);
             if (arrived && seen(m.requested) < number) {
-                ready = read_ahead(m, forecast, *layer.experts, num_tokens, number);
+                ready = read_ahead(m, forecast, layer, num_tokens, number, uploads);
                 arrived = wait_for(m.requested, nullptr, number, deadline);
             }
             if (!arrived) {

@@ -44,8 +44,8 @@ ReadAhead share_of(const Experts& experts, std::span<const std::int64_t> wanted,
 
 }  // namespace
 
-std::vector<std::int64_t> read_experts_ahead(const Experts& experts, std::span<const std::int64_t> wanted,
-                                             Until until) {
+std::vector<std::int64_t> read_experts_ahead(const Experts& experts, std::span<const std::int64_t> wanted, Until until,
+                                             const Beside* beside) {
     ThreadPool& pool = thread_pool();
     const std::int64_t room = second_level_cache_bytes() / 2 * pool.num_threads();
     const std::int64_t most = (room + inner_bytes(experts) - 1) / inner_bytes(experts);
@@ -54,13 +54,17 @@ std::vector<std::int64_t> read_experts_ahead(const Experts& experts, std::span<c
         if (expert < 0 || expert >= experts.num_experts || static_cast<std::int64_t>(begun.size()) == most) break;
         begun.push_back(expert);
     }
-    if (begun.empty()) return begun;
+    if (begun.empty()) {
+        if (beside != nullptr) (*beside)();
+        return begun;
+    }
     // The other side writes to this word; atomic_ref takes no pointer to const.
     const std::atomic_ref<std::int64_t> word(*const_cast<std::int64_t*>(until.word));
     std::atomic<bool> stop{false};
     std::atomic<int> finished{0};
     const std::vector<std::int64_t> pairs = pairs_of_slices(experts);
     pool.run([&](Team& team) {
+        if (beside != nullptr && team.thread() == 0) (*beside)();
         const std::vector<ItemRun> own = pairs_to_read(pairs, pool.threads_per_node(), team.thread());
         ReadAhead ahead = share_of(experts, begun, own);
         while (!ahead.is_done() && !stop.load(std::memory_order_relaxed)) {

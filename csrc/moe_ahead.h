@@ -17,8 +17,9 @@ struct Until {
 };
 
 // Read gates and ups, the experts one after the other, each thread its pairs of them (pairs_to_read), until all is
-// read, the caches hold no more, or the number comes. Returns those of `experts` that were begun, at most; an id
-// outside [0, num_experts) ends the list.
-std::vector<std::int64_t> read_experts_ahead(const Experts& experts, std::span<const std::int64_t> wanted, Until until);
+// read, the caches hold no more, or the number comes. Returns those of `wanted` that were begun, at most; an id outside
+// [0, num_experts) ends the list. `beside` runs once, in the calling thread, before it reads; null: nothing.
+std::vector<std::int64_t> read_experts_ahead(const Experts& experts, std::span<const std::int64_t> wanted, Until until,
+                                             const Beside* beside = nullptr);
 
 }  // namespace moesaic

@@ -3,6 +3,9 @@
 // Copies go through a queue of the device, which carries them out in order while the CPU computes what is left. The
 // device is told where an expert of a token lands, and then, twice, that what was put into the queue before is there:
 // first gates and ups, then downs. Knows no devices: the queue is somebody else's.
+//
+// If a request is foretold, the expert that it will surest bring is put into the queue before it comes, as long as such
+// experts mostly were asked for: one that is not was copied for nothing, and those behind it come later.
 #pragma once
 
 #include <cstddef>
@@ -63,9 +66,17 @@ class Uploads {
     // number holds for more.
     void set_numbers(std::vector<std::int32_t> numbers) { numbers_ = std::move(numbers); }
 
-    // Choose what is brought of a request: experts that most tokens chose, and of these whose first choice comes first;
-    // those that were read ahead (`ready`) only if there are too few others.
-    // Returns the experts that are left to compute, valid until the next call.
+    // A request is foretold: `likely`, each once, the surest first. Returns what is to be sent before it comes, perhaps
+    // nothing; valid until the next call.
+    std::span<const std::int64_t> pick_ahead(const UploadedLayer& layer, std::span<const std::int64_t> likely,
+                                             std::int64_t number);
+
+    // Put that into the queue.
+    void send_ahead() const;
+
+    // Choose what is brought of a request: what was sent already, then experts that most tokens chose, and of these
+    // whose first choice comes first; those that were read ahead (`ready`) only if there are too few others. Returns
+    // the experts that are left to compute, valid until the next call.
     const std::int64_t* pick(const UploadedLayer& layer, const Routing& routing, std::int64_t num_tokens,
                              std::int64_t num_experts, std::int64_t number, std::span<const std::int64_t> ready = {});
 
@@ -77,21 +88,37 @@ class Uploads {
 
     std::int64_t num_missing() const { return num_missing_; }  // distinct experts that were to be computed so far
     std::int64_t num_brought() const { return num_brought_; }  // of these
+    std::int64_t num_ahead() const { return num_ahead_; }      // experts that were sent before their request
+    std::int64_t num_asked() const { return num_asked_; }      // of these, those that were to be computed, then
 
   private:
     struct Candidate {
         std::int64_t expert, first_choice, tokens;
         bool is_ready;
     };
-    void put(const UploadedMatrices& matrices, const std::vector<std::int64_t>& experts) const;
+    struct Brought {
+        std::int64_t expert, slot;
+    };
+    std::int64_t wanted(std::size_t num_distinct) const;
+    void find_candidates(const Routing& routing, std::int64_t num_choices, std::int64_t num_experts,
+                         std::span<const std::int64_t> ready);
+    void take_ahead(std::int64_t number);
+    void put(const UploadedMatrices& matrices, const Brought& brought) const;
+    void put_new(const UploadedMatrices& matrices) const;
 
     CopyQueue queue_;
     Landing landing_;
     std::vector<std::int32_t> numbers_;
     std::vector<Candidate> candidates_;
-    std::vector<std::int64_t> left_, brought_;
+    std::vector<std::int64_t> left_;
+    std::vector<Brought> brought_;  // those that were sent ahead first
+    std::size_t num_sent_ = 0;      // of these
     const UploadedLayer* layer_ = nullptr;
-    std::int64_t num_missing_ = 0, num_brought_ = 0;
+    // Of the request that was foretold last.
+    std::int64_t foretold_ = 0, surest_ = -1;
+    std::vector<std::int64_t> ahead_;
+    float right_ = 0.0f;  // share of requests that asked for what was surest; newer ones count more
+    std::int64_t num_missing_ = 0, num_brought_ = 0, num_ahead_ = 0, num_asked_ = 0;
 };
 
 }  // namespace moesaic

@@ -120,7 +120,9 @@ void bind_uploads(nb::module_& m) {
             },
             "layer"_a, "experts"_a, "Put experts of a layer into the queue, into the first slots.")
         .def_prop_ro("num_missing", [](const ExpertUploads& self) { return self.uploads.num_missing(); })
-        .def_prop_ro("num_brought", [](const ExpertUploads& self) { return self.uploads.num_brought(); });
+        .def_prop_ro("num_brought", [](const ExpertUploads& self) { return self.uploads.num_brought(); })
+        .def_prop_ro("num_ahead", [](const ExpertUploads& self) { return self.uploads.num_ahead(); })
+        .def_prop_ro("num_asked", [](const ExpertUploads& self) { return self.uploads.num_asked(); });
 }
 
 }  // namespace

@@ -731,7 +731,7 @@ def delta_net(
 
 GAVE_UP: int = 9223372036854775807
 
-COPY_NOW: int = 140542486886027
+COPY_NOW: int = 140642189687547
 
 class CopyRefused(Exception):
     pass
@@ -770,6 +770,10 @@ class ExpertUploads:
     def num_missing(self) -> int: ...
     @property
     def num_brought(self) -> int: ...
+    @property
+    def num_ahead(self) -> int: ...
+    @property
+    def num_asked(self) -> int: ...
 
 class ExpertServer:
     """Answers a GPU's requests for routed experts; see csrc/handoff.h."""

@@ -218,3 +218,65 @@ def test_at_least_one_expert_is_on_time(mailbox: Mailbox) -> None:
         with pytest.raises(KernelError, match=f"{count} of {TOP_K} experts .* expected 0 to {TOP_K - 1}"):
             server.defer(count)
     assert server.deferred == 0
+
+
+def foretell(box: Mailbox, number: int, experts: torch.Tensor) -> None:
+    """What a GPU does before it asks."""
+    box.likely[: len(experts)] = experts
+    box.foretold[0] = number
+
+
+@pytest.mark.parametrize("likely", ["right", "partly", "none"])
+def test_what_is_foretold_is_read_ahead_and_changes_no_answer(mailbox: Mailbox, likely: str) -> None:
+    layers = [make_experts(0), make_experts(1)]
+    server = ExpertServer(mailbox, layers)
+    server.read_ahead(True)
+    first, second = request(mailbox, 1, 2), request(mailbox, 2, 2, hits=1)
+    asked = sorted({int(expert) for expert in second[2].flatten() if expert >= 0})
+    rows = {
+        "right": second[2],
+        "partly": torch.tensor([[asked[0], -1, 99], [asked[1], asked[0], (asked[-1] + 1) % NUM_EXPERTS]]),
+        "none": torch.full((2, TOP_K), -1),
+    }[likely]
+    answers: list[torch.Tensor] = []
+
+    def gpu() -> None:
+        answers.append(ask(mailbox, 1, first))
+        foretell(mailbox, 2, rows)
+        time.sleep(0.1)
+        answers.append(ask(mailbox, 2, second))
+
+    thread = threading.Thread(target=gpu)
+    thread.start()
+    server.serve(2)
+    thread.join()
+    for (x, _, experts, weights), answer, layer in zip((first, second), answers, layers, strict=True):
+        torch.testing.assert_close(answer, moe_forward(x, experts, weights, layer), rtol=0, atol=0)
+    read = {int(expert) for expert in rows.flatten() if 0 <= expert < NUM_EXPERTS}
+    assert (server.num_read, server.num_asked) == (len(read), len(read.intersection(asked)))
+
+
+def test_nothing_is_read_ahead_for_another_request_or_unasked(mailbox: Mailbox) -> None:
+    server = ExpertServer(mailbox, [make_experts(0)] * 3)
+    inputs = [request(mailbox, seed, 1) for seed in range(3)]
+    foretell(mailbox, 1, inputs[0][2])
+    serve_answers(server, inputs)  # nobody switched it on
+    server.read_ahead(True)
+    foretell(mailbox, 2, inputs[0][2])  # of a request that is over
+    serve_answers(server, inputs)
+    assert server.num_read == 0
+    server.read_ahead(False)
+    foretell(mailbox, server.next_request, inputs[0][2])
+    serve_answers(server, inputs)
+    assert server.num_read == 0
+
+
+def test_a_failure_forgets_what_was_foretold(mailbox: Mailbox) -> None:
+    server = ExpertServer(mailbox, [make_experts(0)])
+    server.read_ahead(True)
+    foretell(mailbox, 1, torch.zeros(1, TOP_K, dtype=torch.int64))
+    with pytest.raises(ExpertTimeoutError, match="layer 0"):
+        server.serve(1, timeout=0.05)
+    assert server.num_read == 0  # nobody asked
+    server.restart()
+    assert int(mailbox.foretold[0]) == 0

@@ -4,8 +4,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
+#include <set>
+#include <tuple>
 #include <vector>
 
+#include "moe_items.h"
 #include "thread_pool.h"
 #include "work_queue.h"
 
@@ -159,6 +162,53 @@ void a_team_gives_itself_shares(int num_threads, std::int64_t most_items) {
     }
 }
 
+// Every pair of every slice of every expert belongs to one item, and where experts were read ahead, those pairs come
+// first in a thread's share that it read, in the order in which it read them.
+void items_are_divided(int num_experts, const std::vector<std::int64_t>& pairs, const std::vector<std::int64_t>& ready,
+                       const std::vector<int>& threads) {
+    moesaic::InnerItems items(pairs, num_experts, ready, threads);
+    const std::int64_t per_expert = std::accumulate(pairs.begin(), pairs.end(), std::int64_t{0});
+    require(items.count() == per_expert * num_experts, "as many items as pairs");
+    std::set<std::tuple<std::size_t, std::int64_t, std::int64_t>> seen;
+    for (std::int64_t item = 0; item < items.count(); ++item) {
+        const moesaic::ItemRun& run = items.run_of(item);
+        require(run.first <= item && item < run.end, "an item is in its run");
+        const std::int64_t pair = run.pair_of(item);
+        require(pair >= 0 && pair < pairs[run.slice] && run.expert < num_experts, "a pair that there is");
+        require(seen.insert({run.slice, run.expert, pair}).second, "each pair once");
+    }
+    const int num_threads = std::accumulate(threads.begin(), threads.end(), 0);
+    std::int64_t end = 0;
+    for (int t = 0; t < num_threads; ++t) {
+        const WorkQueue::Range share = items.queue().share(t);
+        if (!ready.empty()) require(share.begin == end, "shares follow each other");
+        end = share.end;
+        std::int64_t item = share.begin;
+        for (const std::int64_t expert : ready) {
+            for (const moesaic::ItemRun& read : moesaic::pairs_to_read(pairs, threads, t)) {
+                for (std::int64_t i = read.first; i < read.end; ++i, ++item) {
+                    require(item < share.end, "what a thread read is in its share");
+                    const moesaic::ItemRun& run = items.run_of(item);
+                    require(run.expert == expert && run.slice == read.slice && run.pair_of(item) == read.pair_of(i),
+                            "what a thread read comes first");
+                }
+            }
+        }
+    }
+    require(end == items.count(), "shares hold all items");
+}
+
+void items_of_experts() {
+    for (const std::vector<int>& threads : {std::vector<int>{1}, {3}, {16}, {4, 4}, {1, 2}}) {
+        for (const std::vector<std::int64_t>& pairs : {std::vector<std::int64_t>{64}, {24, 24}, {5, 0, 3}, {1}}) {
+            items_are_divided(8, pairs, {}, threads);
+            items_are_divided(8, pairs, {3}, threads);
+            items_are_divided(8, pairs, {7, 0}, threads);
+            items_are_divided(2, pairs, {1, 0}, threads);
+        }
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -166,6 +216,7 @@ int main() {
     decode_is_balanced();
     groups_join_parts_and_nodes();
     own_group_first();
+    items_of_experts();
     ranges_are_short_at_the_end_of_a_share();
     every_item_once_under_contention(4, 1000, 1);
     every_item_once_under_contention(5, 1001, 2);

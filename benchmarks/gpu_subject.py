@@ -15,7 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from moesaic.engine.gpu.runner import ModelRunner, RunnerOptions
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.start import start_on_gpu
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns, vram_bandwidth
+from moesaic.engine.gpu.warm_up import MOST_SECONDS, WarmUp, warm_up
 from moesaic.engine.loader import load, this_computer
 from moesaic.engine.presets import get_preset
 from moesaic.engine.timed_runs import TimedRuns
@@ -140,18 +141,17 @@ class Subject:
         num_layers, num_experts = cache.policy.slot_of.shape
         slots = min(max(1, round(share * num_layers * num_experts)), cache.policy.num_slots)
         cache.restart(PromotionPolicy(num_layers, num_experts, slots))
-        self._fill(runner, cache)
+        if "decode" not in self.task.parts:  # which begins with it
+            self._warm_up(GpuTimedRuns(runner, "decode", DECODE_PROMPT, 65))
         self._on_gpu(runner, plan, name, slots)
         if self.task.defer:
             runner.hand_off.defer(self.task.defer)
             self._on_gpu(runner, plan, f"{name}, {self.task.defer} late", slots)
             runner.hand_off.defer(0)
 
-    def _fill(self, runner: ModelRunner, cache: Any, seconds: float = 8.0) -> None:
-        """Decode until the slots are taken, or time is up."""
-        bench, began = GpuTimedRuns(runner, "decode", DECODE_PROMPT, 65), time.monotonic()
-        while time.monotonic() - began < seconds and cache.statistics().num_held < cache.policy.num_slots:
-            bench.run()
+    def _warm_up(self, bench: GpuTimedRuns) -> WarmUp:
+        """Until the slots are taken and shares of uploads are known, or time is up."""
+        return warm_up(bench, most_seconds=min(MOST_SECONDS, self.left() / 10))
 
     def _on_gpu(self, runner: ModelRunner, plan: Any, name: str, slots: int) -> None:
         if "decode" in self.task.parts:
@@ -161,9 +161,9 @@ class Subject:
 
     def _decode(self, runner: ModelRunner, plan: Any, name: str, slots: int) -> None:
         bench = GpuTimedRuns(runner, "decode", DECODE_PROMPT, self.task.tokens + 1)
-        bench.run()
+        warmed_up = self._warm_up(bench)
         runs = [bench.run() for _ in range(self.task.repeat)]
-        figures = gpu_figures(runner, plan, bench, self.bandwidth, self.vram_bandwidth)
+        figures = gpu_figures(runner, plan, bench, self.bandwidth, self.vram_bandwidth, runs, warmed_up)
         step, head = 1 / statistics.median(runs), runner.head_seconds(1)
         layer = (step - head) / self.num_layers
         self._row(
@@ -181,9 +181,10 @@ class Subject:
             head_ms=head * 1e3,
             roofline_ms=_ms(figures.roofline_seconds),
             # Of the runs without a clock in them; the profile's own step is a little longer.
-            roofline_share=figures.roofline_seconds and figures.roofline_seconds / step,
+            roofline_share=figures.runs_roofline_share,
             dram_bytes=figures.dram_bytes,
             vram_bytes=figures.vram_bytes,
+            warm_up=asdict(warmed_up),
         )
 
     # By layers, and on the CPU

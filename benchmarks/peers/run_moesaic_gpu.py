@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator
 
 from moesaic.engine.bench import prepare_synthetic
@@ -16,6 +17,7 @@ from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
+from moesaic.engine.gpu.warm_up import warm_up
 from moesaic.engine.loader import load, prepare, this_computer
 from moesaic.errors import GenerationError
 from moesaic.placement.units import parse_size
@@ -50,9 +52,9 @@ class Ways:
         if count < cache.policy.num_slots:
             steps.lending = None  # it would give the cache more than its share
             cache.restart(PromotionPolicy(num_layers, num_experts, count))
-        bench = GpuTimedRuns(self._runner, "decode", DECODE_PROMPT, 65)
-        for _ in range(6):  # the slots fill, the share of uploads settles
-            bench.run()
+        done = warm_up(GpuTimedRuns(self._runner, "decode", DECODE_PROMPT, 65))
+        if done.unsettled:
+            print(f"not settled after {done.steps} steps: {', '.join(done.unsettled)}", file=sys.stderr)
         return f"hybrid, cache of {count / (num_layers * num_experts):.0%}"
 
 

@@ -27,6 +27,7 @@ from moesaic.errors import ConfigError
 if TYPE_CHECKING:
     from moesaic.engine.bench import BenchResult
     from moesaic.engine.gpu.bench import GpuFigures
+    from moesaic.engine.gpu.warm_up import WarmUp
 
 __all__ = ["DESCRIPTION", "HELP", "add_arguments", "run"]
 
@@ -110,6 +111,8 @@ def _run_single(arguments: argparse.Namespace) -> int:
 
 def _gpu_lines(gpu: GpuFigures) -> list[str]:
     lines = [f"plan: {gpu.strategy} on {gpu.device}, {gpu.vram_peak / 2**30:.2f} GiB of VRAM at most"]
+    if gpu.warm_up is not None:
+        lines.append(_warm_up_line(gpu.warm_up))
     if gpu.num_slots:
         rates = gpu.layer_hit_rates
         spread = f" ({min(rates):.1%} to {max(rates):.1%} by layer)" if rates else ""
@@ -128,12 +131,18 @@ def _gpu_lines(gpu: GpuFigures) -> list[str]:
             f"waiting for requests {gpu.between_seconds * 1e3:.2f} ms"
         )
     if gpu.roofline_seconds is not None and gpu.dram_bytes is not None and gpu.vram_bytes is not None:
+        by_runs = "" if gpu.runs_roofline_share is None else f"the runs reach {gpu.runs_roofline_share:.0%} and "
         lines.append(
             f"limit: {gpu.roofline_seconds * 1e3:.2f} ms ({gpu.dram_bytes / 1e9:.3f} GB from DRAM beside "
-            f"{gpu.vram_bytes / 1e9:.3f} GB from VRAM at {gpu.vram_bandwidth:.0f} GB/s, and hand-offs), of which the "
-            f"step reaches {gpu.roofline_share:.0%}"
+            f"{gpu.vram_bytes / 1e9:.3f} GB from VRAM at {gpu.vram_bandwidth:.0f} GB/s, and hand-offs), of which "
+            f"{by_runs}the median step {gpu.roofline_share:.0%}"
         )
     return lines
+
+
+def _warm_up_line(done: WarmUp) -> str:
+    line = f"warm-up: {done.steps} steps in {done.seconds:.1f} s, before the runs, which do not count them"
+    return f"{line}; not settled by then: {', '.join(done.unsettled)}" if done.unsettled else line
 
 
 def _render(result: BenchResult) -> str:

@@ -31,6 +31,7 @@ from moesaic.quant import WeightFormat
 if TYPE_CHECKING:
     from moesaic.engine.gpu.bench import GpuFigures
     from moesaic.engine.gpu.timed_runs import GpuTimedRuns
+    from moesaic.engine.gpu.warm_up import WarmUp
 
 __all__ = [
     "BenchResult",
@@ -133,7 +134,8 @@ def measure(
         num_layers: layers of a synthetic model; all if None.
         num_tokens: tokens to decode in a run, at least 1.
         prompt_tokens: tokens of the prompt, at least 1.
-        repeat: runs, at least 1; a shorter one before them warms up.
+        repeat: runs, at least 1. Before them one warms up; decode on a GPU as long as it takes until what adapts has
+            settled, within limits (see `engine.gpu.warm_up`).
         threads: worker threads; the default if None.
         gguf: as for `from_pretrained`.
         plan: as for `from_pretrained`.
@@ -182,7 +184,7 @@ def measure(
     vram_bandwidth = vram_rate() if prepared.plan.uses_gpu else 0.0
     loaded = load(prepared, progress=progress, expert_profile=expert_profile, defer_experts=defer_experts)
     bench = _timed_runs(loaded, what, prompt_tokens, new_tokens, batch)
-    bench.run()
+    warmed_up = _warm_up(bench)
     runs = tuple(bench.run() for _ in range(repeat))
     if trace is not None and not isinstance(bench, TimedRuns):
         from moesaic.engine.gpu.trace import write_trace
@@ -192,7 +194,14 @@ def measure(
         loaded.save_expert_profile(save_expert_profile)
     name = preset or str(model)
     return _result(
-        prepared, bench, runs, model=name, total_layers=total_layers, bandwidth=bandwidth, vram_bandwidth=vram_bandwidth
+        prepared,
+        bench,
+        runs,
+        warmed_up,
+        model=name,
+        total_layers=total_layers,
+        bandwidth=bandwidth,
+        vram_bandwidth=vram_bandwidth,
     )
 
 
@@ -218,10 +227,21 @@ def _timed_runs(
     return GpuTimedRuns(runner, what, prompt_tokens, new_tokens, batch)
 
 
+def _warm_up(bench: TimedRuns | GpuTimedRuns) -> WarmUp | None:
+    """What comes before the runs that count; what there is to say of it, where something adapts."""
+    if isinstance(bench, TimedRuns) or bench.what == "prefill":
+        bench.run()
+        return None
+    from moesaic.engine.gpu.warm_up import warm_up
+
+    return warm_up(bench)
+
+
 def _result(
     prepared: Prepared,
     bench: TimedRuns | GpuTimedRuns,
     runs: tuple[float, ...],
+    warmed_up: WarmUp | None,
     *,
     model: str,
     total_layers: int,
@@ -241,7 +261,8 @@ def _result(
     else:
         from moesaic.engine.gpu.bench import gpu_figures
 
-        gpu, batch = gpu_figures(bench.runner, plan, bench, bandwidth, vram_bandwidth), bench.batch
+        gpu = gpu_figures(bench.runner, plan, bench, bandwidth, vram_bandwidth, runs, warmed_up)
+        batch = bench.batch
         short = bench.short_layers
         extrapolated = _extrapolate(rate, bench.layer_share(), run_layers - short, total_layers - short)
     return BenchResult(

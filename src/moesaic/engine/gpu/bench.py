@@ -6,6 +6,8 @@ that it computes; and the hand-offs come on top. Bytes are the plan's, bandwidth
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +17,7 @@ from moesaic.engine.deferral import deferral_note
 from moesaic.engine.gpu.expert_cache import ExpertCache
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
+from moesaic.engine.gpu.warm_up import WarmUp
 from moesaic.placement import Plan
 from moesaic.placement.roofline import HANDOFF_SECONDS
 
@@ -45,7 +48,9 @@ class GpuFigures:
         dram_bytes: read for a step's tokens by the CPU or over the link: not experts found in the cache.
         vram_bytes: read by the GPU, with them.
         roofline_seconds: the limit of a step.
-        roofline_share: of the limit in what was measured.
+        roofline_share: the limit over the median step, of a run that is timed step by step.
+        runs_roofline_share: the limit over what a step of the median run took; None without runs.
+        warm_up: what was decoded before the runs, until what adapts had settled; None if nobody waited for that.
         deferred: what is to be said of experts that arrive one layer late; nothing if none does.
     """
 
@@ -66,13 +71,21 @@ class GpuFigures:
     vram_bytes: int | None
     roofline_seconds: float | None
     roofline_share: float | None
+    runs_roofline_share: float | None
+    warm_up: WarmUp | None
     deferred: str
 
 
 def gpu_figures(
-    runner: ModelRunner, plan: Plan, bench: GpuTimedRuns, read_bandwidth: float, vram_bandwidth: float
+    runner: ModelRunner,
+    plan: Plan,
+    bench: GpuTimedRuns,
+    read_bandwidth: float,
+    vram_bandwidth: float,
+    runs: Sequence[float] = (),
+    warm_up: WarmUp | None = None,
 ) -> GpuFigures:
-    """Take a run apart.
+    """Take another run apart.
 
     Args:
         runner: of the model that was measured.
@@ -80,6 +93,8 @@ def gpu_figures(
         bench: the runs.
         read_bandwidth: GB/s of DRAM.
         vram_bandwidth: GB/s of the GPU's memory; measured before the model fills it.
+        runs: tokens per second of those that were measured before.
+        warm_up: that came before these.
     """
     cache = runner.slots.cache
     before = _counts(cache)
@@ -118,6 +133,9 @@ def gpu_figures(
         vram_bytes=vram_bytes,
         roofline_seconds=roofline,
         roofline_share=None if roofline is None or shares is None else roofline / shares.step,
+        # With one sequence: what a step took is what a token took.
+        runs_roofline_share=None if roofline is None or not runs else roofline * statistics.median(runs),
+        warm_up=warm_up,
         deferred=deferral_note(plan, deferred) if deferred else "",
     )
 

@@ -109,6 +109,11 @@ class ExpertCache:
         """Whether something is copied during the step that has begun."""
         return self._is_busy
 
+    @property
+    def num_taken(self) -> int:
+        """Slots that experts have, or to which their copies have begun."""
+        return self.policy.num_taken - len(self._joining)
+
     def fill(self, uses: np.ndarray | None = None, num_tokens: int = 0) -> None:
         """Give free slots to experts and wait until they are there.
 

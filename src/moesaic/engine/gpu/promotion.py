@@ -74,6 +74,11 @@ class PromotionPolicy:
         """Places."""
         return len(self._holder)
 
+    @property
+    def num_taken(self) -> int:
+        """Places that experts have or are on their way to."""
+        return int(np.count_nonzero(self._holder >= 0))
+
     def record(self, uses: np.ndarray, num_tokens: int) -> None:
         """Take note of a step.
 

@@ -95,6 +95,12 @@ class StepGraphs:
         """The smallest bucket that holds so many sequences."""
         return min(1 << (count - 1).bit_length(), self._max_batch)
 
+    def has_all(self, count: int) -> bool:
+        """Whether steps of `count` sequences have all graphs of the size that fits best, so that none waits for one."""
+        size = self.size(count)
+        there = self.buckets[size].graphs if size in self.buckets else {}
+        return not self._captures or all(brings in there for brings in self._maker.ways(size))
+
     def bucket(self, count: int) -> Bucket:
         """The one that a step of `count` sequences takes; it is ready."""
         bucket = self.buckets.get(self.size(count))

@@ -92,6 +92,19 @@ class GpuTimedRuns:
                 tokens = self._step(sequences, tokens)
             return self.batch * (self.new_tokens - 1) / (time.perf_counter() - started)
 
+    def steps_until(self, is_done: Callable[[], bool]) -> None:
+        """Decode steps after a prompt, as `run` has them, which may be ended early; no times are taken.
+
+        Args:
+            is_done: called after each; whether it was the last.
+        """
+        with self._sequences() as sequences:
+            tokens = self._prefill(sequences)
+            for _ in range(self.new_tokens - 1):
+                tokens = self._step(sequences, tokens)
+                if is_done():
+                    return
+
     def timed_steps(self, count: int, before_step: Callable[[], None] = lambda: None) -> list[StepTimes]:
         """Decode steps after a prompt, with the times at which the CPU was asked.
 

@@ -105,9 +105,12 @@ class _Batch:
     def usual(self) -> float:
         return self.seconds.get(self.share, 0.0)
 
+    def seems_quicker(self, share: int) -> bool:
+        return self.seconds[share] < (1.0 - _GAIN) * self.usual()
+
     def may_be_tried_again(self, share: int) -> bool:
         excess = self.seconds[share] / self.usual() - 1.0
-        wait = _AT_ONCE if excess < -_GAIN else self.wait
+        wait = _AT_ONCE if self.seems_quicker(share) else self.wait
         return self.steps - self.last >= wait and self.steps - self.tried.get(share, 0) >= _TURN * excess / (
             _PART * _CREDIT
         )
@@ -129,6 +132,18 @@ class UploadShares:
     def usual(self, batch: int) -> int:
         """The share that steps of so many sequences have when nothing is tried."""
         return self._batch(batch).share
+
+    def is_settled(self, batch: int) -> bool:
+        """Whether nothing is left to try but what is repeated now and then, in case something has changed.
+
+        That is: no trial is running; the usual share, its neighbours, no uploads and what was expected were seen since
+        steps began to take what they take; and nothing that would be tried again seemed quicker.
+        """
+        known = self._batches.get(batch)
+        if known is None or known.trial is not None or known.known < _READY:
+            return False
+        is_known = all(each in known.seconds for each in self._candidates(known))
+        return is_known and not any(known.seems_quicker(each) for each in self._repeated(known))
 
     def begin(self, batch: int, is_quiet: bool = True) -> int:
         """The share of the step that begins now.
@@ -211,13 +226,26 @@ class UploadShares:
 
     def _candidate(self, known: _Batch) -> int | None:
         """The share to try next: one that is not known, or one that may have become better."""
-        share, step = known.share, known.direction
-        near = [each for each in (share + step, share - step) if 0 <= each <= ALL]
-        for each in (0, self._expected or near[0], *near):
+        candidates = self._candidates(known)
+        for each in candidates:
             if each not in known.seconds:
                 return each
-        again = [each for each in dict.fromkeys((*near, 0)) if each != share and known.may_be_tried_again(each)]
+        again = [each for each in self._repeated(known) if known.may_be_tried_again(each)]
         return min(again, key=lambda each: known.tried.get(each, 0), default=None)
+
+    def _candidates(self, known: _Batch) -> list[int]:
+        """Shares to be known beside the usual one, which may be among them, in the order in which they are tried."""
+        near = self._neighbours(known)
+        return [0, self._expected or near[0], *near]
+
+    def _repeated(self, known: _Batch) -> list[int]:
+        """Shares that are tried again, now and then."""
+        return [each for each in dict.fromkeys((*self._neighbours(known), 0)) if each != known.share]
+
+    @staticmethod
+    def _neighbours(known: _Batch) -> list[int]:
+        share, step = known.share, known.direction
+        return [each for each in (share + step, share - step) if 0 <= each <= ALL]
 
     def _judge(self, known: _Batch, trial: _Trial, usual: float) -> None:
         """End a trial when it is clear enough who is quicker."""

@@ -70,6 +70,10 @@ class MissUploads:
         """Whether steps of so many tokens can bring experts."""
         return num_tokens <= MAX_DECODE_TOKENS
 
+    def is_settled(self, batch: int) -> bool:
+        """Whether no other numbers are tried in steps of so many sequences soon; see `UploadShares`."""
+        return self.fixed is not None or self.shares.is_settled(batch)
+
     def before_step(self, batch: int, is_quiet: bool) -> bool:
         """Choose for the step that begins.
 

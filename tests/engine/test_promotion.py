@@ -120,10 +120,13 @@ def test_slots_of_copies_under_way_are_left_alone() -> None:
 def test_free_slots_are_filled_evenly_and_given_up_to_whoever_is_used() -> None:
     policy = PromotionPolicy(3, 4, num_slots=6, share=1.0)
     use(policy, 2, times=3)
+    assert policy.num_taken == 0
     carry_out(policy)
+    assert policy.num_taken == 1
     moves = policy.fill([4, 4, 2])
     assert [(move.layer, move.expert) for move in moves] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1)]
     assert len({move.slot for move in moves} | {int(policy.slot_of[0, 2])}) == 6
+    assert policy.num_taken == 6 and (policy.slot_of >= 0).sum() == 1
     for move in moves:
         policy.complete(move)
     assert (policy.slot_of >= 0).sum(axis=1).tolist() == [3, 2, 1]

@@ -125,6 +125,18 @@ def test_a_size_that_is_used_often_gets_its_own_graph() -> None:
     assert graphs.brings(graphs.buckets[4], at_once=True)
 
 
+def test_all_graphs_of_the_size_that_fits_best() -> None:
+    """A larger one that is there does, but is not it; nor is the one without uploads alone."""
+    graphs = graphs_of(Maker())
+    graphs.bucket(8)
+    assert not graphs.has_all(8) and not graphs.has_all(3)
+    graphs.brings(graphs.buckets[8], at_once=True)
+    assert graphs.has_all(8) and graphs.has_all(5) and not graphs.has_all(3)
+    graphs.bucket(12)
+    assert graphs.has_all(12)  # which has no uploads
+    assert graphs_of(Maker(), captures=False).has_all(3)
+
+
 def test_uploads_come_at_once_where_nobody_prepares_them() -> None:
     """As in `generate()`: those who decode are all who wait."""
     maker = Maker()

@@ -126,3 +126,56 @@ def test_steps_that_are_not_quiet_say_nothing() -> None:
         assert shares.begin(1, is_quiet=False) == 0
         shares.observe(1.0, is_quiet=False)
     assert shares.usual(1) == 0
+
+
+def until_settled(decoding: Decoding, most: int = 3000) -> int:
+    """Steps until shares are settled."""
+    for step in range(most):
+        if decoding.shares.is_settled(1):
+            return step
+        decoding.run(1)
+    raise AssertionError("they never settle")
+
+
+def shares_of(decoding: Decoding, steps: int) -> set[int]:
+    """Of the next steps."""
+    found = set()
+    for _ in range(steps):
+        share = decoding.shares.begin(1)
+        assert share == decoding.shares.usual(1) or not decoding.shares.is_settled(1)
+        decoding.shares.observe(decoding.clean(share))
+        found.add(share)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("link", "cpu", "dram"),
+    [(160e-6, 250e-6, 0.0), (20e-6, 27e-6, 0.0), (450e-6, 600e-6, 0.0), (250e-6, 250e-6, 250e-6)],
+)
+def test_settled_shares_are_the_best_and_stay(link: float, cpu: float, dram: float, seed: int) -> None:
+    """Its neighbours are no quicker, by the times that were made up, and the next steps try nothing."""
+    decoding = Decoding(link, cpu, dram, noise=0.003, seed=seed)
+    assert not decoding.shares.is_settled(1)
+    assert until_settled(decoding) > 20
+    usual = decoding.shares.usual(1)
+    around = [share for share in (0, usual - 1, usual + 1) if 0 <= share <= ALL]
+    assert decoding.clean(usual) < 1.025 * min(decoding.clean(share) for share in around)
+    assert shares_of(decoding, 60) == {usual}
+    assert not decoding.shares.is_settled(2)  # of which nothing is known
+
+
+def test_a_trial_that_is_repeated_is_not_settled_while_it_runs() -> None:
+    decoding = Decoding(160e-6, 250e-6, noise=0.0)
+    until_settled(decoding)
+    assert len(shares_of(decoding, 3000)) > 1
+
+
+def test_shares_are_not_settled_any_more_when_steps_take_another_time() -> None:
+    decoding = Decoding(160e-6, 250e-6, noise=0.003)
+    until_settled(decoding)
+    decoding.link *= 20
+    decoding.run(20)
+    assert not decoding.shares.is_settled(1)
+    until_settled(decoding)
+    assert decoding.shares.usual(1) == 0

@@ -69,6 +69,15 @@ def test_a_step_is_told_how_many_experts_to_bring(monkeypatch: pytest.MonkeyPatc
     assert (done.share, done.steps, done.missing, done.brought) == (None, 3, 0, 0) and seen == [(2, True)]
 
 
+def test_fixed_numbers_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = MissUploads(LandingSlots([experts()], 3, 2, DEVICE), UploadShares())
+    assert not uploads.is_settled(1)
+    monkeypatch.setattr(uploads.shares, "is_settled", lambda batch: batch == 2)
+    assert uploads.is_settled(2) and not uploads.is_settled(1)
+    uploads.fixed = [0] + [1] * 16
+    assert uploads.is_settled(1)
+
+
 def test_large_steps_bring_nothing() -> None:
     uploads = MissUploads(LandingSlots([experts()], 3, 2, DEVICE), UploadShares())
     assert uploads.takes(8) and not uploads.takes(9)

@@ -68,6 +68,8 @@ class DecodeSteps:
         captures = options.graphs and decoder.device.type == "cuda"
         # Weakly: VRAM of a model that nobody has any more is free at once, not when Python looks for cycles.
         self.graphs = StepGraphs(weakref.proxy(self), options.max_batch, captures)
+        # What lies beside in a graph, on streams of no priority, gets what this one leaves of the GPU.
+        self._captured = torch.cuda.Stream(decoder.device, priority=-1) if captures else None
         self._token_ids = torch.zeros(options.max_batch, dtype=torch.int64)
         self._numbers = self._token_ids.numpy()  # the same memory: numbers of a tensor take longer to write
         width = decoder.vocab_size if decoder.tail is None else decoder.hidden_size
@@ -191,7 +193,7 @@ class DecodeSteps:
     def capture(self, bucket: Bucket, brings: bool, pool: Any) -> Any:
         """A CUDA graph; other threads may use the GPU meanwhile."""
         path, graph = self._graph_path(brings), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=self._captured, capture_error_mode="thread_local"):
             self._compute(bucket, path)
         return graph
 

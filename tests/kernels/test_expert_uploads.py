@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -200,3 +201,63 @@ def test_what_cannot_be_sent_is_refused() -> None:
     wrong = UploadTargets(targets.arena, 64, targets.slots, targets.arrived[:1])
     with pytest.raises(KernelError, match=r"int64 \[2\]"):
         ExpertUploads([make_experts(0)], [SlotOffsets(0, 0, 0)], wrong)
+
+
+def foretold_request(
+    server: ExpertServer, likely: list[int], asked: list[int], uploads: ExpertUploads, weights: torch.Tensor
+) -> torch.Tensor:
+    """One token's request, some time after the GPU has said what it will probably ask for; the answer."""
+    box, number = server.mailbox, server.next_request
+    inputs = (torch.ones(1, HIDDEN), torch.tensor([asked]), torch.tensor([asked]), weights)
+    box.likely[0] = torch.tensor(likely)
+    box.foretold[0] = number
+    answers: list[torch.Tensor] = []
+    gpu = threading.Thread(target=lambda: (time.sleep(0.005), answers.append(ask(box, number, inputs))))
+    gpu.start()
+    server.serve(1, uploads=uploads)
+    gpu.join()
+    return answers[0]
+
+
+def test_what_is_surest_is_sent_before_it_is_asked_for_while_that_is_mostly_right() -> None:
+    top_k, weights = 4, torch.rand(1, 4)
+    layers = [make_experts(0)]
+    server = ExpertServer(Mailbox.of(MAX_TOKENS, HIDDEN, top_k, pinned=False), layers)
+    server.read_ahead(True)
+    device = Device(layers, top_k)
+    device.uploads.set_numbers([0, 1, 1, 2, 2])
+
+    def answer_without(asked: list[int], brought: list[int]) -> torch.Tensor:
+        left = torch.tensor([[-1 if each in brought else each for each in asked]])
+        return moe_forward(torch.ones(1, HIDDEN), left, weights, layers[0])
+
+    def check(likely: list[int], asked: list[int], slots: dict[int, int]) -> None:
+        """`slots` of experts that came; the rest is the CPU's."""
+        answer = foretold_request(server, likely, asked, device.uploads, weights)
+        assert device.slots[0].tolist() == [slots.get(each, -1) for each in asked]
+        for expert, slot in slots.items():
+            expected = device.expected(layers[0], [expert])[: device.slot_bytes]
+            for part, offset in zip((layers[0].gate, layers[0].up, layers[0].down), device.offsets, strict=True):
+                begin = slot * device.slot_bytes + offset
+                came = device.arena[begin : begin + part.matrix_bytes]
+                assert torch.equal(came, expected[offset : offset + part.matrix_bytes])
+        torch.testing.assert_close(answer, answer_without(asked, list(slots)), rtol=0, atol=0)
+        assert device.arrived.tolist() == [server.next_request - 1] * 2
+
+    # Nothing is sent before it is known how often that would be right; what was read ahead is left to the CPU.
+    check([5, 6, 7, 8], [5, 1, 2, 3], {1: 0, 2: 1})
+    assert device.uploads.num_ahead == 0
+    for _ in range(60):
+        foretold_request(server, [5, 6, 7, 8], [5, 1, 2, 3], device.uploads, weights)
+    before = device.uploads.num_ahead
+    assert 0 < before == device.uploads.num_asked
+    check([5, 6, 7, 8], [1, 5, 2, 3], {5: 0, 1: 1})  # first the one that was sent
+    check([4, 6, 7, 8], [5, 1, 6, 3], {5: 1, 1: 2})  # for nothing: its slot is still being written to
+    check([-1, 9, 7, 8], [5, 1, 9, 3], {9: 0, 5: 1})  # the first is in a cache
+    check([-1, -1, -1, -1], [5, 1, 9, 3], {5: 0, 1: 1})  # all are
+    assert (device.uploads.num_ahead - before, device.uploads.num_asked - before) == (3, 2)
+    for _ in range(40):
+        foretold_request(server, [4, 6, 7, 8], [5, 1, 2, 3], device.uploads, weights)
+    before = device.uploads.num_ahead
+    check([4, 6, 7, 8], [5, 1, 2, 3], {5: 0, 1: 1})
+    assert device.uploads.num_ahead == before  # mostly wrong by now

@@ -123,6 +123,12 @@ def _gpu_lines(gpu: GpuFigures) -> list[str]:
         lines.append(
             f"uploads: {gpu.uploads:.2f} missing experts of a layer in a step, {gpu.upload_share:.1%} of the misses"
         )
+    if gpu.foretold is not None:
+        told = gpu.foretold
+        lines.append(
+            f"read ahead: {told.read:.2f} experts of a layer while the CPU waited, {told.read_asked:.0%} of them asked "
+            f"for; sent ahead: {told.sent:.2f}, {told.sent_asked:.0%}"
+        )
     if gpu.deferred:
         lines.append(f"deferral: {gpu.deferred}")
     if gpu.step_seconds is not None and gpu.experts_seconds is not None and gpu.between_seconds is not None:

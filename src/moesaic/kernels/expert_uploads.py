@@ -119,6 +119,16 @@ class ExpertUploads:
         """Of these, those that were brought."""
         return int(self.native.num_brought)
 
+    @property
+    def num_ahead(self) -> int:
+        """Experts that were sent before their request, so far."""
+        return int(self.native.num_ahead)
+
+    @property
+    def num_asked(self) -> int:
+        """Of these, those that the request then asked for."""
+        return int(self.native.num_asked)
+
     def last_slots(self, layer: int) -> torch.Tensor:
         """int32 `[max_tokens, top_k]`: the slots that choices of a layer's last request were given; -1: none."""
         size = 4 * self._shape.numel()

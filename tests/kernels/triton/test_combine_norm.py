@@ -11,7 +11,7 @@ from tests.kernels.triton.orders import in_order, numbers
 
 from moesaic.errors import KernelError
 from moesaic.kernels.triton import combine_norm as module
-from moesaic.kernels.triton.combine_norm import NormBefore, combine_norm
+from moesaic.kernels.triton.combine_norm import NormBefore, SecondNorm, combine_norm
 from moesaic.kernels.triton.formats import device_format
 from moesaic.kernels.triton.norm import norm_lanes
 from moesaic.quant import FORMATS
@@ -80,6 +80,18 @@ def test_rows_that_do_not_fit_in_registers(monkeypatch):
     check(combine_norm(hidden, None, y, None, 1.0, None, before), expected, before)
 
 
+@pytest.mark.parametrize("most", [1 << 14, 256])
+def test_a_second_norm_has_its_own_weight_and_eps(monkeypatch, most):
+    monkeypatch.setattr(module, "_MOST", most)
+    before = norm(500, "F32")
+    second = SecondNorm(random(500), 0.3, random(2, 500))
+    hidden, y = random(2, 500), random(2, 500)
+    expected = hidden.double() + y.double()
+    check(combine_norm(hidden, y, None, None, 1.0, None, before._replace(second=second)), expected, before)
+    factors = (expected.pow(2).mean(-1, keepdim=True) + 0.3).sqrt()
+    torch.testing.assert_close(second.out.double(), expected / factors * second.weight.double(), rtol=3e-6, atol=3e-6)
+
+
 def test_rows_of_a_wider_tensor_and_ones_for_weights():
     form = device_format(FORMATS["Q4_K"], 512)
     x = random(3, 700)[:, 100:612]
@@ -90,10 +102,12 @@ def test_rows_of_a_wider_tensor_and_ones_for_weights():
 def test_wrong_arguments_are_refused():
     before = norm(512, "Q4_K")
     x = random(2, 512)
+    narrow = SecondNorm(random(512), EPS, random(2, 500))
     bad = [
         ("rows", lambda: combine_norm(random(9, 512), None, None, None, 1.0, None, before)),
         ("shared is", lambda: combine_norm(x, x[:1], None, None, 1.0, None, before)),
         ("weight is", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(weight=before.weight[:9]))),
+        ("second norm", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(second=narrow))),
         ("weight is", lambda: norm_lanes(x, before.weight[:9], EPS, before.form)),
     ]
     for message, call in bad:

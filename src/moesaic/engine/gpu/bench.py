@@ -15,6 +15,7 @@ import torch
 
 from moesaic.engine.deferral import deferral_note
 from moesaic.engine.gpu.expert_cache import ExpertCache
+from moesaic.engine.gpu.foretold import Foretold, foretold_counts
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.gpu.warm_up import WarmUp
@@ -42,6 +43,7 @@ class GpuFigures:
         uploads: experts that a layer brought to the GPU in a step, mean; None if that was not measured.
         upload_share: of the misses, what is brought at last; None if nothing ever is.
         no_uploads: why nothing ever is.
+        foretold: what was read and sent before it was asked for; None if nothing was.
         step_seconds: of a decode step, median.
         experts_seconds: of that, the CPU computed experts.
         between_seconds: of that, the CPU waited for the next layer's request: attention, router, hand-off.
@@ -64,6 +66,7 @@ class GpuFigures:
     uploads: float | None
     upload_share: float | None
     no_uploads: str
+    foretold: Foretold | None
     step_seconds: float | None
     experts_seconds: float | None
     between_seconds: float | None
@@ -100,6 +103,7 @@ def gpu_figures(
     before = _counts(cache)
     uploads = runner.uploads
     brought = 0 if uploads is None else uploads.statistics().brought
+    told = foretold_counts(runner.server, uploads)
     shares = bench.profile() if bench.what == "decode" else None
     served = 0 if runner.server is None else len(runner.server.layers)
     deferred = 0 if runner.server is None else runner.server.deferred
@@ -126,6 +130,7 @@ def gpu_figures(
         uploads=(done.brought - brought) / num_steps if done is not None and num_steps else None,
         upload_share=None if done is None else done.share,
         no_uploads=runner.no_uploads,
+        foretold=foretold_counts(runner.server, uploads).since(told, num_steps),
         step_seconds=None if shares is None else shares.step,
         experts_seconds=None if shares is None else shares.experts,
         between_seconds=None if shares is None else shares.between,

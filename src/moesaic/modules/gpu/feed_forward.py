@@ -20,6 +20,7 @@ from moesaic.kernels.triton.elementwise import add_scaled_
 from moesaic.kernels.triton.linear import MAX_DECODE_TOKENS
 from moesaic.kernels.triton.norm import add_rms_norm
 from moesaic.kernels.triton.route import Request, route, router_logits
+from moesaic.kernels.triton.route import Routed as Chosen
 from moesaic.modules.gpu.experts import ResidentExperts
 from moesaic.modules.gpu.step import GpuStep, Routed
 from moesaic.modules.gpu.weights import GpuLinear, GpuNorm
@@ -101,6 +102,22 @@ class GpuFeedForward:
         Returns:
             What follows reads, if `then` is given.
         """
+        forecast = None
+        if then is not None and follows is not None and follows.layer is not None:
+            forecast = step.experts.forecast(follows.layer, len(x))
+        if then is None or follows is None or forecast is None:
+            return self._add(x, attended, attended_scale, step, then)
+        likely = torch.empty_like(x)
+        then = then._replace(second=SecondNorm(follows.norm.weight, follows.norm.eps, likely))
+        lanes = self._add(x, attended, attended_scale, step, then)
+        with forecast.beside(likely):
+            follows.foretell(likely, step, forecast.request)
+        return lanes
+
+    def _add(
+        self, x: torch.Tensor, attended: torch.Tensor, attended_scale: float, step: GpuStep, then: NormBefore | None
+    ) -> Lanes | None:
+        """As a call, that says nothing of the next layer."""
         normed = add_rms_norm(attended, x, self.norm.weight, self.norm.eps, scale=attended_scale)
         if self.router is None or self.layer is None:
             assert self.dense is not None
@@ -113,29 +130,13 @@ class GpuFeedForward:
         request = path.request(self.layer) if len(x) <= MAX_DECODE_TOKENS else None
         box_hidden = None if request is None else request.hidden
         logits = router_logits(normed, self.router.weight, self.router.bias, box_hidden=box_hidden)
-        chosen = route(
-            logits if self.logits_of is None else self.logits_of(logits),
-            self.router.options,
-            slot_of_expert=path.table(self.layer),
-            slot_mapping=step.input.slot_mapping,
-            request=request,
-        )
+        chosen = self._route(logits, step, request)
         misses = chosen.experts if chosen.misses is None else chosen.misses
         routed = Routed(self.layer, normed, chosen.experts, chosen.weights, chosen.slots, misses, request)
         path.start(routed)
         shared = None if self.dense is None else self.dense.of_all(normed)
         gate = None if self.shared_gate is None else self.shared_gate(normed)
-        forecast = None
-        if then is not None and follows is not None and follows.layer is not None:
-            forecast = path.forecast(follows.layer, len(x))
-        if then is None or follows is None or forecast is None:
-            return path.finish(routed, x, shared, gate, self.scale, then)
-        likely = torch.empty_like(x)
-        then = then._replace(second=SecondNorm(follows.norm.weight, follows.norm.eps, likely))
-        lanes = path.finish(routed, x, shared, gate, self.scale, then)
-        with forecast.beside(likely):
-            follows.foretell(likely, step, forecast.request)
-        return lanes
+        return path.finish(routed, x, shared, gate, self.scale, then)
 
     def foretell(self, likely: torch.Tensor, step: GpuStep, request: Request) -> None:
         """Say what the router would ask for if attention in front of it added nothing.
@@ -145,9 +146,13 @@ class GpuFeedForward:
             step: that this is part of.
             request: where.
         """
+        assert self.router is not None
+        self._route(router_logits(likely, self.router.weight, self.router.bias), step, request)
+
+    def _route(self, logits: torch.Tensor, step: GpuStep, request: Request | None) -> Chosen:
+        """Choose by the router's logits, and ask."""
         assert self.router is not None and self.layer is not None
-        logits = router_logits(likely, self.router.weight, self.router.bias)
-        route(
+        return route(
             logits if self.logits_of is None else self.logits_of(logits),
             self.router.options,
             slot_of_expert=step.experts.table(self.layer),

@@ -12,12 +12,14 @@ pytest.importorskip("triton")
 
 from tests.engine.test_gpu import ON_GPU, OPTIONS, on_gpu, some_uploads
 
+import read_ahead
 from cache_ways import PROFILE_TOKENS, CacheWays
 from expert_cache_gpu import Options, line
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.upload_shares import UploadShares
 from paired_turns import take_turn
+from read_ahead import AheadWays
 from timed_decode import PROMPT, TimedDecode
 from upload_ways import UploadWays
 
@@ -109,3 +111,28 @@ def test_rows_have_as_many_cells() -> None:
 def test_rows_share_the_time_that_is_left() -> None:
     options = Options(0.01, until=100.0, clock=lambda: 20.0)
     assert options.left() == 80.0 and options.share(4) == 18.0
+
+
+def test_steps_with_forecasts_have_some_and_the_others_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = a_runner(uploads=some_uploads)
+    ways, told = AheadWays(runner), list[int]()
+    foretold = runner.server.mailbox.foretold
+    step = ways.decode.step
+
+    def counted() -> float:
+        foretold.zero_()
+        seconds = step()
+        told.append(int(foretold[0] > 0))
+        return seconds
+
+    ways.use(False)
+    ways.decode.step = counted
+    take_turn(ways, 2)
+    # one that begins the sequence, two without, four with and two without, and one after each switch
+    assert told == [0] * 3 + [1] * 5 + [0] * 3
+    ways.decode.close()
+    monkeypatch.setattr(read_ahead, "STEPS", 2)
+    monkeypatch.setattr(read_ahead, "take_turns", lambda ways, block, *_: [take_turn(ways, 1), take_turn(ways, 1)])
+    (line,) = read_ahead.rows(runner, [8], 0.01)
+    assert "ratio" in line and "between" in line
+    assert runner.uploads.fixed == [0, 1, 2, *[3] * (len(runner.uploads.fixed) - 3)]

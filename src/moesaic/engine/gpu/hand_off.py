@@ -51,13 +51,24 @@ class HandOff:
             experts = [experts for experts in decoder.routed if experts is not None]
             assert len(experts) == len(self.served)
             self.server = ExpertServer(mailbox, experts, count_uses=True)
-            self.server.read_ahead(reads_ahead)
-        self._forecasts = SideStream(device) if reads_ahead else None
         self.exchange = Exchange(mailbox, device)
         self.exchange.set_timeout(timeout)
         self._failed = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._seen_failed = self._failed.numpy()  # the same memory: a tensor's number takes longer to read
         self.times: torch.Tensor | None = None
+        self._forecasts: SideStream | None = None
+        self.reads_ahead = reads_ahead
+
+    @property
+    def reads_ahead(self) -> bool:
+        """As given. Graphs that were captured before foretell as they did: who changes it makes them anew."""
+        return self._forecasts is not None
+
+    @reads_ahead.setter
+    def reads_ahead(self, is_on: bool) -> None:
+        self._forecasts = SideStream(self.exchange.base.device) if is_on else None
+        if self.server is not None:
+            self.server.read_ahead(is_on)
 
     def defer(self, count: int) -> None:
         """From the next step on, `count` experts of each token arrive one layer late; see `ExpertServer.defer`.

@@ -99,7 +99,7 @@ def program_of(check: str, folder: Path) -> Path:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     program, include = folder / "check", f"-I{ROOT / 'csrc'}"
-    units = [ROOT / f"csrc/{name}.cpp" for name in ("thread_pool", "work_queue", "numa", "cpu")]
+    units = [ROOT / f"csrc/{name}.cpp" for name in ("thread_pool", "work_queue", "moe_items", "numa", "cpu")]
     subprocess.run([compiler, "-std=c++20", "-O1", "-pthread", include, *units, source, "-o", program], check=True)
     return program
 

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "moe.h"
+#include "moe_ahead.h"
 #include "oracle.h"
 #include "parts.h"
 #include "samples.h"
@@ -147,6 +148,18 @@ void check_layer(Report& report, const Description& d, std::int64_t num_tokens, 
              num_tokens, " tokens, activation ", static_cast<int>(d.activation.kind), d.biased ? ", biases" : "", ", ",
              d.intermediate.size(), " slices");
     report.expect_close(out, expected, kFloat32Sums, name, allowed);
+    // Experts that were read ahead, wholly or until somebody else's number came, come first: the same to the bit.
+    for (const std::int64_t number : {0, 1}) {
+        const std::int64_t word = 0, wanted[] = {kExperts - 1, 0, kExperts, 1};
+        int calls = 0;
+        const moesaic::Beside beside = [&] { ++calls; };
+        const auto ready = moesaic::read_experts_ahead(layer.experts(), wanted, {&word, number}, &beside);
+        report.expect(calls == 1 && ready == std::vector<std::int64_t>{kExperts - 1, 0}, name + ", read ahead");
+        std::vector<float> again(out.size());
+        moesaic::moe_forward(layer.experts(), {choice.experts.data(), choice.weights.data(), top_k}, x.data(), x_stride,
+                             num_tokens, again.data(), nullptr, ready);
+        report.expect(again == out, name + ", some read ahead");
+    }
 }
 
 const FormatInfo& format_named(const char* name) {

@@ -66,6 +66,12 @@ std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast,
     return read_experts_ahead(*layer.experts, wanted, {m.requested, number}, &send);
 }
 
+// After a failure nobody asks for what was put off, or sent.
+void forget(Deferral& deferral, Uploads* uploads) {
+    deferral.forget();
+    if (uploads != nullptr) uploads->forget();
+}
+
 void count_asked(ForecastCounts& counts, const std::vector<std::int64_t>& ready, const Routing& routing,
                  std::int64_t num_tokens) {
     const std::int64_t* end = routing.experts + num_tokens * routing.top_k;
@@ -109,7 +115,7 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
                 arrived = wait_for(m.requested, nullptr, number, deadline);
             }
             if (!arrived) {
-                deferral.forget();
+                forget(deferral, uploads);
                 answered.store(kGaveUp, std::memory_order_release);
                 return served;
             }
@@ -135,7 +141,7 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
             ++served;
         }
     } catch (...) {
-        deferral.forget();
+        forget(deferral, uploads);
         answered.store(kGaveUp, std::memory_order_release);
         throw;
     }

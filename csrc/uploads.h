@@ -74,6 +74,12 @@ class Uploads {
     // Put that into the queue.
     void send_ahead() const;
 
+    // No request will come for what was picked ahead: numbers begin anew.
+    void forget() {
+        foretold_ = 0;
+        ahead_.clear();
+    }
+
     // Choose what is brought of a request: what was sent already, then experts that most tokens chose, and of these
     // whose first choice comes first; those that were read ahead (`ready`) only if there are too few others. Returns
     // the experts that are left to compute, valid until the next call.

@@ -15,7 +15,7 @@ from tests.kernels.oracle import packed
 from tests.kernels.test_handoff import ask
 from tests.kernels.test_nodes import cut
 
-from moesaic.errors import KernelError
+from moesaic.errors import ExpertTimeoutError, KernelError
 from moesaic.kernels import moe_forward
 from moesaic.kernels.expert_uploads import NO_QUEUE, CopyQueue, ExpertUploads, SlotOffsets, UploadTargets
 from moesaic.kernels.experts import PackedExperts
@@ -204,7 +204,12 @@ def test_what_cannot_be_sent_is_refused() -> None:
 
 
 def foretold_request(
-    server: ExpertServer, likely: list[int], asked: list[int], uploads: ExpertUploads, weights: torch.Tensor
+    server: ExpertServer,
+    likely: list[int],
+    asked: list[int],
+    uploads: ExpertUploads,
+    weights: torch.Tensor,
+    **options: Any,
 ) -> torch.Tensor:
     """One token's request, some time after the GPU has said what it will probably ask for; the answer."""
     box, number = server.mailbox, server.next_request
@@ -214,7 +219,7 @@ def foretold_request(
     answers: list[torch.Tensor] = []
     gpu = threading.Thread(target=lambda: (time.sleep(0.005), answers.append(ask(box, number, inputs))))
     gpu.start()
-    server.serve(1, uploads=uploads)
+    server.serve(1, uploads=uploads, **options)
     gpu.join()
     return answers[0]
 
@@ -261,3 +266,28 @@ def test_what_is_surest_is_sent_before_it_is_asked_for_while_that_is_mostly_righ
     before = device.uploads.num_ahead
     check([4, 6, 7, 8], [5, 1, 2, 3], {5: 0, 1: 1})
     assert device.uploads.num_ahead == before  # mostly wrong by now
+
+
+def test_what_was_sent_before_a_failure_is_sent_again() -> None:
+    """After a failure requests are counted anew: the same number is another request, whose experts have to come."""
+    top_k, weights = 4, torch.rand(1, 4)
+    layers = [make_experts(0), make_experts(10)]
+    server = ExpertServer(Mailbox.of(MAX_TOKENS, HIDDEN, top_k, pinned=False), [layers[0]] * 2)
+    server.read_ahead(True)
+    device = Device([layers[0]] * 2, top_k)
+    device.uploads.set_numbers([0, 1, 1, 1, 1])
+    asked = [5, 1, 2, 3]
+    for _ in range(40):  # two requests each
+        for layer in range(2):
+            foretold_request(server, asked, asked, device.uploads, weights, first_layer=layer, num_layers=1)
+    assert device.uploads.num_ahead > 0
+    server.restart()
+    server.mailbox.likely[0] = torch.tensor(asked)
+    server.mailbox.foretold[0] = 1
+    with pytest.raises(ExpertTimeoutError):
+        server.serve(1, num_layers=1, timeout=0.05, uploads=device.uploads)  # 5 is in slot 0 now
+    server.restart()
+    device.arena.fill_(7)  # whatever else landed there
+    inputs = (torch.ones(1, HIDDEN), torch.tensor([asked]), torch.tensor([asked]), weights)
+    serve(server, inputs, 1, num_layers=1, uploads=device.uploads)
+    assert torch.equal(device.arena, device.expected(layers[0], [5]))

@@ -9,7 +9,7 @@ namespace moesaic {
 namespace {
 
 #ifdef MOESAIC_ISA
-// What a nibble of scales means, but for d: for codes of weights, raised by 2 n bits, and for what codes have too much.
+// What a nibble of scales means: for codes of weights, raised by 2 n bits, and for what codes have too much.
 struct TernaryNibbles {
     float scale[4][16], offset[16];
 };
@@ -62,52 +62,56 @@ struct IQ1_S_TERNARY {
 #ifdef MOESAIC_ISA
     static constexpr int kTileQs = 0, kTileScales = 832, kTileD = 896;
     static constexpr int kScaleGroup = 32, kZeroShift = -1, kLargest = 3;
-    static constexpr bool kHasOffset = true;
-    struct BlockScales {
+    // Scales are small integers (and offsets eighths), whose products with sums are exact; d comes last.
+    static constexpr bool kHasOffset = true, kHasBlockFactor = true;
+    struct Scales {
         vf d;
         vb nibbles;
-    };
-    struct Scales {
-        BlockScales block;
         TernaryCodes codes;
     };
-    MOESAIC_INLINE BlockScales block_scales(const uint8_t* tile) {
-        return {load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)), load_b(tile + kTileScales)};
-    }
+    MOESAIC_INLINE vf load_d(const uint8_t* tile) { return load_f16(reinterpret_cast<const uint16_t*>(tile + kTileD)); }
     MOESAIC_INLINE Scales load_scales(const uint8_t* tile) {
         Scales s;
-        s.block = block_scales(tile);
+        s.d = load_d(tile);
+        s.nibbles = load_b(tile + kTileScales);
         take_codes(tile + kTileQs, s.codes);
         return s;
     }
-    MOESAIC_INLINE vf looked_up(const BlockScales& s, int j, const float (&table)[16]) {
-        return mul(s.d, lookup_floats(shr_32(s.nibbles, 4 * j), table));
+    MOESAIC_INLINE vf block_factor(const Scales& s) { return s.d; }
+    MOESAIC_INLINE vf looked_up(const Scales& s, int j, const float (&table)[16]) {
+        return lookup_floats(shr_32(s.nibbles, 4 * j), table);
     }
-    MOESAIC_INLINE vf scale(const Scales& s, int j) { return looked_up(s.block, j, kTernaryNibbles.scale[0]); }
-    MOESAIC_INLINE vf offset(const Scales& s, int j) { return looked_up(s.block, j, kTernaryNibbles.offset); }
+    MOESAIC_INLINE vf scale(const Scales& s, int j) { return looked_up(s, j, kTernaryNibbles.scale[0]); }
+    MOESAIC_INLINE vf offset(const Scales& s, int j) { return looked_up(s, j, kTernaryNibbles.offset); }
     MOESAIC_INLINE vb quad(const uint8_t*, const Scales& s, int g, int i) { return ternary_quad(s.codes, g, i); }
     static constexpr int raise(int g) { return ternary_raise(g); }
     MOESAIC_INLINE vb raised_quad(const uint8_t*, const Scales& s, int g, int i) {
         return raised_ternary_quad(s.codes, g, i);
     }
     MOESAIC_INLINE vf raised_scale(const Scales& s, int g, int) {
-        return looked_up(s.block, g, kTernaryNibbles.scale[raise(g) / 2]);
+        return looked_up(s, g, kTernaryNibbles.scale[raise(g) / 2]);
     }
 #ifdef MOESAIC_HAS_BYTE_TABLES
+    // Nibbles of group g in the lowest bits of lanes: where bytes end, a load from there on spares a shift.
+    MOESAIC_INLINE vb nibbles_at(const uint8_t* tile, int g) {
+        const vb bytes = load_b(tile + kTileScales + g / 2);
+        return g % 2 == 0 ? bytes : shr_32(bytes, 4);
+    }
     template <class Group>
     MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
         vi sums[8];
         ternary_sums<1>(tile + kTileQs, ahead + kTileQs, x, sums);
         prefetch(ahead + kTileScales);
         prefetch(ahead + kTileD);
-        const BlockScales s = block_scales(tile);
+        vf of_block = set1(0.0f);
         MOESAIC_UNROLL
         for (int g = 0; g < 8; ++g) {
-            const vf scale = looked_up(s, g, kTernaryNibbles.scale[raise(g) / 2]);
-            sum = fma(mul(to_float(sums[g]), scale), set1(x[g].scale), sum);
-            sum = fma(looked_up(s, g, kTernaryNibbles.offset), set1(x[g].scaled_sum), sum);
+            const vb nibbles = nibbles_at(tile, g);
+            const vf scale = lookup_floats(nibbles, kTernaryNibbles.scale[raise(g) / 2]);
+            of_block = fma(mul(to_float(sums[g]), scale), set1(x[g].scale), of_block);
+            of_block = fma(lookup_floats(nibbles, kTernaryNibbles.offset), set1(x[g].scaled_sum), of_block);
         }
-        return sum;
+        return fma(of_block, load_d(tile), sum);
     }
 #endif
 #endif

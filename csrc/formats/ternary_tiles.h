@@ -82,7 +82,7 @@ MOESAIC_INLINE void add_codes(vb pairs, vb eights, vb upper, const Group* x, vi 
         } else {
             codes = lookup64(upper, kTernaryTables.fifth[kRaise / 2]);
         }
-        sum = dot4<true>(sum, codes, x[kGroup].values + 4 * kInGroup);
+        sum = dot4_once<true>(sum, codes, x[kGroup].values + 4 * kInGroup);
     }
 }
 template <int kHalves, int v, int... n, class Group>

@@ -333,6 +333,10 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     const __m256i x = four_in_each_lane(four);
     return {dot4_half<kFullRange>(acc.a, weights.a, x), dot4_half<kFullRange>(acc.b, weights.b, x)};
 }
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4_once(vi acc, vb weights, const int8_t* four) {
+    return dot4<kFullRange>(acc, weights, four);
+}
 MOESAIC_INLINE vi in_order(vi sum) {
 #ifndef __AVXVNNI__
     __asm__("" : "+x"(sum.a), "+x"(sum.b));

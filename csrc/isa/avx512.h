@@ -275,6 +275,13 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     __builtin_memcpy(&x, four, 4);
     return {_mm512_dpbusd_epi32(acc.v, weights.v, _mm512_set1_epi32(x))};
 }
+// The compiler (GCC 12) would repeat the four by an instruction of its own.
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4_once(vi acc, vb weights, const int8_t* four) {
+    using Four __attribute__((may_alias, aligned(1))) = int32_t;
+    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc.v) : "v"(weights.v), "m"(*reinterpret_cast<const Four*>(four)));
+    return acc;
+}
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }
 
 // Else the compiler takes parts out of the register that was stored, by shuffles.

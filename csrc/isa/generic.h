@@ -281,6 +281,11 @@ MOESAIC_INLINE vi dot4(vi acc, vb weights, const int8_t* four) {
     return acc;
 }
 
+// dot4() with activations that no other product near it takes.
+template <bool kFullRange>
+MOESAIC_INLINE vi dot4_once(vi acc, vb weights, const int8_t* four) {
+    return dot4<kFullRange>(acc, weights, four);
+}
 // The sum of some products, before the next are added. Where dot4() is several instructions, this keeps the compiler
 // from adding up in an order of its own, in which all products wait in memory.
 MOESAIC_INLINE vi in_order(vi sum) { return sum; }

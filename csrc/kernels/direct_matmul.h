@@ -41,6 +41,9 @@ MOESAIC_INLINE vf scaled_dots(vi dots, vf scale, vf bias) {
     return mul(to_float(dots), scale);
 }
 
+// Up to how many tokens dot4_once() is faster than dot4(): fewer instructions, but none between load and product.
+constexpr int kMostAtOnce = 3;
+
 // dots[t] = half `h` of group g of weights (or all of it) times a group of T tokens, whose values come in the order of
 // the quads, plus the zero point.
 template <class F, int T>
@@ -52,7 +55,14 @@ MOESAIC_INLINE void direct_dots(const vb (&quads)[8], int g, int h, const Activa
     MOESAIC_UNROLL
     for (int i = kQuads * h; i < kQuads * (h + 1); ++i) {
         MOESAIC_UNROLL
-        for (int t = 0; t < T; ++t) dots[t] = dot4<kFullRange<F>>(dots[t], quads[i], values[t] + 4 * i);
+        for (int t = 0; t < T; ++t) {
+            const int8_t* four = values[t] + 4 * i;
+            if constexpr (T <= kMostAtOnce) {
+                dots[t] = dot4_once<kFullRange<F>>(dots[t], quads[i], four);
+            } else {
+                dots[t] = dot4<kFullRange<F>>(dots[t], quads[i], four);
+            }
+        }
     }
 }
 
@@ -157,13 +167,57 @@ MOESAIC_INLINE void add_group(const uint8_t* tile, const typename F::Scales& sca
     }
 }
 
+// sums[t] += a tile times T tokens, from where on they are; they go on to the next block. What is at `ahead` is
+// prefetched.
+template <class F, int T>
+MOESAIC_INLINE void add_groups(const uint8_t* tile, const uint8_t* ahead, const typename F::Scales& scales,
+                               const ActivationGroup* (&tokens)[T], vf (&sums)[T]) {
+    constexpr int kGroups = F::kBlock / 32, kGroupBytes = 16 * F::kBlockBytes / kGroups, kPeriod = group_period<F>();
+    // Else the compiler counts up several pointers by vector instructions.
+    constexpr bool kByPeriods = kHas32Registers && T > 1;
+    _Pragma("GCC unroll 1") for (int first = 0; first < kGroups; first += kPeriod) {
+        MOESAIC_UNROLL
+        for (int g = first; g < first + kPeriod; ++g) {
+            prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
+            if constexpr (kByPeriods) {
+                const ActivationGroup* here[T];
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) here[t] = tokens[t] + (g - first);
+                add_group<F, T>(tile, scales, g, here, sums);
+            } else {
+                add_group<F, T>(tile, scales, g, tokens, sums);
+                MOESAIC_UNROLL
+                for (int t = 0; t < T; ++t) ++tokens[t];
+            }
+        }
+        if constexpr (kByPeriods) {
+            MOESAIC_UNROLL
+            for (int t = 0; t < T; ++t) tokens[t] += kPeriod;
+        }
+    }
+}
+
+// The same with the block's factor, if it has one.
+template <class F, int T>
+MOESAIC_INLINE void add_block(const uint8_t* tile, const uint8_t* ahead, const ActivationGroup* (&tokens)[T],
+                              vf (&sums)[T]) {
+    const typename F::Scales scales = F::load_scales(tile);
+    if constexpr (has_block_factor<F>()) {
+        vf of_block[T];
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) of_block[t] = set1(0.0f);
+        add_groups<F, T>(tile, ahead, scales, tokens, of_block);
+        MOESAIC_UNROLL
+        for (int t = 0; t < T; ++t) sums[t] = fma(of_block[t], F::block_factor(scales), sums[t]);
+    } else {
+        add_groups<F, T>(tile, ahead, scales, tokens, sums);
+    }
+}
+
 // out[t][0..15] for T tokens and one panel.
 template <class F, int T>
 void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks,
             const ActivationGroup* const* first_groups, float* out) {
-    constexpr int kGroups = F::kBlock / 32, kGroupBytes = 16 * F::kBlockBytes / kGroups, kPeriod = group_period<F>();
-    // Else the compiler counts up several pointers by vector instructions.
-    constexpr bool kByPeriods = kHas32Registers && T > 1;
     const ActivationGroup* tokens[T];
     vf sums[T];
     for (int t = 0; t < T; ++t) {
@@ -174,29 +228,9 @@ void direct(const uint8_t* panel, const WeightStream& stream, int64_t num_blocks
         const uint8_t* ahead = WeightStream::ahead_of(stream, panel);
         if constexpr (T == 1 && requires { F::plus_block(panel, ahead, tokens[0], sums[0]); }) {
             sums[0] = F::plus_block(panel, ahead, tokens[0], sums[0]);
-            tokens[0] += kGroups;
-            continue;
-        }
-        const typename F::Scales scales = F::load_scales(panel);
-        _Pragma("GCC unroll 1") for (int first = 0; first < kGroups; first += kPeriod) {
-            MOESAIC_UNROLL
-            for (int g = first; g < first + kPeriod; ++g) {
-                prefetch_bytes<kGroupBytes>(ahead + g * kGroupBytes);
-                if constexpr (kByPeriods) {
-                    const ActivationGroup* here[T];
-                    MOESAIC_UNROLL
-                    for (int t = 0; t < T; ++t) here[t] = tokens[t] + (g - first);
-                    add_group<F, T>(panel, scales, g, here, sums);
-                } else {
-                    add_group<F, T>(panel, scales, g, tokens, sums);
-                    MOESAIC_UNROLL
-                    for (int t = 0; t < T; ++t) ++tokens[t];
-                }
-            }
-            if constexpr (kByPeriods) {
-                MOESAIC_UNROLL
-                for (int t = 0; t < T; ++t) tokens[t] += kPeriod;
-            }
+            tokens[0] += F::kBlock / 32;
+        } else {
+            add_block<F, T>(panel, ahead, tokens, sums);
         }
     }
     for (int t = 0; t < T; ++t) store(out + t * kOutputStride, sums[t]);

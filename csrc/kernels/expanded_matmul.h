@@ -8,6 +8,7 @@ struct Expanded {
     alignas(64) uint8_t quads[kChunkGroups][8][64];
     alignas(64) float scales[2 * kChunkGroups][16];
     alignas(64) float offsets[2 * kChunkGroups][16];
+    alignas(64) float factors[16];  // has_block_factor(): of the one block that these groups are
 };
 
 // Groups [0, num_groups) of the panel whose first tile is `tile`.
@@ -16,6 +17,10 @@ void expand(const uint8_t* tile, int num_groups, Expanded& out) {
     constexpr int kGroups = F::kBlock / 32;
     for (int first = 0; first < num_groups; first += kGroups, tile += 16 * F::kBlockBytes) {
         const typename F::Scales scales = F::load_scales(tile);
+        if constexpr (has_block_factor<F>()) {
+            static_assert(kGroups == kChunkGroups);
+            store(out.factors, F::block_factor(scales));
+        }
         MOESAIC_UNROLL
         for (int g = 0; g < kGroups; ++g) {
             if constexpr (kHasQuads<F>) {
@@ -42,10 +47,11 @@ template <class F>
 constexpr int kLargestAlike = kFullRange<F> ? 255 : 127 / kNarrowQuads<F>;
 
 // The traits on which the product of expanded weights depends; formats that agree in them share its code.
-template <int ScaleGroup, int ZeroShift, bool HasOffset, int Largest, bool HasWideScales>
+template <int ScaleGroup, int ZeroShift, bool HasOffset, int Largest, bool HasWideScales, bool HasBlockFactor>
 struct ExpandedTraits {
     static constexpr int kScaleGroup = ScaleGroup, kZeroShift = ZeroShift, kLargest = Largest;
     static constexpr bool kHasOffset = HasOffset, kHasWideScales = HasWideScales;
+    static constexpr bool kHasBlockFactor = HasBlockFactor;
 };
 
 // How many of the tokens left to take next: as few blocks as possible, of nearly equal size.
@@ -130,7 +136,9 @@ void multiply(const Expanded* weights, int num_groups, const ActivationGroup* co
               float* out) {
     vf sums[T][P];
     for (int t = 0; t < T; ++t) {
-        for (int p = 0; p < P; ++p) sums[t][p] = load(out + t * kOutputStride + 16 * p);
+        for (int p = 0; p < P; ++p) {
+            sums[t][p] = has_block_factor<F>() ? set1(0.0f) : load(out + t * kOutputStride + 16 * p);
+        }
     }
     for (int g = 0; g < num_groups; ++g) {
         MOESAIC_UNROLL
@@ -159,7 +167,11 @@ void multiply(const Expanded* weights, int num_groups, const ActivationGroup* co
         }
     }
     for (int t = 0; t < T; ++t) {
-        for (int p = 0; p < P; ++p) store(out + t * kOutputStride + 16 * p, sums[t][p]);
+        for (int p = 0; p < P; ++p) {
+            float* to = out + t * kOutputStride + 16 * p;
+            if constexpr (has_block_factor<F>()) sums[t][p] = fma(sums[t][p], load(weights[p].factors), load(to));
+            store(to, sums[t][p]);
+        }
     }
 }
 
@@ -188,7 +200,8 @@ void multiply_all(const Expanded* weights, int num_groups, const ActivationGroup
 template <class F>
 void matmul_expanded(const uint8_t* panels, int num_panels, int64_t cols, const ActivationGroup* const* tokens,
                      int64_t num_tokens, float* out, const uint8_t* next) {
-    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, kLargestAlike<F>, has_wide_scales<F>()>;
+    using Traits = ExpandedTraits<F::kScaleGroup, F::kZeroShift, F::kHasOffset, kLargestAlike<F>, has_wide_scales<F>(),
+                                  has_block_factor<F>()>;
     constexpr int64_t kChunkBytes = kChunkGroups * 32 / F::kBlock * 16 * F::kBlockBytes;
     Expanded expanded[kMaxPanels];
     for (int64_t i = 0; i < num_tokens * kOutputStride; i += 16) store(out + i, set1(0.0f));

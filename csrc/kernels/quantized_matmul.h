@@ -32,9 +32,9 @@ void dequantize_cols(const uint8_t* panel, int64_t first_col, int num_cols, floa
             quads_of_group<F>(tile, scales, g, quads);
             for (int i = 0; i < 8; ++i) {
                 const int sub = (32 * g + 4 * i) / F::kScaleGroup;
-                const vf scale = F::scale(scales, sub);
+                const vf scale = whole_scale<F>(scales, sub);
                 vf offset = mul(scale, zero);
-                if constexpr (F::kHasOffset) offset = add(offset, F::offset(scales, sub));
+                if constexpr (F::kHasOffset) offset = add(offset, whole_offset<F>(scales, sub));
                 for (int b = 0; b < 4; ++b, out += 16) {
                     store(out, fma(to_float(byte_of_lane(quads[i], b)), scale, offset));
                 }

@@ -10,6 +10,25 @@ constexpr bool kStartsFromZeroPoint = F::kZeroShift >= 0 && !(kFullRange<F> && k
 template <class F>
 constexpr int kSubs = 32 / F::kScaleGroup;  // scales in a group of 32
 
+// Scales and offsets may be without a factor of the whole block, F::block_factor(): sums over a block are multiplied by
+// it.
+template <class F>
+constexpr bool has_block_factor() {
+    if constexpr (requires { F::kHasBlockFactor; }) return F::kHasBlockFactor;
+    return false;
+}
+// Scale and offset j with that factor.
+template <class F>
+MOESAIC_INLINE vf whole_scale(const typename F::Scales& scales, int j) {
+    if constexpr (has_block_factor<F>()) return mul(F::block_factor(scales), F::scale(scales, j));
+    return F::scale(scales, j);
+}
+template <class F>
+MOESAIC_INLINE vf whole_offset(const typename F::Scales& scales, int j) {
+    if constexpr (has_block_factor<F>()) return mul(F::block_factor(scales), F::offset(scales, j));
+    return F::offset(scales, j);
+}
+
 // Direct products may take the weights of group g times 2^F::raise(g) from F::raised_quad(), which spares shifts;
 // F::raised_scale() makes good for it, to the bit.
 template <class F>

@@ -60,9 +60,9 @@ MOESAIC_INLINE void expand_bf16_group(const uint8_t* tile, const typename F::Sca
     for (int i = 0; i < 8; ++i) {
         if (i % (8 / kSubs<F>) == 0) {
             const int sub = g * kSubs<F> + i / (8 / kSubs<F>);
-            scale = mul(F::scale(scales, sub), set1(kCutStretch));
+            scale = mul(whole_scale<F>(scales, sub), set1(kCutStretch));
             offset = mul(scale, set1(-place.plus() - kZero));
-            if constexpr (F::kHasOffset) offset = fma(F::offset(scales, sub), set1(kCutStretch), offset);
+            if constexpr (F::kHasOffset) offset = fma(whole_offset<F>(scales, sub), set1(kCutStretch), offset);
         }
         MOESAIC_UNROLL
         for (int b = 0; b < 4; b += 2) {

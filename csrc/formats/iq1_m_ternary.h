@@ -89,7 +89,8 @@ struct IQ1_M_TERNARY {
     template <class Group>
     MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
         vi sums[16];
-        ternary_sums<2>(tile + kTileQs, ahead + kTileQs, x, sums);
+        first_ternary_sums<2>(tile + kTileQs, ahead + kTileQs, x, sums);
+        other_ternary_sums<2>(tile + kTileQs, ahead + kTileQs, x, sums);
         MOESAIC_UNROLL
         for (int i = kTileDeltas; i < 16 * kBlockBytes; i += 64) prefetch(ahead + i);
         const IQ1_M::Scales s = block_scales(tile);

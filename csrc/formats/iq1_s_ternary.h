@@ -97,20 +97,27 @@ struct IQ1_S_TERNARY {
         const vb bytes = load_b(tile + kTileScales + g / 2);
         return g % 2 == 0 ? bytes : shr_32(bytes, 4);
     }
+    // Groups first to first + 3, whose sums of raised codes are there.
     template <class Group>
-    MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
-        vi sums[8];
-        ternary_sums<1>(tile + kTileQs, ahead + kTileQs, x, sums);
-        prefetch(ahead + kTileScales);
-        prefetch(ahead + kTileD);
-        vf of_block = set1(0.0f);
+    MOESAIC_INLINE vf plus_groups(const uint8_t* tile, int first, const Group* x, const vi (&sums)[8], vf of_block) {
         MOESAIC_UNROLL
-        for (int g = 0; g < 8; ++g) {
+        for (int g = first; g < first + 4; ++g) {
             const vb nibbles = nibbles_at(tile, g);
             const vf scale = lookup_floats(nibbles, kTernaryNibbles.scale[raise(g) / 2]);
             of_block = fma(mul(to_float(sums[g]), scale), set1(x[g].scale), of_block);
             of_block = fma(lookup_floats(nibbles, kTernaryNibbles.offset), set1(x[g].scaled_sum), of_block);
         }
+        return of_block;
+    }
+    template <class Group>
+    MOESAIC_INLINE vf plus_block(const uint8_t* tile, const uint8_t* ahead, const Group* x, vf sum) {
+        vi sums[8];
+        first_ternary_sums<1>(tile + kTileQs, ahead + kTileQs, x, sums);
+        vf of_block = computed_here(plus_groups(tile, 0, x, sums, set1(0.0f)));
+        other_ternary_sums<1>(tile + kTileQs, ahead + kTileQs, x, sums);
+        prefetch(ahead + kTileScales);
+        prefetch(ahead + kTileD);
+        of_block = plus_groups(tile, 4, x, sums, of_block);
         return fma(of_block, load_d(tile), sum);
     }
 #endif

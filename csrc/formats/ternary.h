@@ -26,13 +26,14 @@ namespace moesaic {
 namespace {
 
 constexpr int kTernaryFours = 13, kTernaryBytes = 4 * kTernaryFours;  // of 256 weights; one code 4 is of none
+constexpr int kTernaryFirstFours = 7;                                 // those that have quads of groups 0 to 3
 
 // Where quad i of group g is: vector (four bytes of a block) and code.
 struct TernaryPlace {
     int four, code;
 };
 constexpr TernaryPlace ternary_place(int g, int i) {
-    const int first = g < 4 ? 0 : 7, num = g < 4 ? 7 : 6;  // vectors whose code g % 4 is of group g
+    const int first = g < 4 ? 0 : kTernaryFirstFours, num = g < 4 ? 7 : 6;  // vectors whose code g % 4 is of group g
     if (i < num) return {first + i, g % 4};
     return {i == 7 ? (g < 7 ? g : 11) : g + 3, 4};
 }

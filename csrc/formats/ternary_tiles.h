@@ -92,24 +92,31 @@ MOESAIC_INLINE void add_vector(const uint8_t* tile_qs, std::integer_sequence<int
     const vb pairs = lookup64(bytes, kTernaryTables.pairs), eights = lookup64(upper, kTernaryTables.eights);
     (add_codes<kHalves, v, n>(pairs, eights, upper, x, sums), ...);
 }
-template <int kHalves, int... v, class Group>
+template <int kHalves, int kFirst, int... v, class Group>
 MOESAIC_INLINE void add_vectors(const uint8_t* tile_qs, const uint8_t* ahead, std::integer_sequence<int, v...>,
                                 const Group* x, vi (&sums)[8 * kHalves]) {
     const auto one = [&]<int w>(std::integral_constant<int, w>) {
         prefetch_here(ahead + 64 * w);
         add_vector<kHalves, w>(tile_qs, std::make_integer_sequence<int, 5>(), x, sums);
     };
-    (one(std::integral_constant<int, v>()), ...);
+    (one(std::integral_constant<int, kFirst + v>()), ...);
 }
 
 // A tile's raised codes times the activations of 8 groups x of one token, in sums of a group or of half a group. They
-// all fit the registers, so each vector is taken apart once. What is at `ahead` is prefetched.
+// all fit the registers, so each vector is taken apart once. What is at `ahead` is prefetched. First those vectors
+// after which groups 0 to 3 are complete, then the others: scales of the former need not wait for the latter.
 template <int kHalves, class Group>
-MOESAIC_INLINE void ternary_sums(const uint8_t* tile_qs, const uint8_t* ahead, const Group* x,
-                                 vi (&sums)[8 * kHalves]) {
+MOESAIC_INLINE void first_ternary_sums(const uint8_t* tile_qs, const uint8_t* ahead, const Group* x,
+                                       vi (&sums)[8 * kHalves]) {
     MOESAIC_UNROLL
     for (int s = 0; s < 8 * kHalves; ++s) sums[s] = zero_i();
-    add_vectors<kHalves>(tile_qs, ahead, std::make_integer_sequence<int, kTernaryFours>(), x, sums);
+    add_vectors<kHalves, 0>(tile_qs, ahead, std::make_integer_sequence<int, kTernaryFirstFours>(), x, sums);
+}
+template <int kHalves, class Group>
+MOESAIC_INLINE void other_ternary_sums(const uint8_t* tile_qs, const uint8_t* ahead, const Group* x,
+                                       vi (&sums)[8 * kHalves]) {
+    constexpr int kOthers = kTernaryFours - kTernaryFirstFours;
+    add_vectors<kHalves, kTernaryFirstFours>(tile_qs, ahead, std::make_integer_sequence<int, kOthers>(), x, sums);
 }
 #endif
 

@@ -12,6 +12,7 @@
 //   masked_or()      (a | b) & mask in one instruction
 //   signed_eights()  sums of 8 activations by signs, which lookup_4() looks up
 //   prefetch_here()  prefetch(), but where it is written
+//   computed_here()  its argument, computed before what is written after it
 //   select_b()       bits of the first vector where a lane of the mask has ones, of the second elsewhere
 //
 // Of the byte of a half with signs in between, a lookup sees six bits, in which it disregards those that belong to
@@ -166,6 +167,12 @@ MOESAIC_INLINE void signed_eights(const int8_t* first, const int8_t* second, flo
 MOESAIC_INLINE vf lookup_4(vb index, const float* table) {
     const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(table));
     return _mm512_permutevar_ps(all, index.v);
+}
+
+// A value that is computed where it is written. The compiler would do so only where it is needed.
+MOESAIC_INLINE vf computed_here(vf x) {
+    __asm__ volatile("" : "+v"(x));
+    return x;
 }
 
 // A prefetch that stays where it is between instructions. The compiler would collect those of a block in one place, and

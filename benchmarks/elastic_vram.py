@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from moesaic.engine import loader
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.gpu import lending as lending_module
 from moesaic.engine.gpu.cuda_memory import CudaMemory
 from moesaic.engine.gpu.runner import ModelRunner
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kvcache.paged import PagedSequence, PoolLayer
 from moesaic.placement.units import parse_size
 from moesaic.quant import get_format

@@ -13,10 +13,10 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.estimate import divide, measure_decode
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import load
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
 from moesaic.placement import detect_hardware

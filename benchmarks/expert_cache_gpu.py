@@ -39,7 +39,6 @@ import numpy as np
 import torch
 
 from cache_ways import PROFILE_TOKENS, CacheWays
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu import expert_cache
 from moesaic.engine.gpu.expert_cache import ExpertCache
@@ -47,6 +46,7 @@ from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.loader import load
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels import num_threads, set_num_threads
 from moesaic.placement.units import parse_size
 from paired_turns import judge, take_turns

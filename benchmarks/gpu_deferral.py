@@ -23,12 +23,12 @@ from typing import Any
 import torch
 
 from moesaic.engine.auto import AutoTokenizer
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns, StepTimes
 from moesaic.engine.loader import load, prepare
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels import num_threads, read_bandwidth
 from moesaic.placement.units import parse_size
 from zipf_routers import ZipfRouters

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.presets import get_preset
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kvcache.paged import PagedSequence
 from moesaic.modules.linear import PackedLinear
 

@@ -25,7 +25,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpu_parts import GIB
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu import prefill as prefill_module
 from moesaic.engine.gpu.slots import ExpertSlots
@@ -33,6 +32,7 @@ from moesaic.engine.gpu.start import start_on_gpu
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.loader import load, this_computer
 from moesaic.engine.presets import get_preset
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels.packed import PackedTensor
 from moesaic.placement.units import parse_size
 

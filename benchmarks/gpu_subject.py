@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from gpu_parts import GIB, Report, Snapshot, Task, TimedTail, memory
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.bench import gpu_figures
 from moesaic.engine.gpu.promotion import PromotionPolicy
@@ -33,6 +32,7 @@ from moesaic.engine.gpu.timed_runs import GpuTimedRuns, vram_bandwidth
 from moesaic.engine.gpu.warm_up import MOST_SECONDS, WarmUp, warm_up
 from moesaic.engine.loader import load, this_computer
 from moesaic.engine.presets import get_preset
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.kernels import active_isa, num_threads, read_bandwidth
 from moesaic.modules.gpu.decoder import GpuDecoder

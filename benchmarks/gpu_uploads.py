@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.measured_costs import measure_costs
 from moesaic.engine.gpu.runner import ModelRunner
@@ -34,6 +33,7 @@ from moesaic.engine.gpu.timed_runs import GpuTimedRuns, StepTimes
 from moesaic.engine.gpu.upload_shares import ALL, UploadShares, expected_share
 from moesaic.engine.gpu.uploads import MissUploads, seconds_to_bring
 from moesaic.engine.loader import load
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels import moe_forward, num_threads, read_bandwidth, set_num_threads
 from moesaic.kernels.triton.few_experts import experts_decode
 from moesaic.modules.gpu.experts import copy_experts, slot_bytes

@@ -16,13 +16,13 @@ import statistics
 from collections.abc import Iterator
 from itertools import pairwise
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.foretold import foretold_counts
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.gpu.upload_shares import numbers_of
 from moesaic.engine.loader import load
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels import read_bandwidth
 from moesaic.placement.units import parse_size
 from paired_turns import judge, take_turns

@@ -29,7 +29,6 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda as tl_cuda
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.gpu.upload_shares import numbers_of
@@ -39,6 +38,7 @@ from moesaic.engine.serving.gpu_runner import GpuStepRunner
 from moesaic.engine.serving.params import SamplingParams
 from moesaic.engine.serving.sampler import RequestSampler
 from moesaic.engine.serving.token_stream import token_stream_of
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.placement.units import parse_size
 
 KERNELS, FORKS, REPEAT = 900, 28, 60

@@ -54,7 +54,8 @@ std::vector<std::int64_t> likeliest(const Forecast& forecast, std::int64_t num_t
     return experts;
 }
 
-// Experts that were read ahead for a request, if it was foretold; one may be sent to the other side instead.
+// What a forecast lets do until the request is there: one expert may be sent to the other side, others are read ahead,
+// and returned.
 std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast, const ServedLayer& layer,
                                      std::int64_t num_tokens, std::int64_t number, Uploads* uploads) {
     if (forecast.foretold == nullptr || seen(forecast.foretold) != number) return {};
@@ -64,6 +65,27 @@ std::vector<std::int64_t> read_ahead(const Mailbox& m, const Forecast& forecast,
     std::erase_if(wanted, [&](std::int64_t e) { return std::find(sent.begin(), sent.end(), e) != sent.end(); });
     const Beside send = [uploads] { uploads->send_ahead(); };
     return read_experts_ahead(*layer.experts, wanted, {m.requested, number}, &send);
+}
+
+// Whether the request came in time; in `ready` what was read ahead meanwhile.
+bool await_request(const Mailbox& m, const Forecast& forecast, const ServedLayer& layer, std::int64_t num_tokens,
+                   std::int64_t number, Clock::duration timeout, Uploads* uploads, std::vector<std::int64_t>& ready) {
+    const Clock::time_point deadline = Clock::now() + timeout;
+    if (!wait_for(m.requested, forecast.foretold, number, deadline)) return false;
+    if (seen(m.requested) >= number) return true;
+    ready = read_ahead(m, forecast, layer, num_tokens, number, uploads);
+    return wait_for(m.requested, nullptr, number, deadline);
+}
+
+void check_request(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t num_tokens,
+                   std::span<ServedTimes> times, const Uploads* uploads) {
+    if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
+    if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
+    for (const ServedLayer& layer : layers) {
+        if (layer.experts->hidden != m.hidden_size) throw std::invalid_argument("experts of another width");
+        if (uploads != nullptr && layer.uploaded == nullptr)
+            throw std::invalid_argument("experts that cannot be copied");
+    }
 }
 
 // After a failure nobody asks for what was put off, or sent.
@@ -92,13 +114,7 @@ void count_uses(const ServedLayer& layer, const Mailbox& m, std::int64_t num_tok
 std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers, std::int64_t first_request,
                            std::int64_t num_tokens, double timeout_seconds, std::span<ServedTimes> times,
                            Deferral& deferral, Uploads* uploads, const Forecast& forecast, ForecastCounts& counts) {
-    if (num_tokens < 1 || num_tokens > m.max_tokens) throw std::invalid_argument("more tokens than the mailbox holds");
-    if (!times.empty() && times.size() != layers.size()) throw std::invalid_argument("expected times for every layer");
-    for (const ServedLayer& layer : layers) {
-        if (layer.experts->hidden != m.hidden_size) throw std::invalid_argument("experts of another width");
-        if (uploads != nullptr && layer.uploaded == nullptr)
-            throw std::invalid_argument("experts that cannot be copied");
-    }
+    check_request(m, layers, num_tokens, times, uploads);
     const std::atomic_ref<std::int64_t> answered(*m.answered);
     const auto timeout = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_seconds));
     std::int64_t served = 0;
@@ -107,14 +123,8 @@ std::int64_t serve_experts(const Mailbox& m, std::span<const ServedLayer> layers
     try {
         for (const ServedLayer& layer : layers) {
             const std::int64_t number = first_request + served;
-            const Clock::time_point deadline = Clock::now() + timeout;
             std::vector<std::int64_t> ready;
-            bool arrived = wait_for(m.requested, forecast.foretold, number, deadline);
-            if (arrived && seen(m.requested) < number) {
-                ready = read_ahead(m, forecast, layer, num_tokens, number, uploads);
-                arrived = wait_for(m.requested, nullptr, number, deadline);
-            }
-            if (!arrived) {
+            if (!await_request(m, forecast, layer, num_tokens, number, timeout, uploads, ready)) {
                 forget(deferral, uploads);
                 answered.store(kGaveUp, std::memory_order_release);
                 return served;

@@ -11,7 +11,6 @@ import json
 import sys
 from collections.abc import Iterator
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.gpu.promotion import PromotionPolicy
 from moesaic.engine.gpu.runner import ModelRunner
@@ -19,6 +18,7 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.timed_runs import GpuTimedRuns
 from moesaic.engine.gpu.warm_up import warm_up
 from moesaic.engine.loader import load, prepare, this_computer
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.errors import GenerationError
 from moesaic.placement.units import parse_size
 

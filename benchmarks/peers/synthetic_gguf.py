@@ -10,9 +10,9 @@ from pathlib import Path
 
 from random_blocks import random_blocks
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
 from moesaic.engine.loader import Prepared
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.models.families import family_for
 from moesaic.models.gguf_export import gguf_metadata, gguf_tensors
 from moesaic.quant.quantize import WRITABLE_FORMATS

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from moesaic.engine import estimate
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.estimate import DecodeTime
 from moesaic.engine.loader import prepare
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.placement import Hardware, Plan, detect_hardware
 from moesaic.quant import get_format
 

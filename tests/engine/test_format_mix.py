@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.format_mix import FormatMix
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.errors import UnsupportedFormatError
 from moesaic.placement import load_plan
 

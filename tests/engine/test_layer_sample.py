@@ -9,9 +9,9 @@ import torch
 from tests.engine.test_plan_bytes import packed_tensors
 from tests.tiny_models import ALL_FAMILIES, save_tiny
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.layer_sample import LayerCost, choose_layers, layer_costs, take_layers
 from moesaic.engine.loader import load, prepare
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.placement.rules import parse_rules
 from moesaic.quant import get_format

@@ -19,7 +19,6 @@ pytest.importorskip("triton")
 from tests.engine.test_gpu import DEVICE, ON_GPU, OPTIONS, TOLERANCE, checkpoint_of, inputs, load_small
 from tests.engine.test_streaming import FixedShares
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.gpu import lending as lending_module
 from moesaic.engine.gpu.causal_lm import attach_runner
 from moesaic.engine.gpu.expert_cache import ExpertCache
@@ -30,6 +29,7 @@ from moesaic.engine.gpu.slots import ExpertSlots
 from moesaic.engine.gpu.staging import StagingBuffers
 from moesaic.engine.gpu.virtual_memory import MemoryDriver
 from moesaic.engine.loader import Prepared, load, this_computer
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.errors import GenerationError, KernelError
 from moesaic.kernels.experts import PackedExperts
 from moesaic.kvcache.paged import KvShape, pool_bytes

@@ -10,8 +10,8 @@ import pytest
 from tests.tiny_models import tiny_config
 from transformers import PreTrainedModel
 
-from moesaic.engine.bench import prepare_synthetic
 from moesaic.engine.presets import get_preset
+from moesaic.engine.subjects import prepare_synthetic
 from moesaic.errors import PlanDoesNotFitError
 from moesaic.models import WeightMap
 from moesaic.placement import Gpu, Hardware, Plan, VramBudget, load_plan, make_plan

@@ -84,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> Plan:
-    from moesaic.engine.bench import prepare_subject
+    from moesaic.engine.subjects import prepare_subject
     from moesaic.placement import DEFAULT_CONTEXT
 
     prepared, _ = prepare_subject(

@@ -18,32 +18,20 @@ from transformers import PreTrainedModel
 from moesaic.engine.bench_checks import check_batch, check_context, check_trace
 from moesaic.engine.deferral import check_deferral
 from moesaic.engine.expert_profile import check_profile_target, check_profile_use
-from moesaic.engine.format_mix import FormatMix
-from moesaic.engine.loader import Prepared, load, prepare, prepare_checkpoint
-from moesaic.engine.presets import get_preset
+from moesaic.engine.loader import Prepared, load
+from moesaic.engine.subjects import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.timed_runs import TimedRuns, What
 from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, read_bandwidth, set_num_threads
-from moesaic.models import build_meta_model, synthetic_checkpoint
-from moesaic.placement import DEFAULT_CONTEXT, Hardware, Plan, Rules, detect_hardware
-from moesaic.quant import WeightFormat
+from moesaic.placement import DEFAULT_CONTEXT, Rules, detect_hardware
 
 if TYPE_CHECKING:
     from moesaic.engine.gpu.bench import GpuFigures
     from moesaic.engine.gpu.timed_runs import GpuTimedRuns
     from moesaic.engine.gpu.warm_up import WarmUp
 
-__all__ = [
-    "BenchResult",
-    "expert_formats",
-    "measure",
-    "num_layers_of",
-    "prepare_subject",
-    "prepare_synthetic",
-    "vram_rate",
-]
+__all__ = ["BenchResult", "measure", "vram_rate"]
 
-_SEED = 0
 _GIGA = 1e9
 
 
@@ -290,52 +278,6 @@ def _result(
     )
 
 
-def prepare_subject(
-    model: str | None,
-    preset: str | None,
-    weight_format: str,
-    num_layers: int | None,
-    gguf: str | None,
-    plan: str | Rules,
-    offline: bool,
-    *,
-    vram: int | None = None,
-    context: int = DEFAULT_CONTEXT,
-    hardware: Hardware | None = None,
-) -> tuple[Prepared, int]:
-    """What a bench or an estimate is of, a preset's synthetic weights or a model, and how many layers all of it has."""
-    if preset is not None:
-        mix = FormatMix.parse(weight_format)
-        made = prepare_synthetic(preset, mix, num_layers, plan, vram=vram, context=context, hardware=hardware)
-        return made, get_preset(preset).num_layers
-    assert model is not None
-    prepared = prepare(model, gguf=gguf, plan=plan, vram=vram, context=context, offline=offline, hardware=hardware)
-    return prepared, num_layers_of(prepared)
-
-
-def prepare_synthetic(
-    preset: str,
-    weight_format: WeightFormat | FormatMix,
-    num_layers: int | None,
-    plan: str | Rules,
-    *,
-    vram: int | None = None,
-    context: int = DEFAULT_CONTEXT,
-    hardware: Hardware | None = None,
-) -> Prepared:
-    """A model of a preset's dimensions with random weights, ready to load; every expert gets memory of its own.
-
-    All matrices have `weight_format`, or what a mix says of them, apart from routers (F32).
-
-    Raises:
-        ConfigError, UnsupportedFormatError: as for `measure`.
-    """
-    config = get_preset(preset).config(num_layers)
-    mix = weight_format if isinstance(weight_format, FormatMix) else FormatMix(weight_format, weight_format)
-    checkpoint = synthetic_checkpoint(build_meta_model(config), mix.of, name=preset, seed=_SEED)
-    return prepare_checkpoint(checkpoint, plan, config=config, vram=vram, context=context, hardware=hardware)
-
-
 def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers: int) -> float | None:
     """Tokens per second with all layers, as if each took the mean time of those that were run; None if all were.
 
@@ -344,20 +286,3 @@ def _extrapolate(rate: float, layer_share: float, run_layers: int, total_layers:
     if run_layers in (0, total_layers):
         return None
     return rate / (1.0 - layer_share + layer_share * total_layers / run_layers)
-
-
-def num_layers_of(prepared: Prepared) -> int:
-    """Layers of a prepared model."""
-    return int(prepared.config.get_text_config().num_hidden_layers)
-
-
-def expert_formats(plan: Plan) -> str:
-    """Formats of the routed experts' matrices, e.g. "Q4_K" or "Q4_K, Q6_K"."""
-    formats = {
-        fmt
-        for entry in plan.entries
-        if entry.role == "experts"
-        for key, fmt in entry.formats.items()
-        if not key.endswith("_bias")
-    }
-    return ", ".join(sorted(formats))

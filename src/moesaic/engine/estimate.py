@@ -10,10 +10,10 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.layer_sample import choose_layers, layer_costs, take_layers
 from moesaic.engine.loader import Prepared, load
 from moesaic.engine.packing import Progress
+from moesaic.engine.subjects import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.timed_runs import TimedRuns
 from moesaic.errors import PlanError
 from moesaic.kernels import active_isa, num_threads, set_num_threads, tiles_from

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from moesaic.engine.bench import expert_formats, num_layers_of, prepare_subject
 from moesaic.engine.deferral import deferral_note
 from moesaic.engine.loader import Prepared, load
 from moesaic.engine.serving.bench.bound import ExpertBytes, StepBytes
 from moesaic.engine.serving.cache_room import BLOCK_SIZE
 from moesaic.engine.serving.core import Engine
 from moesaic.engine.serving.start import ServingOptions, engine_of
+from moesaic.engine.subjects import expert_formats, num_layers_of, prepare_subject
 from moesaic.errors import GenerationError
 from moesaic.kernels import active_isa, num_threads, set_num_threads
 from moesaic.placement import DEFAULT_CONTEXT, Plan, Rules

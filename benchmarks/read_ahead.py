@@ -26,13 +26,13 @@ from moesaic.engine.subjects import prepare_synthetic
 from moesaic.kernels import read_bandwidth
 from moesaic.placement.units import parse_size
 from paired_turns import judge, take_turns
-from timed_decode import TimedDecode
+from timed_decode import DecodeWays, TimedDecode
 
 SUBJECTS = "deepseek-v3:IQ1_S+Q4_K:9,deepseek-v3:Q2_K:6,qwen3-30b-a3b:Q4_K:24"
 BLOCK, HALF_WIDTH, STEPS = 4, 0.005, 24
 
 
-class AheadWays:
+class AheadWays(DecodeWays):
     """Steps with forecasts and without, each with graphs of their own: `Ways`.
 
     Args:
@@ -40,7 +40,8 @@ class AheadWays:
     """
 
     def __init__(self, runner: ModelRunner) -> None:
-        self.decode, self._runner = TimedDecode(runner, 1), runner
+        super().__init__(TimedDecode(runner, 1))
+        self._runner = runner
         self._buckets = {False: {}, True: {}}
         for is_with in (True, False):
             self.use(is_with)
@@ -51,27 +52,10 @@ class AheadWays:
         self._runner.hand_off.reads_ahead = is_with
         self._runner.steps.buckets = self._buckets[is_with]
 
-    def begin(self) -> None:
-        """As `Ways`."""
-        if self.decode.renew():
-            self.decode.step()
-
     def switch(self, is_with: bool) -> None:
         """As `Ways`."""
         self.use(is_with)
         self.decode.step()
-
-    def step(self) -> float:
-        """As `Ways`."""
-        return self.decode.step()
-
-    def is_settled(self) -> bool:
-        """As `Ways`."""
-        return True
-
-    def settle(self) -> float:
-        """As `Ways`."""
-        return 0.0
 
 
 def parts(runner: ModelRunner) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.kvcache.paged import PagedSequence
 
-__all__ = ["TimedDecode"]
+__all__ = ["DecodeWays", "TimedDecode"]
 
 PROMPT = 4
 _SEED = 0
@@ -54,3 +54,31 @@ class TimedDecode:
         for sequence in self._sequences:
             sequence.free()
         self._sequences, self._tokens = [], []
+
+
+class DecodeWays:
+    """Steps of which nothing goes on when they are over; `switch` is left to do for `Ways` (`paired_turns`).
+
+    Args:
+        decode: makes the steps.
+    """
+
+    def __init__(self, decode: TimedDecode) -> None:
+        self.decode = decode
+
+    def begin(self) -> None:
+        """As `Ways`."""
+        if self.decode.renew():
+            self.decode.step()
+
+    def step(self) -> float:
+        """As `Ways`."""
+        return self.decode.step()
+
+    def is_settled(self) -> bool:
+        """As `Ways`."""
+        return True
+
+    def settle(self) -> float:
+        """As `Ways`."""
+        return 0.0

@@ -8,12 +8,12 @@ from __future__ import annotations
 from moesaic.engine.gpu.runner import ModelRunner
 from moesaic.engine.gpu.upload_shares import numbers_of
 from moesaic.engine.gpu.uploads import MissUploads
-from timed_decode import TimedDecode
+from timed_decode import DecodeWays, TimedDecode
 
 __all__ = ["UploadWays"]
 
 
-class UploadWays:
+class UploadWays(DecodeWays):
     """Steps as the uploads choose, and steps without them: `Ways`.
 
     Args:
@@ -27,16 +27,12 @@ class UploadWays:
     """
 
     def __init__(self, runner: ModelRunner, uploads: MissUploads, batch: int) -> None:
-        self.decode, self._uploads, self._batch = TimedDecode(runner, batch), uploads, batch
+        super().__init__(TimedDecode(runner, batch))
+        self._uploads, self._batch = uploads, batch
         self._none = [0] * (uploads.landing.max_distinct + 1)
         self.shares = list[int]()
         uploads.fixed = self._none
         runner.steps.bucket(batch)  # all graphs, so that none is captured in a step that is timed
-
-    def begin(self) -> None:
-        """As `Ways`."""
-        if self.decode.renew():
-            self.decode.step()
 
     def switch(self, is_with: bool) -> None:
         """As `Ways`; the step after it has the usual share, and is no part of any trial."""
@@ -47,15 +43,3 @@ class UploadWays:
         self._uploads.fixed = usual if is_with else self._none
         self.decode.step()
         self._uploads.fixed = None if is_with else self._none
-
-    def step(self) -> float:
-        """As `Ways`."""
-        return self.decode.step()
-
-    def is_settled(self) -> bool:
-        """As `Ways`: what a step brings is there when it is over."""
-        return True
-
-    def settle(self) -> float:
-        """As `Ways`."""
-        return 0.0

@@ -89,7 +89,9 @@ void defer(ExpertServer& server, Int count) {
 }
 
 void bind_uploads(nb::module_& m) {
-    m.attr("COPY_NOW") = reinterpret_cast<Address>(&copy_now);
+    m.def(
+        "copy_now_ptr", [] { return reinterpret_cast<Address>(&copy_now); },
+        "Address of a copy_ptr (see ExpertUploads) for memory of the CPU: a copy is done when it is asked for.");
     nb::exception<CopyRefused>(m, "CopyRefused");
     nb::class_<ExpertUploads>(m, "ExpertUploads", "Brings routed experts to a device; see csrc/uploads.h.")
         .def(

@@ -731,7 +731,10 @@ def delta_net(
 
 GAVE_UP: int = 9223372036854775807
 
-COPY_NOW: int = 140642189687547
+def copy_now_ptr() -> int:
+    """
+    Address of a copy_ptr (see ExpertUploads) for memory of the CPU: a copy is done when it is asked for.
+    """
 
 class CopyRefused(Exception):
     pass

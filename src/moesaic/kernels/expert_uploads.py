@@ -36,7 +36,7 @@ class CopyQueue(NamedTuple):
     handle: int
 
 
-NO_QUEUE = CopyQueue(_native.COPY_NOW, 0)
+NO_QUEUE = CopyQueue(_native.copy_now_ptr(), 0)
 """For memory of the CPU: a copy is done when it is asked for."""
 
 

@@ -103,11 +103,13 @@ def test_wrong_arguments_are_refused():
     before = norm(512, "Q4_K")
     x = random(2, 512)
     narrow = SecondNorm(random(512), EPS, random(2, 500))
+    half = SecondNorm(random(512).half(), EPS, random(2, 512))
     bad = [
         ("rows", lambda: combine_norm(random(9, 512), None, None, None, 1.0, None, before)),
         ("shared is", lambda: combine_norm(x, x[:1], None, None, 1.0, None, before)),
         ("weight is", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(weight=before.weight[:9]))),
-        ("second norm", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(second=narrow))),
+        ("its out is", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(second=narrow))),
+        ("second norm's weight is", lambda: combine_norm(x, x, None, None, 1.0, None, before._replace(second=half))),
         ("weight is", lambda: norm_lanes(x, before.weight[:9], EPS, before.form)),
     ]
     for message, call in bad:

@@ -84,11 +84,13 @@ def combine_norm(
     weight, form = norm.weight, norm.form
     if not 1 <= rows <= MAX_DECODE_TOKENS:
         raise KernelError(f"hidden is {describe(hidden)}: expected 1 to {MAX_DECODE_TOKENS} rows.")
-    if weight.dtype != torch.float32 or weight.shape != (width,) or not weight.is_contiguous():
-        raise KernelError(f"weight is {describe(weight)}: expected float32 [{width}], contiguous.")
     second = norm.second
-    if second is not None and (second.out.shape != hidden.shape or not second.out.is_contiguous()):
-        raise KernelError(f"out of a second norm is {describe(second.out)}: expected {list(hidden.shape)}, contiguous.")
+    given: list[tuple[str, torch.Tensor, tuple[int, ...]]] = [("weight", weight, (width,))]
+    if second is not None:
+        given += [("the second norm's weight", second.weight, (width,)), ("its out", second.out, (rows, width))]
+    for name, x, shape in given:
+        if x.dtype != torch.float32 or x.shape != shape or not x.is_contiguous():
+            raise KernelError(f"{name} is {describe(x)}: expected float32 {list(shape)}, contiguous.")
     lanes = Lanes.empty(rows, width, form, hidden.device)
     form = form if lanes.thirds else form.lanes
     blocks = triton.next_power_of_2(lanes.num_blocks)
